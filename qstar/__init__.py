@@ -1,0 +1,1 @@
+"""q* sampling from pairs of Hugging Face language models."""

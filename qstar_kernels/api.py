@@ -1,0 +1,162 @@
+"""The three public functions: sample from q*, its whole distribution, its diagnostics.
+
+All take the logits of both models for the same positions and agree with each other to rounding. α is always the weight
+of π_θ (`theta`); π_t (`t`) is the target or teacher.
+"""
+
+import torch
+from torch import Tensor
+
+from qstar_kernels.reference import qstar_reference
+from qstar_kernels.types import QStarStep, Settings
+
+IMPLEMENTATIONS = ("auto", "reference")
+
+
+def qstar_sample(
+    logits_theta: Tensor,
+    logits_t: Tensor,
+    *,
+    seeds: Tensor,
+    positions: Tensor,
+    method: str = "kl_symmetry",
+    alpha: float = 0.5,
+    alpha_min: float = 0.0,
+    alpha_max: float = 1.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    target_top_k: int = 0,
+    target_top_p: float = 1.0,
+    vocab_size: int | None = None,
+    tol: float = 1e-5,
+    impl: str = "auto",
+) -> QStarStep:
+    """Draw one token a row from q* ∝ π_θ^α π_t^(1−α), with its log-probabilities and the diagnostics of the row.
+
+    The token is a pure function of the row's logits, `seeds[i]` and `positions[i]`: neighbours, batch size and device
+    count do not enter (theory/computation.md, «The draw»).
+
+    Args:
+        logits_theta, logits_t: [B, V] floating point, any strides. −inf marks a token that a model forbids.
+        seeds: int64 [B], the seed of each sequence.
+        positions: int64 [B], index of the token that is being drawn, the same token never twice for one seed.
+        method: the rule for α: `kl_symmetry` (KL(q*‖π_θ) = KL(q*‖π_t), the minimax point), `ess_balance`,
+            `reverse_kl_symmetry`, `entropy`, or `fixed` with `alpha`.
+        alpha_min, alpha_max: α is clamped to this range after the solve.
+        temperature: divides both rows before they are mixed; 0 takes the most probable token of q* at temperature 1.
+        target_top_k, target_top_p: restrict q* to the tokens that π_t's top-k and top-p keep, after the α solve.
+        top_k, top_p, min_p: truncate q* after that, in this order; the token that crosses `top_p` is kept, and so are
+            ties of the last token kept.
+        vocab_size: cut both rows to this length (models padded differently for one tokenizer).
+        tol: bound on |KL(q*‖π_θ) − KL(q*‖π_t)| in nats that `kl_symmetry` is solved to.
+        impl: `auto`, or one of the implementations by name.
+
+    Returns:
+        `QStarStep` with every field set. A row that cannot be sampled from has `status` ≠ 0, token −1 and NaN numbers.
+
+    Raises:
+        ValueError: shapes, vocabularies or settings that do not fit; the message says what would.
+    """
+    settings = Settings(
+        method, alpha, alpha_min, alpha_max, temperature, top_k, top_p, min_p, target_top_k, target_top_p, tol
+    )
+    theta, t = checked_rows(logits_theta, logits_t, vocab_size)
+    seeds, positions = checked_index("seeds", seeds, theta), checked_index("positions", positions, theta)
+    return implementation(impl, theta)(theta, t, settings, seeds=seeds, positions=positions)[0].to(out_dtype(theta, t))
+
+
+def qstar_logprobs(
+    logits_theta: Tensor, logits_t: Tensor, *, vocab_size: int | None = None, impl: str = "auto", **settings
+) -> tuple[Tensor, QStarStep]:
+    """The whole distribution log q* after temperature and truncation, for other people's loops.
+
+    Args:
+        logits_theta, logits_t, vocab_size, impl: as in `qstar_sample`.
+        **settings: `method` to `tol` of `qstar_sample`, with the same defaults.
+
+    Returns:
+        log q [B, V] in nats, normalised, −inf where cut, NaN on rows with `status` ≠ 0; and `QStarStep` without a token.
+
+    Raises:
+        ValueError: as `qstar_sample`.
+    """
+    theta, t = checked_rows(logits_theta, logits_t, vocab_size)
+    step, log_q = implementation(impl, theta)(theta, t, Settings(**settings), want_log_q=True)
+    return log_q.to(out_dtype(theta, t)), step.to(out_dtype(theta, t))
+
+
+def qstar_stats(
+    logits_theta: Tensor,
+    logits_t: Tensor,
+    *,
+    tokens: Tensor | None = None,
+    vocab_size: int | None = None,
+    impl: str = "auto",
+    **settings,
+) -> QStarStep:
+    """α and the diagnostics without sampling; with `tokens`, also the three log-probabilities of the given tokens.
+
+    Args:
+        logits_theta, logits_t, vocab_size, impl: as in `qstar_sample`.
+        tokens: int64 [B]; a token outside [0, V), such as padding of −1, gets NaN log-probabilities.
+        **settings: `method` to `tol` of `qstar_sample`, with the same defaults.
+
+    Returns:
+        `QStarStep`; its `token` is `tokens`.
+
+    Raises:
+        ValueError: as `qstar_sample`.
+    """
+    theta, t = checked_rows(logits_theta, logits_t, vocab_size)
+    if tokens is not None:
+        tokens = checked_index("tokens", tokens, theta)
+    return implementation(impl, theta)(theta, t, Settings(**settings), tokens=tokens)[0].to(out_dtype(theta, t))
+
+
+def implementation(impl: str, theta: Tensor):
+    """The function behind `impl`."""
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl is {impl!r}; it must be one of {', '.join(IMPLEMENTATIONS)}")
+    return qstar_reference
+
+
+def out_dtype(theta: Tensor, t: Tensor) -> torch.dtype:
+    """float64 where a row is float64, else float32."""
+    return torch.float64 if torch.float64 in (theta.dtype, t.dtype) else torch.float32
+
+
+def checked_rows(theta: Tensor, t: Tensor, vocab_size: int | None) -> tuple[Tensor, Tensor]:
+    """Both rows as [B, V] over one vocabulary."""
+    for name, logits in (("logits_theta", theta), ("logits_t", t)):
+        if logits.ndim != 2 or not logits.is_floating_point() or logits.shape[1] == 0:
+            raise ValueError(f"{name} is {logits.dtype} {list(logits.shape)}; it must be floating point [B, V], V > 0")
+    if theta.shape[0] != t.shape[0] or theta.device != t.device:
+        raise ValueError(
+            f"logits_theta is {list(theta.shape)} on {theta.device} and logits_t {list(t.shape)} on {t.device}; "
+            "both need the same rows on the same device"
+        )
+    if vocab_size is not None:
+        smaller = min(theta.shape[1], t.shape[1])
+        if not 0 < vocab_size <= smaller:
+            raise ValueError(
+                f"vocab_size is {vocab_size}; it must be between 1 and {smaller}, the smaller row's length"
+            )
+        return theta[:, :vocab_size], t[:, :vocab_size]
+    if theta.shape[1] != t.shape[1]:
+        raise ValueError(
+            f"logits_theta has {theta.shape[1]} columns and logits_t {t.shape[1]}; for one tokenizer padded differently "
+            "pass vocab_size=, the tokenizer's length"
+        )
+    return theta, t
+
+
+def checked_index(name: str, index: Tensor, rows: Tensor) -> Tensor:
+    """int64 [B] beside the rows."""
+    if index.shape != rows.shape[:1] or index.dtype != torch.int64 or index.device != rows.device:
+        raise ValueError(
+            f"{name} is {index.dtype} {list(index.shape)} on {index.device}; "
+            f"it must be int64 [{rows.shape[0]}] on {rows.device}"
+        )
+    return index

@@ -1,0 +1,90 @@
+"""What goes into and comes out of the sampler."""
+
+import dataclasses
+from dataclasses import dataclass
+from enum import IntEnum
+
+from torch import Tensor
+
+METHODS = ("kl_symmetry", "ess_balance", "reverse_kl_symmetry", "entropy", "fixed")
+
+
+class Status(IntEnum):
+    """Why a row has no token; the row's numbers are NaN then, and its neighbours are untouched."""
+
+    OK = 0
+    NAN = 1  # a logit is NaN
+    POSITIVE_INFINITY = 2  # a logit is +inf
+    NO_SUPPORT = 3  # all logits of a row are −inf
+    DISJOINT = 4  # no token is finite in both rows
+    EMPTY = 5  # truncation leaves no token: π_t's top-k/top-p support has none that both models allow
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The rule for α, temperature and truncation; the meaning of each is in `qstar_kernels.api.qstar_sample`.
+
+    Raises:
+        ValueError: a setting is outside its range; the message names it, the value seen and what is accepted.
+    """
+
+    method: str = "kl_symmetry"
+    alpha: float = 0.5
+    alpha_min: float = 0.0
+    alpha_max: float = 1.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    target_top_k: int = 0
+    target_top_p: float = 1.0
+    tol: float = 1e-5
+
+    def __post_init__(self) -> None:
+        def check(name: str, accepted: bool, range_: str) -> None:
+            if not accepted:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {range_}")
+
+        check("method", self.method in METHODS, f"one of {', '.join(METHODS)}")
+        check("alpha", 0 <= self.alpha <= 1, "in [0, 1]: the weight of π_θ")
+        check("alpha_min", 0 <= self.alpha_min <= 1, "in [0, 1]")
+        check("alpha_max", self.alpha_min <= self.alpha_max <= 1, f"in [alpha_min = {self.alpha_min}, 1]")
+        check("temperature", 0 <= self.temperature < float("inf"), "finite and at least 0 (0 is greedy)")
+        check("top_k", self.top_k >= 0, "at least 0 (0 keeps all tokens)")
+        check("top_p", 0 < self.top_p <= 1, "in (0, 1] (1 keeps all tokens)")
+        check("min_p", 0 <= self.min_p <= 1, "in [0, 1] (0 keeps all tokens)")
+        check("target_top_k", self.target_top_k >= 0, "at least 0 (0 keeps all tokens)")
+        check("target_top_p", 0 < self.target_top_p <= 1, "in (0, 1] (1 keeps all tokens)")
+        check("tol", 0 < self.tol < 1, "in (0, 1)")
+
+    @property
+    def truncates(self) -> bool:
+        return bool(self.top_k or self.top_p < 1 or self.min_p or self.target_top_k or self.target_top_p < 1)
+
+
+@dataclass
+class QStarStep:
+    """One number a row, [B] each; floats are float32, float64 for float64 logits. All in nats where a unit applies.
+
+    `alpha`, the KLs and the ESS describe q* after temperature and before truncation. `logq` is the log-probability of
+    the token under the distribution it was drawn from, after temperature and truncation (at temperature 0: under
+    q* at temperature 1). `logp_theta` and `logp_t` are the models' own at temperature 1, untruncated.
+    """
+
+    alpha: Tensor
+    kl_theta: Tensor  # KL(q*‖π_θ)
+    kl_t: Tensor  # KL(q*‖π_t)
+    ess_theta: Tensor  # 1 / Σ π_θ²/q*, in (0, 1]; 0 where π_θ has mass outside q*'s support
+    ess_t: Tensor  # 1 / Σ π_t²/q*
+    status: Tensor  # int64, see `Status`
+    token: Tensor | None = None  # int64, −1 where `status` is not OK
+    logq: Tensor | None = None
+    logp_theta: Tensor | None = None
+    logp_t: Tensor | None = None
+
+    def to(self, dtype) -> "QStarStep":
+        """The same with its floating-point fields in `dtype`."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return QStarStep(
+            **{k: v.to(dtype) if v is not None and v.is_floating_point() else v for k, v in fields.items()}
+        )

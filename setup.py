@@ -1,0 +1,33 @@
+"""Packaging of `qstar` and `qstar_kernels`."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="qstar",
+    version="0.1.0",
+    description="Exact, fast sampling from q*, the minimax point between two language models, for RLHF and distillation",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE", "qstar/demo/LICENSE-data.txt"],
+    packages=find_packages(include=["qstar", "qstar.*", "qstar_kernels", "qstar_kernels.*"]),
+    package_data={"qstar.demo": ["*.jsonl", "*.md", "*.txt", "theta/*", "t/*"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.6",
+        "transformers>=5.0,<6",
+        "datasets>=4.0",
+        "accelerate>=1.1",
+        "jinja2>=3.1",
+        "filelock>=3.12",
+        "rich>=13",
+    ],
+    extras_require={
+        "4bit": ["bitsandbytes>=0.45"],
+        "dev": ["pytest>=8", "pytest-benchmark>=5", "scipy>=1.11", "ruff>=0.9"],
+        "demo-training": ["chatterbot-corpus>=1.2", "pyyaml>=6"],
+    },
+    entry_points={"console_scripts": ["qstar-generate=qstar.generate:main"]},
+)
