@@ -3,15 +3,61 @@
 import random
 from dataclasses import dataclass
 
-NAMES = (
-    "Tom Anna Ben Mia Sam Lily Max Emma Leo Nora Jack Ella Noah Ruby Omar Zoe Ivan Maya Luis Priya Chen Sara Hugo Aisha "
-    "Kofi Elena Yuki Dario Freya Malik"
-).split()
-THINGS = (
-    "apples books coins pens marbles cards stickers shells stamps buttons cookies pencils balls stones flowers eggs "
-    "oranges toys keys cups"
-).split()
-BOXES = "boxes bags baskets jars trays packs".split()
+NAMES = [
+    "Tom",
+    "Anna",
+    "Ben",
+    "Mia",
+    "Sam",
+    "Lily",
+    "Max",
+    "Emma",
+    "Leo",
+    "Nora",
+    "Jack",
+    "Ella",
+    "Noah",
+    "Ruby",
+    "Omar",
+    "Zoe",
+    "Ivan",
+    "Maya",
+    "Luis",
+    "Priya",
+    "Chen",
+    "Sara",
+    "Hugo",
+    "Aisha",
+    "Kofi",
+    "Elena",
+    "Yuki",
+    "Dario",
+    "Freya",
+    "Malik",
+]
+THINGS = [
+    "apples",
+    "books",
+    "coins",
+    "pens",
+    "marbles",
+    "cards",
+    "stickers",
+    "shells",
+    "stamps",
+    "buttons",
+    "cookies",
+    "pencils",
+    "balls",
+    "stones",
+    "flowers",
+    "eggs",
+    "oranges",
+    "toys",
+    "keys",
+    "cups",
+]
+BOXES = ["boxes", "bags", "baskets", "jars", "trays", "packs"]
 
 # Each template: question, what is computed, the answer as a sentence. {a}, {b}, {c} are operands from 2 to 9.
 ONE_STEP = [

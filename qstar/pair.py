@@ -1,0 +1,245 @@
+"""A policy π_θ and a target π_t with one vocabulary, and text drawn from q* between them."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qstar.decode import FIELDS, DecodeOptions, Decoder, Request, Sample, check_cache
+from qstar.prompting import PromptError, PromptFormat
+from qstar_kernels.types import Settings
+
+
+def sample_seed(seed: int, prompt_index: int, sample_index: int) -> int:
+    """The 64-bit seed of one sample, as a signed integer: a hash, so that related samples share no noise."""
+    digest = hashlib.blake2b(f"{seed}:{prompt_index}:{sample_index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def shared_vocab_size(tokenizer_theta, tokenizer_t, rows_theta: int, rows_t: int) -> int:
+    """The vocabulary both sides share: the tokenizer's length, which padded models may exceed.
+
+    Raises:
+        ValueError: the tokenizers differ (the first differing entries are shown), or a model has too few rows.
+    """
+    vocab_theta, vocab_t = tokenizer_theta.get_vocab(), tokenizer_t.get_vocab()
+    if vocab_theta != vocab_t:
+        by_id_theta, by_id_t = ({i: token for token, i in v.items()} for v in (vocab_theta, vocab_t))
+        differing = [i for i in sorted(by_id_theta.keys() | by_id_t.keys()) if by_id_theta.get(i) != by_id_t.get(i)]
+        shown = ", ".join(f"{i}: {by_id_theta.get(i)!r} / {by_id_t.get(i)!r}" for i in differing[:5])
+        raise ValueError(
+            f"the tokenizers differ in {len(differing)} entries (id: theta / t): {shown}; "
+            "q* needs two models with one vocabulary"
+        )
+    vocab_size = max(vocab_theta.values()) + 1
+    for name, rows in (("theta", rows_theta), ("t", rows_t)):
+        if rows < vocab_size:
+            raise ValueError(f"model {name} has {rows} output rows, fewer than the tokenizer's {vocab_size} entries")
+    return vocab_size
+
+
+def eos_ids_of(model, tokenizer) -> set[int]:
+    """Ids that end a sequence for this model: its generation config's and its tokenizer's."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    configured = configured if isinstance(configured, list) else [configured]
+    return {i for i in (*configured, tokenizer.eos_token_id) if i is not None}
+
+
+@dataclass
+class GenerateOutput:
+    """Finished samples in the order of the prompts (and of the samples of each prompt).
+
+    `fields` of each sample holds one number a token; `alpha`, `logq`, … give them for all samples at once.
+    """
+
+    samples: list[Sample] = field(default_factory=list)
+
+    @property
+    def texts(self) -> list[str]:
+        return [s.text for s in self.samples]
+
+    @property
+    def token_ids(self) -> list[list[int]]:
+        return [s.token_ids for s in self.samples]
+
+    @property
+    def finish_reasons(self) -> list[str]:
+        return [s.finish_reason for s in self.samples]
+
+    def __getattr__(self, name: str) -> list[list[float]]:
+        if name in FIELDS:
+            return [s.fields[name] for s in self.samples]
+        raise AttributeError(f"GenerateOutput has no {name!r}; per-token fields are {', '.join(FIELDS)}")
+
+
+class Pair:
+    """Two causal language models over one vocabulary; the same model twice for one model with two prompts.
+
+    Args:
+        theta, t: the models of π_θ and π_t, ready on their devices, in evaluation mode.
+        tokenizer_theta, tokenizer_t: their tokenizers; one vocabulary, the chat templates may differ.
+
+    Raises:
+        ValueError: the vocabularies differ, or a model has no plain KV cache.
+    """
+
+    def __init__(self, theta, t, tokenizer_theta, tokenizer_t):
+        check_cache(theta, "theta")
+        check_cache(t, "t")
+        self.theta, self.t = theta, t
+        self.tokenizer_theta, self.tokenizer_t = tokenizer_theta, tokenizer_t
+        self.vocab_size = shared_vocab_size(
+            tokenizer_theta, tokenizer_t, *(m.get_output_embeddings().weight.shape[0] for m in (theta, t))
+        )
+        self.eos_ids = {i for m, tok in ((theta, tokenizer_theta), (t, tokenizer_t)) for i in eos_ids_of(m, tok)}
+        self.special_ids = {i for i in tokenizer_t.all_special_ids if i < self.vocab_size} | self.eos_ids
+        self.context = min(
+            getattr(m.config.get_text_config(), "max_position_embeddings", None) or 1 << 30 for m in (theta, t)
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        theta: str | Path,
+        t: str | Path,
+        *,
+        dtype: str = "auto",
+        device: str | None = None,
+        device_map: str | None = None,
+        attn_implementation: str | None = None,
+        load_in_4bit: bool = False,
+        trust_remote_code: bool = False,
+    ) -> "Pair":
+        """Load two models by name or folder; the same one given twice is one copy of the weights.
+
+        Args:
+            theta, t: hub names or local folders.
+            dtype: `float32`, `bfloat16`, `float16`, or `auto`: the checkpoint's own, float32 on a CPU.
+            device: where both models go; a GPU if there is one by default.
+            device_map: placement over several devices instead, passed to transformers (`auto` spreads the layers).
+            attn_implementation: passed to transformers (`sdpa`, `eager`, `flash_attention_2`, …).
+            load_in_4bit: quantise both with bitsandbytes (extra `4bit`).
+            trust_remote_code: run code that a checkpoint brings along.
+
+        Raises:
+            ValueError: the models do not form a pair.
+            OSError: a model cannot be found.
+        """
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        options = {"trust_remote_code": trust_remote_code, "weights_only": True}
+        options["dtype"] = "float32" if dtype == "auto" and device_map is None and device.startswith("cpu") else dtype
+        if attn_implementation is not None:
+            options["attn_implementation"] = attn_implementation
+        if load_in_4bit:
+            from transformers import BitsAndBytesConfig
+
+            compute = {"auto": torch.bfloat16}.get(dtype) or getattr(torch, dtype)
+            options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=compute)
+        options["device_map"] = device_map or device
+
+        def load(name: str | Path):
+            model = AutoModelForCausalLM.from_pretrained(name, **options).eval()
+            return model, AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+        model_theta, tokenizer_theta = load(theta)
+        model_t, tokenizer_t = (model_theta, tokenizer_theta) if str(theta) == str(t) else load(t)
+        return cls(model_theta, model_t, tokenizer_theta, tokenizer_t)
+
+    def request(
+        self,
+        key,
+        messages: list[dict[str, str]],
+        seed: int,
+        max_new_tokens: int,
+        format_theta: PromptFormat,
+        format_t: PromptFormat,
+        t_hint: str | None = None,
+        messages_t: list[dict[str, str]] | None = None,
+    ) -> Request:
+        """Encode one conversation for both sides; π_t sees `messages_t` if given, and `t_hint`.
+
+        Raises:
+            PromptError: a template refuses it, or the prompt leaves no room for a token.
+        """
+        ids_theta = format_theta.encode(self.tokenizer_theta, messages)
+        ids_t = format_t.encode(self.tokenizer_t, messages_t or messages, t_hint)
+        longest = max(len(ids_theta), len(ids_t))
+        if longest >= self.context:
+            raise PromptError(f"the prompt has {longest} tokens and the smaller context of the pair is {self.context}")
+        return Request(key, ids_theta, ids_t, seed, min(max_new_tokens, self.context - longest))
+
+    def decoder(self, options: DecodeOptions) -> Decoder:
+        """The decoding loop for this pair."""
+        return Decoder(
+            self.theta, self.t, self.vocab_size, self.eos_ids, self.special_ids, self.tokenizer_theta, options
+        )
+
+    def stream(
+        self,
+        prompts: Iterable[str | list[dict[str, str]]],
+        *,
+        prompts_t: Sequence[str | list[dict[str, str]]] | None = None,
+        samples_per_prompt: int = 1,
+        max_new_tokens: int = 256,
+        seed: int = 0,
+        seeds: Sequence[int] | None = None,
+        batch_size: int = 16,
+        stop: Sequence[str] = (),
+        t_hints: Sequence[str | None] | None = None,
+        format_theta: PromptFormat | None = None,
+        format_t: PromptFormat | None = None,
+        force_t_first_token: bool = False,
+        force_t_special_tokens: bool = False,
+        **settings,
+    ) -> Iterator[Sample]:
+        """Samples as they finish; `sample.request.key` is (prompt index, sample index).
+
+        Args:
+            prompts: strings (one user message each) or conversations.
+            prompts_t: what π_t sees instead, one for each prompt; the same as `prompts` by default.
+            samples_per_prompt: independent samples of each prompt.
+            max_new_tokens: token limit of a sample; the context of the smaller model limits it too.
+            seed: the run's seed; each sample's own is a hash of it, the prompt's index and the sample's index.
+            seeds: one seed a prompt in place of `seed`, so that a prompt's samples do not depend on its place.
+            batch_size: rows that are decoded together.
+            stop: strings that end a sample.
+            t_hints: text that only π_t sees, one for each prompt (None for no hint).
+            format_theta, format_t: how each side sees the prompts.
+            force_t_first_token: draw the first token from π_t.
+            force_t_special_tokens: give special tokens π_t's probability.
+            **settings: `method`, `alpha`, `temperature`, `top_p`, … of `qstar_kernels.qstar_sample`.
+
+        Raises:
+            ValueError: a setting is outside its range, or a prompt cannot be encoded (`PromptError`).
+        """
+        format_theta, format_t = format_theta or PromptFormat(), format_t or PromptFormat()
+        options = DecodeOptions(
+            Settings(**settings), batch_size, tuple(stop), force_t_first_token, force_t_special_tokens
+        )
+
+        def conversation(prompt: str | list[dict[str, str]]) -> list[dict[str, str]]:
+            return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+        requests = (
+            self.request(
+                (i, j),
+                conversation(prompt),
+                sample_seed(seed, i, j) if seeds is None else sample_seed(seeds[i], 0, j),
+                max_new_tokens,
+                format_theta,
+                format_t,
+                t_hint=t_hints[i] if t_hints else None,
+                messages_t=conversation(prompts_t[i]) if prompts_t else None,
+            )
+            for i, prompt in enumerate(prompts)
+            for j in range(samples_per_prompt)
+        )
+        yield from self.decoder(options).run(requests)
+
+    def generate(self, prompts: Iterable[str | list[dict[str, str]]], **options) -> GenerateOutput:
+        """All samples at once, in the order of the prompts; arguments and errors as `stream`."""
+        return GenerateOutput(sorted(self.stream(prompts, **options), key=lambda s: s.request.key))
