@@ -13,9 +13,9 @@ from qstar.prompting import PromptError, PromptFormat
 from qstar_kernels.types import Settings
 
 
-def sample_seed(seed: int, prompt_index: int, sample_index: int) -> int:
-    """The 64-bit seed of one sample, as a signed integer: a hash, so that related samples share no noise."""
-    digest = hashlib.blake2b(f"{seed}:{prompt_index}:{sample_index}".encode(), digest_size=8).digest()
+def sample_seed(seed: int, prompt_index: int, sample_index: int, turn: int = 0) -> int:
+    """The 64-bit seed of one sample (and turn), as a signed integer: a hash, so that related samples share no noise."""
+    digest = hashlib.blake2b(f"{seed}:{prompt_index}:{sample_index}:{turn}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
