@@ -1,0 +1,335 @@
+"""`python -m qstar.generate` as users run it: outputs, resume, refusals, every schema."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+
+import qstar.pair
+from qstar.demo import PROMPTS, THETA, T
+from qstar.generate import main
+from qstar.output import Output, OutputError
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+SHORT = ["--max-new-tokens", "24"]
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def loaded_once(monkeypatch, demo_pair):
+    """Load the demo pair once for all runs of this file; other models load as always."""
+    load = qstar.pair.Pair.from_pretrained.__func__
+
+    def from_pretrained(cls, theta, t, **options):
+        same = (str(theta), str(t)) == (str(THETA), str(T)) and options["dtype"] == "auto"
+        return demo_pair if same else load(cls, theta, t, **options)
+
+    monkeypatch.setattr(qstar.pair.Pair, "from_pretrained", classmethod(from_pretrained))
+
+
+def run(tmp_path: Path, *argv: str, name: str = "x.jsonl") -> int:
+    return main(["--output", str(tmp_path / name), *SHORT, *argv])
+
+
+def test_no_arguments_in_a_process_of_its_own(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "qstar.generate"], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    for text in ("ESS ratio", "|ΔKL|", "0.2 to 0.8", "tokens/s", "q*: ", "128 samples in"):
+        assert text in done.stdout
+    (output,) = (tmp_path / "qstar-out").glob("*[0-9].jsonl")
+    rows = lines(output)
+    assert len(rows) == 128
+    assert {row["prompt_index"] for row in rows} == set(range(128))
+    row = rows[0]
+    assert list(row) == ["id", "prompt_index", "sample_index", "messages", "finish_reason", "num_tokens", "metadata"]
+    assert [m["role"] for m in row["messages"]] == ["user", "assistant"]
+    assert set(row["metadata"]) == {"answer", "solution"}
+
+
+def test_diagnostics_and_names_with_underscores(tmp_path):
+    code = run(
+        tmp_path, "--model_theta", str(THETA), "--model_t", str(T), f"--dataset={PROMPTS}", 
+        "--alpha_method=kl_symmetry", "--num_samples", "6", "--samples-per-prompt", "2", "--save_diagnostics",
+    )  # fmt: skip
+    assert code == 0
+    rows, diagnostics = lines(tmp_path / "x.jsonl"), lines(tmp_path / "x.diagnostics.jsonl")
+    assert [r["id"] for r in rows] == [d["id"] for d in diagnostics]
+    assert sorted(r["id"] for r in rows) == sorted(f"{i}-{j}" for i in range(6) for j in range(2))
+    for row, d in zip(rows, diagnostics, strict=True):
+        assert row["num_tokens"] == d["num_tokens"] == len(d["tokens"]["id"])
+        assert all(len(values) == d["num_tokens"] for values in d["tokens"].values())
+        assert d["logq_sum"] == pytest.approx(sum(d["tokens"]["logq"]), abs=1e-5)
+        assert d["alpha_min"] <= d["alpha_mean"] <= d["alpha_max"]
+        assert d["kl_gap_max"] < 1e-4
+        assert d["ess_ratio_mean"] is not None
+    assert set(diagnostics[0]["tokens"]) == {
+        "id", "logq", "logp_theta", "logp_t", "alpha", "kl_theta", "kl_t", "ess_theta", "ess_t", "status",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("output_format", ["parquet", "verl", "openai-batch"])
+def test_formats(tmp_path, output_format):
+    name = "x.jsonl" if output_format == "openai-batch" else "x.parquet"
+    assert run(tmp_path, "--num-samples", "5", "--output-format", output_format, name=name) == 0
+    run(tmp_path, "--num-samples", "5", name="plain.jsonl")
+    plain = {row["id"]: row for row in lines(tmp_path / "plain.jsonl")}
+    if output_format == "openai-batch":
+        for line in lines(tmp_path / name):
+            assert list(line) == ["id", "custom_id", "response", "error"]
+            choice = line["response"]["body"]["choices"][0]
+            assert choice["message"] == plain[line["custom_id"] + "-0"]["messages"][-1]
+            content = choice["logprobs"]["content"]
+            assert len(content) == line["response"]["body"]["usage"]["completion_tokens"]
+            assert all(entry["logprob"] <= 0 for entry in content)
+        return
+    rows = datasets.load_dataset("parquet", data_files=str(tmp_path / name), cache_dir=str(tmp_path / "cache"))["train"]
+    assert len(rows) == 5
+    for i, row in enumerate(rows):
+        same = plain[f"{i}-0"]
+        if output_format == "parquet":
+            assert row | {"metadata": json.loads(row["metadata"])} == same
+        else:
+            assert row["prompt"] == same["messages"][:-1]
+            assert row["response"] == same["messages"][-1]["content"]
+            assert row["reward_model"] == {"style": "rule", "ground_truth": same["metadata"]["answer"]}
+            assert row["extra_info"]["index"] == i
+            assert row["data_source"] == "prompts"
+
+
+def test_kill_at_any_moment(tmp_path):
+    """At least 20 kills -9 at random moments; then the files are byte for byte those of an uninterrupted run."""
+    argv = [
+        "--num-samples",
+        "40",
+        "--samples-per-prompt",
+        "2",
+        "--save-diagnostics",
+        "--batch-size",
+        "2",
+        "--seed",
+        "3",
+    ]
+    assert run(tmp_path, *argv, name="whole/x.jsonl") == 0
+    seed = int(os.environ.get("QSTAR_TEST_SEED", "0"))
+    rng = random.Random(seed)
+    print(f"seed {seed}")
+    written = [tmp_path / "killed" / name for name in ("x.jsonl", "x.diagnostics.jsonl")]
+
+    def size() -> int:
+        return sum(path.stat().st_size for path in written if path.exists())
+
+    kills, sizes = 0, []
+    while True:
+        child = os.fork()
+        if child == 0:
+            code = 99
+            try:
+                code = run(tmp_path, *argv, name="killed/x.jsonl")
+            finally:
+                os._exit(code)
+        if kills < 24:
+            # wait for nothing (a kill while it starts) or for a few writes, then strike somewhere between two of them
+            deadline = time.time() + 60
+            for _ in range(rng.choice((0, 1, 1, 2, 3, 6))):
+                seen = size()
+                while size() <= seen and time.time() < deadline:
+                    time.sleep(0.0005)
+            time.sleep(rng.uniform(0, 0.03))
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0
+            break
+        kills += 1
+        sizes.append(written[0].stat().st_size if written[0].exists() else 0)
+    print(f"{kills} kills, {sum(size > 0 for size in sizes)} of them with samples on disk")
+    assert kills >= 20
+    assert len(set(sizes)) > 5, "the kills must fall into the run, not before it"
+    for name in ("x.jsonl", "x.diagnostics.jsonl"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_torn_line_is_repaired(tmp_path):
+    argv = ["--num-samples", "8", "--save-diagnostics"]
+    assert run(tmp_path, *argv) == 0
+    files = tmp_path / "x.jsonl", tmp_path / "x.diagnostics.jsonl"
+    whole = [f.read_bytes() for f in files]
+    for cut_main, cut_diagnostics in ((5, 0), (0, 7), (3000, 10_000), (len(whole[0]), 0), (1, len(whole[1]))):
+        for file, data, cut in zip(files, whole, (cut_main, cut_diagnostics), strict=True):
+            file.write_bytes(data[: len(data) - cut])
+        assert run(tmp_path, *argv) == 0
+        assert [f.read_bytes() for f in files] == whole
+    assert run(tmp_path, *argv) == 0  # complete: nothing to do
+    assert [f.read_bytes() for f in files] == whole
+
+
+def test_other_settings_are_refused(tmp_path, capsys):
+    assert run(tmp_path, "--num-samples", "4") == 0
+    before = (tmp_path / "x.jsonl").read_bytes()
+    for argv, named in (
+        (["--num-samples", "5"], "--num-samples = 4 and this run has 5"),
+        (["--num-samples", "4", "--temperature", "0.5"], "--temperature = 1.0 and this run has 0.5"),
+        (["--num-samples", "4", "--model-theta", str(T), "--model-t", str(T)], "--model-theta"),
+        (["--num-samples", "4", "--save-diagnostics"], "--save-diagnostics = False and this run has True"),
+    ):
+        capsys.readouterr()
+        assert run(tmp_path, *argv) == 1
+        error = capsys.readouterr().err
+        assert named in error
+        assert error.count("\n") == 1
+    (tmp_path / "x.run.json").unlink()
+    assert run(tmp_path, "--num-samples", "4") == 1
+    assert "cannot be resumed" in capsys.readouterr().err
+    assert (tmp_path / "x.jsonl").read_bytes() == before
+
+
+def test_changed_data_is_refused(tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "Hi."}\n')
+    assert run(tmp_path, "--dataset", str(data)) == 0
+    data.write_text('{"prompt": "Ho."}\n')
+    assert run(tmp_path, "--dataset", str(data)) == 1
+    assert "dataset content" in capsys.readouterr().err
+
+
+def test_the_second_writer_is_refused(tmp_path, capsys):
+    with Output(tmp_path / "x.jsonl", "jsonl", False, {}):
+        ready = subprocess.run(
+            [sys.executable, "-m", "qstar.generate", "--output", str(tmp_path / "x.jsonl")],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert ready.returncode == 1
+    assert "another process is writing" in ready.stderr
+    assert ready.stderr.count("\n") == 1
+
+
+def test_failures_are_recorded_and_tried_again(tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    rows = [
+        {"messages": [{"role": "user", "content": "Hi."}], "n": 1},
+        {"messages": [{"role": "assistant", "content": "Hello."}], "n": 2},
+        {"messages": [{"role": "user", "content": "word " * 600}], "n": 3},
+        {"messages": [{"role": "user", "content": "Ho."}], "n": 4},
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for _ in range(2):
+        assert run(tmp_path, "--dataset", str(data), "--samples-per-prompt", "2") == 1
+        assert "2 failed" in capsys.readouterr().out
+        errors = lines(tmp_path / "x.errors.jsonl")
+        assert [e["prompt_index"] for e in errors] == [1, 2]
+        assert "user" in errors[0]["error"]
+        assert "context of the pair is 512" in errors[1]["error"]
+        assert sorted(row["id"] for row in lines(tmp_path / "x.jsonl")) == ["0-0", "0-1", "3-0", "3-1"]
+        assert errors[1]["metadata"]["n"] == 3
+
+
+def test_a_full_disk(tmp_path, monkeypatch, capsys):
+    """The write fails half way: one clear line, whole lines on disk, and the same command finishes the run."""
+    assert run(tmp_path, "--num-samples", "6", name="whole/x.jsonl") == 0
+    real, written = os.fsync, []
+
+    def fsync(descriptor: int) -> None:
+        written.append(descriptor)
+        if len(written) == 5:
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert run(tmp_path, "--num-samples", "6") == 1
+    error = capsys.readouterr().err
+    assert "the disk is full; 3 samples are safe; start the same command again to go on" in error
+    assert len(lines(tmp_path / "x.jsonl")) == 3
+    monkeypatch.setattr(os, "fsync", real)
+    assert run(tmp_path, "--num-samples", "6") == 0
+    assert (tmp_path / "x.jsonl").read_bytes() == (tmp_path / "whole" / "x.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--alpha-method", "bisect"], "--alpha-method"),
+        (["--alpha", "1.5"], "alpha is 1.5; it must be in [0, 1]"),
+        (["--top-p", "0"], "top_p is 0.0; it must be in (0, 1]"),
+        (["--temperature", "-1"], "temperature is -1.0"),
+        (["--model-theta", "x"], "--model-t is missing"),
+        (["--dataset", "missing.jsonl"], "missing.jsonl"),
+        (["--num-samples", "0"], "must be a whole number of at least 1"),
+        (["--t-chat-template", "missing.jinja"], "auto, none or a Jinja file"),
+        (["--t-hint-field", "hints"], "the columns are"),
+        (["--model-theta", ".", "--model-t", "."], "has no config.json"),
+        (["--device", "cpu", "--device-map", "auto"], "exclude each other"),
+        (["--frobnicate"], "--frobnicate"),
+    ],
+)
+def test_wrong_arguments_get_one_line(tmp_path, monkeypatch, capsys, argv, named):
+    monkeypatch.setattr(qstar.pair.Pair, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert named in error
+    assert error.count("\n") == 1
+
+
+def test_hints_system_prompts_and_later_turns(tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"turns": ["Hi.", "And now?"], "note": "3 + 4 = 7"}) + "\n")
+    code = run(
+        tmp_path, "--dataset", str(data), "--t-hint-field", "note", "--t-system-prompt", "Be short.", "--save-diagnostics"
+    )  # fmt: skip
+    assert code == 0
+    (row,) = lines(tmp_path / "x.jsonl")
+    assert [m["role"] for m in row["messages"]] == ["user", "assistant", "user", "assistant"]
+    assert row["messages"][2]["content"] == "And now?"
+    (d,) = lines(tmp_path / "x.diagnostics.jsonl")
+    from transformers import AutoTokenizer
+
+    seen = AutoTokenizer.from_pretrained(T).decode(d["prompt_ids_t"])
+    assert seen.startswith("<|system|>\nBe short.<|end|>")
+    assert "And now?\n\nHint: 3 + 4 = 7" in seen
+    assert "Hint" not in AutoTokenizer.from_pretrained(T).decode(d["prompt_ids_theta"])
+
+
+def test_a_changed_line_is_refused(tmp_path):
+    path = tmp_path / "x.jsonl"
+    assert run(tmp_path, "--num-samples", "4") == 0
+    data = path.read_bytes().splitlines(keepends=True)
+    for broken in ([data[0], b"{}\n", *data[2:]], [data[0], data[0]]):
+        path.write_bytes(b"".join(broken))
+        assert run(tmp_path, "--num-samples", "4") == 1
+        assert path.read_bytes() == b"".join(broken)
+    (tmp_path / "x.run.json").write_text("{")
+    with pytest.raises(OutputError, match="is not JSON"):
+        Output(path, "jsonl", False, {}).__enter__()
+
+
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the folder of real prompt files is not beside this checkout")
+def test_every_real_prompt_file(tmp_path, capsys):
+    """Two samples of two prompts from each file; what is left over is recorded with a reason."""
+    files = [p for p in sorted(SHARED_DATA.iterdir()) if p.suffix != ".md"]
+    assert len(files) > 15
+    for file in files:
+        name = f"{file.name}/x.jsonl"
+        code = run(tmp_path, "--dataset", str(file), "--num-samples", "2", "--samples-per-prompt", "2", name=name)
+        written = lines(tmp_path / name) if (tmp_path / name).exists() else []
+        errors_file = tmp_path / file.name / "x.errors.jsonl"
+        errors = lines(errors_file) if errors_file.exists() else []
+        with capsys.disabled():
+            print(f"{file.name}: {len(written)} samples, {len(errors)} errors {[e['error'] for e in errors]}")
+        assert written or errors
+        assert code == bool(errors)
