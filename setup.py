@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 setup(
     name="qstar",
     version="0.1.0",
-    description="Exact, fast sampling from q*, the minimax point between two language models, for RLHF and distillation",
+    description="Exact, fast sampling from q*, the minimax point between two language models",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
@@ -17,6 +17,8 @@ setup(
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",
+        "numpy>=1.24",
+        "pyarrow>=17",
         "transformers>=5.0,<6",
         "datasets>=4.0",
         "accelerate>=1.1",

@@ -160,7 +160,8 @@ def check_cache(model: torch.nn.Module, name: str) -> None:
     )
     if other is not None or getattr(model, "_is_stateful", False):
         raise ValueError(
-            f"{name} ({model.config.model_type}) keeps recurrent state; only models whose layers have a KV cache are supported"
+            f"{name} ({model.config.model_type}) keeps recurrent state; "
+            "only models whose layers all have a plain KV cache are supported"
         )
 
 

@@ -444,8 +444,8 @@ class Run:
             say(summary.table())
             if summary.mean_kl > FAR_APART_KL:
                 say(
-                    f"[bold]Warning:[/] the pair is far apart ({summary.mean_kl:.2f} nats a token): q* spreads onto tokens that "
-                    "both models find unlikely. See «When the pair is far apart» in docs/guide.md."
+                    f"[bold]Warning:[/] the pair is far apart ({summary.mean_kl:.2f} nats a token): q* spreads onto "
+                    "tokens that both models find unlikely. See «When the pair is far apart» in docs/guide.md."
                 )
             for done in self.shown:
                 say(f"\n[bold]{done.id}[/]", highlight=False)

@@ -47,9 +47,9 @@ class Finished:
         return f"{self.prompt.id}-{self.sample_index}"
 
 
-def short(values: list[float]) -> list[float]:
-    """The shortest decimals that give back the same float32 numbers: nothing is lost and files are half the size."""
-    return [float(str(x)) for x in np.asarray(values, dtype=np.float32)]
+def short(values: list[float]) -> list[float | None]:
+    """The shortest decimals that give back the same float32 numbers, null for −inf, which JSON does not have."""
+    return [float(str(x)) if np.isfinite(x) else None for x in np.asarray(values, dtype=np.float32)]
 
 
 def sample_line(done: Finished) -> dict[str, Any]:
@@ -255,8 +255,8 @@ class Output:
             for number, ((key, _), (other, _)) in enumerate(zip(journal, diagnostics, strict=False), 1):
                 if key != other:
                     raise OutputError(
-                        f"line {number} of {self.diagnostics_file} belongs to sample {other} and that of {self.journal} "
-                        f"to {key}; the files were changed, so choose another --output"
+                        f"line {number} of {self.diagnostics_file} belongs to sample {other} "
+                        f"and that of {self.journal} to {key}; the files were changed, so choose another --output"
                     )
             truncate(self.diagnostics_file, diagnostics[whole - 1][1] if whole else 0)
         truncate(self.journal, journal[whole - 1][1] if whole else 0)

@@ -62,7 +62,7 @@ CONFIGS = {
     "llama": LlamaConfig(**SMALL, num_key_value_heads=1, intermediate_size=64),
     "qwen2": Qwen2Config(**SMALL, num_key_value_heads=2, intermediate_size=48),
     "gpt2": GPT2Config(vocab_size=2048, n_embd=32, n_layer=2, n_head=2),
-    "opt": OPTConfig(vocab_size=2048, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=64, word_embed_proj_dim=32),
+    "opt": OPTConfig(**SMALL, ffn_dim=64, word_embed_proj_dim=32),
     "bloom": BloomConfig(vocab_size=2048, hidden_size=32, n_layer=2, n_head=2),
     "mistral-sliding": MistralConfig(**SMALL, num_key_value_heads=1, intermediate_size=64, sliding_window=8),
     "gemma3-mixed": Gemma3TextConfig(
@@ -284,7 +284,7 @@ def test_recurrent_and_encoder_decoder_models_are_refused(tokenizer, demo_pair):
     from transformers import MambaConfig, T5Config, T5ForConditionalGeneration
 
     mamba = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=2048, hidden_size=32, num_hidden_layers=1))
-    with pytest.raises(ValueError, match="theta.*recurrent state"):
+    with pytest.raises(ValueError, match=r"theta.*recurrent state"):
         Pair(mamba, demo_pair.t, tokenizer, tokenizer)
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=2048, d_model=16, num_layers=1, num_heads=1, d_ff=16, d_kv=16))
     with pytest.raises(ValueError, match="encoder-decoder"):

@@ -289,10 +289,8 @@ def test_wrong_arguments_get_one_line(tmp_path, monkeypatch, capsys, argv, named
 def test_hints_system_prompts_and_later_turns(tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"turns": ["Hi.", "And now?"], "note": "3 + 4 = 7"}) + "\n")
-    code = run(
-        tmp_path, "--dataset", str(data), "--t-hint-field", "note", "--t-system-prompt", "Be short.", "--save-diagnostics"
-    )  # fmt: skip
-    assert code == 0
+    argv = ["--dataset", str(data), "--t-hint-field", "note", "--t-system-prompt", "Be short.", "--save-diagnostics"]
+    assert run(tmp_path, *argv) == 0
     (row,) = lines(tmp_path / "x.jsonl")
     assert [m["role"] for m in row["messages"]] == ["user", "assistant", "user", "assistant"]
     assert row["messages"][2]["content"] == "And now?"

@@ -3,65 +3,20 @@
 import random
 from dataclasses import dataclass
 
-NAMES = [
-    "Tom",
-    "Anna",
-    "Ben",
-    "Mia",
-    "Sam",
-    "Lily",
-    "Max",
-    "Emma",
-    "Leo",
-    "Nora",
-    "Jack",
-    "Ella",
-    "Noah",
-    "Ruby",
-    "Omar",
-    "Zoe",
-    "Ivan",
-    "Maya",
-    "Luis",
-    "Priya",
-    "Chen",
-    "Sara",
-    "Hugo",
-    "Aisha",
-    "Kofi",
-    "Elena",
-    "Yuki",
-    "Dario",
-    "Freya",
-    "Malik",
-]
-THINGS = [
-    "apples",
-    "books",
-    "coins",
-    "pens",
-    "marbles",
-    "cards",
-    "stickers",
-    "shells",
-    "stamps",
-    "buttons",
-    "cookies",
-    "pencils",
-    "balls",
-    "stones",
-    "flowers",
-    "eggs",
-    "oranges",
-    "toys",
-    "keys",
-    "cups",
-]
+NAMES = (
+    "Tom Anna Ben Mia Sam Lily Max Emma Leo Nora Jack Ella Noah Ruby Omar Zoe Ivan Maya Luis Priya Chen Sara Hugo "
+    "Aisha Kofi Elena Yuki Dario Freya Malik"
+).split()
+THINGS = (
+    "apples books coins pens marbles cards stickers shells stamps buttons cookies pencils balls stones flowers eggs "
+    "oranges toys keys cups"
+).split()
 BOXES = ["boxes", "bags", "baskets", "jars", "trays", "packs"]
 
-# Each template: question, what is computed, the answer as a sentence. {a}, {b}, {c} are operands from 2 to 9.
+# Each template: question, what is computed, the answer as a sentence
 ONE_STEP = [
-    ("{n} has {a} {things}. {m} gives {n} {b} more. How many {things} does {n} have now?", "+", "{n} has {r} {things}."),
+    ("{n} has {a} {things}. {m} gives {n} {b} more. How many {things} does {n} have now?", "+",
+     "{n} has {r} {things}."),
     ("There are {a} {things} on the table and {b} {things} in a bag. How many {things} are there in all?", "+",
      "There are {r} {things} in all."),
     ("{n} found {a} {things} and {m} found {b}. How many {things} did they find together?", "+",
@@ -73,10 +28,10 @@ ONE_STEP = [
     ("One pack holds {a} {things}. {n} buys {b} packs. How many {things} is that?", "*", "That is {r} {things}."),
 ]  # fmt: skip
 TWO_STEP = [
-    ("{n} has {a} {boxes} with {b} {things} in each and finds {c} more {things}. How many {things} does {n} have?", "*+",
-     "{n} has {r} {things}."),
-    ("{n} has {a} {things}, {m} gives {n} {b} more, and then {n} loses {c}. How many {things} does {n} have left?", "+-",
-     "{n} has {r} {things} left."),
+    ("{n} has {a} {boxes} with {b} {things} in each and finds {c} more {things}. How many {things} does {n} have?",
+     "*+", "{n} has {r} {things}."),
+    ("{n} has {a} {things}, {m} gives {n} {b} more, and then {n} loses {c}. How many {things} does {n} have left?",
+     "+-", "{n} has {r} {things} left."),
     ("{n} buys {a} {things} on Monday, {b} on Tuesday and {c} on Friday. How many {things} does {n} buy in all?", "++",
      "{n} buys {r} {things} in all."),
 ]  # fmt: skip
@@ -85,7 +40,7 @@ APPLY = {"+": lambda x, y: x + y, "-": lambda x, y: x - y, "*": lambda x, y: x *
 
 @dataclass(frozen=True)
 class Problem:
-    """`question` as the user asks it, `sentence` a one-sentence answer, `solution` the worked one, `answer` a number."""
+    """A question, its answer in one sentence, worked (`solution`) and as a number."""
 
     question: str
     sentence: str
