@@ -3,32 +3,19 @@
 A row becomes a `Prompt`: the turns up to and including the last user turn, and everything else of the row as metadata.
 A row that cannot be a prompt comes out too, with the reason, so that a run accounts for every row it read. What
 concerns the dataset as a whole (no such file, columns that nothing recognises) is a `DataError`.
-
-Local JSON, CSV and text are read here and not by the builders of `datasets`: those fit all rows into one table, which
-fills the keys a row never had with nulls, turns the text `007` into the number 7 and dates into timestamps, and shifts
-the columns of a CSV row with a field too many. Parquet and the hub come through `datasets`, streamed.
 """
 
 import base64
-import csv
-import glob
-import gzip
-import hashlib
 import itertools
-import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-import datasets
-from datasets.utils.logging import disable_progress_bar
+from qstar.rows import BadRow, DataError, Row, Rows, kind, open_rows
 
 # How many rows to look at for the columns: more than one, since the first may lack an optional column or be broken.
 PEEK_ROWS = 32
-
-EXTENSIONS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet")
 
 # The names that chat formats give to the roles (OpenAI, ShareGPT and its descendants).
 ROLES = {
@@ -62,10 +49,6 @@ PROMPT_COLUMNS: tuple[tuple[str, tuple[type, ...]], ...] = (
 ANSWER_COLUMNS = ("input", "context", "completion", "chosen", "rejected", "solution", "answer", "output")
 
 
-class DataError(ValueError):
-    """A dataset that cannot be read as prompts; the message is one line for the user."""
-
-
 class _RowError(Exception):
     """Why one row cannot be a prompt."""
 
@@ -97,17 +80,6 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class _BadRow:
-    """Something that stands where a row should be."""
-
-    reason: str
-    content: Any
-
-
-_Row = dict[str, Any] | _BadRow
-
-
-@dataclass(frozen=True)
 class _Schema:
     """Where the prompt is: a column (dotted where nested), or None for the turns that two conversations share."""
 
@@ -132,26 +104,30 @@ class PromptSource:
     description: str
     columns: list[str]
     fingerprint: str
-    _read: Callable[[], Iterator[_Row]] = field(repr=False)
+    _rows: Rows = field(repr=False)
     _schema: _Schema = field(repr=False)
 
     def __iter__(self) -> Iterator[Prompt]:
         taken: dict[str, int] = {}
-        for index, row in enumerate(self._read()):
+        for index, row in enumerate(self._rows()):
             yield self._prompt(index, row, taken)
 
-    def _prompt(self, index: int, row: _Row, taken: dict[str, int]) -> Prompt:
+    def count(self) -> int | None:
+        """How many rows there are, or None where counting would take long (a large file, the hub)."""
+        return sum(1 for _ in self._rows()) if self._rows.is_small else None
+
+    def _prompt(self, index: int, row: Row, taken: dict[str, int]) -> Prompt:
         prompt_id = None if self._schema.by_custom_id else str(index)
         reason = None
         try:
-            if isinstance(row, _BadRow):
+            if isinstance(row, BadRow):
                 raise _RowError(row.reason)
             if self._schema.by_custom_id:
                 prompt_id = _custom_id(row, taken)
             messages, later_turns, metadata = _parse(row, self._schema)
         except _RowError as error:
             messages, later_turns, reason = [], [], str(error)
-            metadata = {"row": row.content} if isinstance(row, _BadRow) else row
+            metadata = {"row": row.content} if isinstance(row, BadRow) else row
         if prompt_id is None:
             prompt_id = f"row-{index}"
             while prompt_id in taken:
@@ -186,19 +162,9 @@ def load_prompts(
     """
     if limit is not None and limit < 1:
         raise DataError(f"--num-samples {limit}: accepted: 1 or more")
-    path = Path(dataset).expanduser()
-    if path.is_dir():
-        raise DataError(f"--dataset {dataset!r} is a directory; accepted: a file, or the name of a hub dataset")
-    is_local = path.is_file() or _extension(path) in EXTENSIONS or dataset.startswith((".", "/", "~", "\\"))
-    if is_local:
-        for flag, value in (("--dataset-split", split), ("--dataset-config", config)):
-            if value is not None:
-                raise DataError(f"{flag} {value!r}: {dataset!r} is a local file, which has none; leave {flag} out")
-        read, notes = _open_local(path, prompt_field)
-        fingerprint = _file_sha256(path)
-    else:
-        read, notes, fingerprint = _open_hub(dataset, split, config)
-    rows = _Rows(read, limit, dataset)
+    rows, notes, fingerprint = open_rows(
+        dataset, split, config, limit, lambda row: _recognise(row, prompt_field) is not None
+    )
 
     first_rows = list(itertools.islice(rows(), PEEK_ROWS))
     if not first_rows:
@@ -209,187 +175,6 @@ def load_prompts(
     columns = list(dict.fromkeys(str(name) for row in good_rows for name in row))
     schema, description = _recognise_first(good_rows, columns, dataset, prompt_field)
     return PromptSource("; ".join([description, *notes]), columns, fingerprint, rows, schema)
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The first `limit` rows of a reader, with whatever it raises turned into a DataError that names the dataset."""
-
-    read: Callable[[], Iterator[_Row]]
-    limit: int | None
-    dataset: str
-
-    def __call__(self) -> Iterator[_Row]:
-        count = 0
-        try:
-            for row in itertools.islice(self.read(), self.limit):
-                yield row
-                count += 1
-        except DataError:
-            raise
-        # `datasets`, the hub client, pyarrow, gzip and csv share no class of errors.
-        except Exception as error:
-            raise DataError(f"--dataset {self.dataset!r} breaks off after {count} rows: {_one_line(error)}") from error
-
-
-def _open_local(path: Path, prompt_field: str | None) -> tuple[Callable[[], Iterator[_Row]], list[str]]:
-    """Returns a reader of the file's rows, and notes for the user."""
-    if not path.is_file():
-        raise DataError(f"--dataset {str(path)!r}: no such file")
-    extension = _extension(path)
-    if extension not in EXTENSIONS:
-        raise DataError(
-            f"--dataset {str(path)!r}: unknown extension; accepted: {', '.join(EXTENSIONS)} (.gz after it but .parquet)"
-        )
-    if path.stat().st_size == 0:
-        raise DataError(f"--dataset {str(path)!r} is empty")
-    if extension == ".parquet":
-        return _open_parquet(path), []
-    if extension == ".txt":
-        return lambda: ({"text": line} for line in _lines(path)), ["one prompt a line, without the blank ones"]
-    if extension in (".csv", ".tsv"):
-        return lambda: _csv_rows(path, "\t" if extension == ".tsv" else ","), []
-    return _open_json(path, prompt_field)
-
-
-def _open_parquet(path: Path) -> Callable[[], Iterator[_Row]]:
-    disable_progress_bar()
-    try:
-        # data_files is a glob pattern: a bracket in the file's name would match nothing, and nothing would be read.
-        rows = datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train", streaming=True)
-    except Exception as error:
-        raise DataError(f"--dataset {str(path)!r} is not readable as Parquet: {_one_line(error)}") from error
-    return _arrow_rows(rows)
-
-
-def _open_hub(name: str, split: str | None, config: str | None) -> tuple[Callable[[], Iterator[_Row]], list[str], str]:
-    """Returns a reader of the split's rows, notes for the user, and a fingerprint."""
-    disable_progress_bar()
-    try:
-        builder = datasets.load_dataset_builder(name, config)
-        splits = builder.as_streaming_dataset()
-    except Exception as error:
-        raise DataError(
-            f"--dataset {name!r} is neither a local file nor loadable from the hub: {_one_line(error)}"
-        ) from error
-    chosen = split or ("train" if "train" in splits else next(iter(splits)))
-    if chosen not in splits or (split is None and chosen != "train" and len(splits) > 1):
-        accepted = ", ".join(map(repr, splits))
-        raise DataError(f"--dataset-split {split!r}: {name!r} has the splits {accepted}; choose one")
-    identity = json.dumps([name, builder.config.name, chosen, builder.hash])
-    notes = [f"configuration {builder.config.name!r}, split {chosen!r} of the hub dataset {name!r}"]
-    return _arrow_rows(splits[chosen]), notes, hashlib.sha256(identity.encode()).hexdigest()
-
-
-def _arrow_rows(rows: datasets.IterableDataset) -> Callable[[], Iterator[_Row]]:
-    """A reader without the null keys of nested objects: Arrow gives an object every key of the other rows' objects."""
-
-    def without_nulls(value: Any) -> Any:
-        if isinstance(value, list):
-            return [without_nulls(item) for item in value]
-        if isinstance(value, dict):
-            return {name: without_nulls(item) for name, item in value.items() if item is not None}
-        return value
-
-    rows = _without_decoding(rows)
-    return lambda: ({name: without_nulls(value) for name, value in row.items()} for row in rows)
-
-
-def _without_decoding(rows: datasets.IterableDataset) -> datasets.IterableDataset:
-    """Leaves images and sound as bytes: decoding needs further packages, and a prompt is text.
-
-    `IterableDataset.decode(False)` would also leave JSON columns as text.
-    """
-
-    def switch_off(feature: Any) -> None:
-        if isinstance(feature, dict):
-            for child in feature.values():
-                switch_off(child)
-        elif hasattr(feature, "feature"):
-            switch_off(feature.feature)
-        elif hasattr(feature, "decode") and not isinstance(feature, datasets.Json):
-            feature.decode = False
-
-    if rows.features is None:
-        return rows
-    features = rows.features.copy()
-    switch_off(features)
-    # A new Features, since the old one remembers which columns to decode.
-    return rows if features == rows.features else rows.cast(datasets.Features(dict(features)))
-
-
-def _open_text(path: Path) -> TextIO:
-    opener = gzip.open if path.suffix.lower() == ".gz" else open
-    # newline="" leaves the ends of lines inside a quoted CSV field as they are; utf-8-sig drops a byte order mark.
-    return opener(path, "rt", encoding="utf-8-sig", newline="")
-
-
-def _lines(path: Path) -> Iterator[str]:
-    with _open_text(path) as file:
-        for line in file:
-            if line.strip():
-                yield line.rstrip("\r\n")
-
-
-def _csv_rows(path: Path, delimiter: str) -> Iterator[_Row]:
-    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is shorter than a long prompt
-    with _open_text(path) as file:
-        # strict: otherwise a quote that is never closed swallows the rest of the file.
-        rows = csv.reader(file, delimiter=delimiter, strict=True)
-        header = next(rows, [])
-        if len(set(header)) < len(header):
-            raise DataError(f"--dataset {str(path)!r}: the header {header} names a column twice")
-        for values in rows:
-            if len(values) == len(header):
-                yield dict(zip(header, values, strict=True))
-            elif values:
-                yield _BadRow(f"has {len(values)} fields where the header has {len(header)}", values)
-
-
-def _open_json(path: Path, prompt_field: str | None) -> tuple[Callable[[], Iterator[_Row]], list[str]]:
-    """Tells JSON Lines from one JSON document by the content, since both are found under either extension."""
-    try:
-        lines = list(itertools.islice(_lines(path), 2))
-        if len(lines) == 2 and _is_json_object_or_text(lines[0]):
-            return lambda: map(_json_line, _lines(path)), []
-        with _open_text(path) as file:
-            document = json.load(file)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"--dataset {str(path)!r} is not JSON: {_one_line(error)}; accepted: a list of objects, or one on each line"
-        ) from error
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"--dataset {str(path)!r} is not readable as JSON: {_one_line(error)}") from error
-
-    notes = []
-    if isinstance(document, dict) and _recognise(document, prompt_field) is None:
-        lists = [k for k, value in document.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
-        if len(lists) == 1:
-            others = ", ".join(f"`{name}`" for name in document if name != lists[0])
-            notes = [f"the rows are the list `{lists[0]}` of the file" + (f" (left out: {others})" if others else "")]
-            document = document[lists[0]]
-    rows = [_json_row(item) for item in (document if isinstance(document, list) else [document])]
-    return lambda: iter(rows), notes
-
-
-def _is_json_object_or_text(line: str) -> bool:
-    try:
-        return isinstance(json.loads(line), (dict, str))
-    except json.JSONDecodeError:
-        return False
-
-
-def _json_line(line: str) -> _Row:
-    try:
-        return _json_row(json.loads(line))
-    except json.JSONDecodeError as error:
-        return _BadRow(f"is not JSON: {_one_line(error)}", line)
-
-
-def _json_row(item: Any) -> _Row:
-    if isinstance(item, str):
-        return {"text": item}
-    return item if isinstance(item, dict) else _BadRow(f"is {_kind(item)}, not an object", item)
 
 
 def _recognise_first(
@@ -517,10 +302,10 @@ def _with_context(instruction: Any, row: dict[str, Any]) -> tuple[Any, dict[str,
         # Self-instruct: one instruction with several inputs and their outputs, which stay together in the metadata.
         name, instances = "instances", row.get("instances") or [{}]
         if not isinstance(instances, list) or not isinstance(instances[0], dict):
-            raise _RowError(f"`instances` is {_kind(instances)}, not a list of objects with `input`")
+            raise _RowError(f"`instances` is {kind(instances)}, not a list of objects with `input`")
         context = instances[0].get("input")
     if context is not None and not isinstance(context, str):
-        raise _RowError(f"`{name}`: the input is {_kind(context)}, not text")
+        raise _RowError(f"`{name}`: the input is {kind(context)}, not text")
     if not isinstance(instruction, str) or not instruction.strip() or not context or not context.strip():
         return instruction, row
     return f"{instruction}\n\n{context}", row
@@ -537,7 +322,7 @@ def _custom_id(row: dict[str, Any], taken: dict[str, int]) -> str:
 
 def _messages(value: Any, column: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
-        raise _RowError(f"`{column}` is {_kind(value)}, not text, a list of messages or a list of user turns")
+        raise _RowError(f"`{column}` is {kind(value)}, not text, a list of messages or a list of user turns")
     return [_message(turn, f"turn {i} of `{column}`") for i, turn in enumerate(value)]
 
 
@@ -559,7 +344,7 @@ def _text(content: Any, where: str) -> str:
         # A line each, so that the words of two parts do not run together.
         content = "\n".join(_part(part, where) for part in content)
     if not isinstance(content, str):
-        raise _RowError(f"{where} is {_kind(content)}, not text")
+        raise _RowError(f"{where} is {kind(content)}, not text")
     try:
         content.encode()
     except UnicodeEncodeError:
@@ -612,31 +397,3 @@ def _serialisable(value: Any) -> Any:
     if hasattr(value, "isoformat"):
         return value.isoformat()
     return str(value)
-
-
-def _kind(value: Any) -> str:
-    if value is None or value == []:
-        return "missing" if value is None else "an empty list"
-    return {str: "text", list: "a list", dict: "an object"}.get(type(value), f"of type {type(value).__name__}")
-
-
-def _extension(path: Path) -> str:
-    name = path.name.lower()
-    return ".parquet.gz" if name.endswith(".parquet.gz") else Path(name.removesuffix(".gz")).suffix
-
-
-def _file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise DataError(f"--dataset {str(path)!r} is not readable: {_one_line(error)}") from error
-    return digest.hexdigest()
-
-
-def _one_line(error: Exception) -> str:
-    """The error's class and message, short enough for one line."""
-    message = " ".join(f"{type(error).__name__}: {error}".split())
-    return message if len(message) <= 300 else message[:299] + "…"

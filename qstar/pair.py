@@ -92,7 +92,7 @@ class Pair:
         self.theta, self.t = theta, t
         self.tokenizer_theta, self.tokenizer_t = tokenizer_theta, tokenizer_t
         self.vocab_size = shared_vocab_size(
-            tokenizer_theta, tokenizer_t, *(m.get_output_embeddings().weight.shape[0] for m in (theta, t))
+            tokenizer_theta, tokenizer_t, *(m.config.get_text_config().vocab_size for m in (theta, t))
         )
         self.eos_ids = {i for m, tok in ((theta, tokenizer_theta), (t, tokenizer_t)) for i in eos_ids_of(m, tok)}
         self.special_ids = {i for i in tokenizer_t.all_special_ids if i < self.vocab_size} | self.eos_ids

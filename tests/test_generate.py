@@ -12,6 +12,7 @@ from pathlib import Path
 import datasets
 import pytest
 
+import qstar.decode
 import qstar.pair
 from qstar.demo import PROMPTS, THETA, T
 from qstar.generate import main
@@ -331,3 +332,12 @@ def test_every_real_prompt_file(tmp_path, capsys):
             print(f"{file.name}: {len(written)} samples, {len(errors)} errors {[e['error'] for e in errors]}")
         assert written or errors
         assert code == bool(errors)
+
+
+def test_a_prompt_that_fails_again_does_not_repeat_the_others(tmp_path, monkeypatch):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "Hi."}\n' + json.dumps({"prompt": "word " * 600}) + "\n")
+    assert run(tmp_path, "--dataset", str(data)) == 1
+    monkeypatch.setattr(qstar.decode.Decoder, "run", lambda *_: pytest.fail("decoded again"))
+    assert run(tmp_path, "--dataset", str(data), "--batch-size", "3") == 1
+    assert len(lines(tmp_path / "x.jsonl")) == len(lines(tmp_path / "x.errors.jsonl")) == 1

@@ -1,0 +1,263 @@
+"""The command line of `python -m qstar.generate`, checked before any model is loaded."""
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import sys
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qstar.data import DataError, PromptSource, load_prompts
+from qstar.demo import PROMPTS, THETA, T
+from qstar.output import FORMATS, Output
+from qstar.prompting import HINT_TEMPLATE, PromptFormat
+from qstar_kernels.types import METHODS, Settings
+
+
+class Parser(argparse.ArgumentParser):
+    """One line an error, and option names with underscores as well as hyphens."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+
+        def hyphenated(arg: str) -> str:
+            name, equals, value = arg.partition("=")
+            return name.replace("_", "-") + equals + value if arg.startswith("--") else arg
+
+        return super().parse_known_args([hyphenated(a) for a in args], namespace)
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def number(kind: type, low: float, text: str):
+    """An argparse type: a number of at least `low`."""
+
+    def parse(value: str):
+        try:
+            parsed = kind(value)
+        except ValueError:
+            parsed = None
+        if parsed is None or not parsed >= low:
+            raise argparse.ArgumentTypeError(f"{value!r} must be {text}")
+        return parsed
+
+    return parse
+
+
+def make_parser() -> Parser:
+    """The command line, in groups."""
+    parser = Parser(
+        prog="python -m qstar.generate",
+        description="Sample from q* ∝ π_θ^α · π_t^(1−α) between two language models. Without arguments: the demo pair "
+        "on its bundled prompts. Every option is explained in docs/guide.md.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    count = number(int, 1, "a whole number of at least 1")
+
+    group = parser.add_argument_group("models")
+    group.add_argument("--model-theta", help="π_θ, the policy: hub name or folder (default: the demo pair's)")
+    group.add_argument("--model-t", help="π_t, the target; the same name as --model-theta shares the weights")
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="auto: the checkpoint's, float32 on a CPU",
+    )
+    group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+    group.add_argument("--device-map", help="placement over several devices, e.g. auto")
+    group.add_argument("--attn-implementation", help="sdpa, eager, flash_attention_2, …")
+    group.add_argument("--load-in-4bit", action="store_true", help="quantise both models (pip install 'qstar[4bit]')")
+    group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a checkpoint")
+
+    group = parser.add_argument_group("data in")
+    group.add_argument(
+        "--dataset", help="hub name, or JSON, JSONL, Parquet, CSV or text file (default: the demo's prompts)"
+    )
+    group.add_argument("--dataset-split", help="split of a hub dataset")
+    group.add_argument("--dataset-config", help="configuration of a hub dataset")
+    group.add_argument("--prompt-field", help="column that holds the prompt, where it is not recognised")
+    group.add_argument("--num-samples", type=count, help="number of prompts (default: all)")
+    group.add_argument("--samples-per-prompt", type=count, default=1, help="samples of each prompt")
+
+    group = parser.add_argument_group("prompts")
+    for side in ("theta", "t"):
+        group.add_argument(f"--{side}-chat-template", default="auto", help=f"for {side}: auto, none, or a Jinja file")
+        group.add_argument(f"--{side}-system-prompt", help=f"system prompt that {side} sees")
+    group.add_argument("--t-hint-field", help="column whose text only π_t sees, with the last user message")
+    group.add_argument("--t-hint-template", default=HINT_TEMPLATE, help="how the hint is added")
+
+    defaults = Settings()
+    group = parser.add_argument_group("rule for α (the weight of π_θ)")
+    group.add_argument(
+        "--alpha-method", default=defaults.method, choices=METHODS, help="condition that α meets at every token"
+    )
+    group.add_argument("--alpha", type=float, default=defaults.alpha, help="α of method fixed")
+    group.add_argument("--alpha-min", type=float, default=defaults.alpha_min, help="lower clamp")
+    group.add_argument("--alpha-max", type=float, default=defaults.alpha_max, help="upper clamp")
+    group.add_argument("--tol", type=float, default=defaults.tol, help="bound on |KL(q*‖π_θ) − KL(q*‖π_t)| in nats")
+
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--temperature",
+        type=float,
+        default=defaults.temperature,
+        help="of both models, before they are mixed; 0 is greedy",
+    )
+    group.add_argument(
+        "--top-k", type=int, default=defaults.top_k, help="keep the k most probable tokens of q* (0: all)"
+    )
+    group.add_argument(
+        "--top-p", type=float, default=defaults.top_p, help="keep the most probable tokens with this mass of q*"
+    )
+    group.add_argument(
+        "--min-p", type=float, default=defaults.min_p, help="drop tokens below this share of q*'s most probable one"
+    )
+    group.add_argument(
+        "--target-top-k", type=int, default=defaults.target_top_k, help="restrict q* to π_t's top k (0: all)"
+    )
+    group.add_argument(
+        "--target-top-p", type=float, default=defaults.target_top_p, help="restrict q* to π_t's top-p set"
+    )
+    group.add_argument(
+        "--force-t-first-token",
+        "--force-target-for-first-token",
+        action="store_true",
+        help="draw the first token from π_t",
+    )
+    group.add_argument(
+        "--force-t-special-tokens",
+        "--force-target-for-special-tokens",
+        action="store_true",
+        help="give special tokens π_t's probability",
+    )
+    group.add_argument("--seed", type=int, default=0, help="seed of the run; each sample's own follows from it")
+
+    group = parser.add_argument_group("decoding")
+    group.add_argument("--max-new-tokens", type=count, default=256, help="token limit of a sample")
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="text that ends a sample; may be repeated"
+    )
+    group.add_argument("--batch-size", type=count, default=16, help="sequences decoded together")
+
+    group = parser.add_argument_group("data out")
+    group.add_argument(
+        "--output",
+        type=Path,
+        help="file to write; an interrupted run goes on where it was (default: a new file in qstar-out/)",
+    )
+    group.add_argument("--output-format", default="jsonl", choices=list(FORMATS), help="what to write")
+    group.add_argument(
+        "--save-diagnostics", action="store_true", help="write x.diagnostics.jsonl: every token's numbers"
+    )
+    return parser
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked command line: everything but the models is loaded."""
+
+    args: argparse.Namespace
+    settings: Settings
+    format_theta: PromptFormat
+    format_t: PromptFormat
+    prompts: PromptSource
+    output: Output
+
+
+def prepare(argv: list[str] | None) -> Job:
+    """Check the command line and open the dataset, before any model is loaded; exits with one line if it is wrong."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if (args.model_theta is None) != (args.model_t is None):
+        missing = "--model-t" if args.model_t is None else "--model-theta"
+        parser.error(f"{missing} is missing; for one model with two prompts give its name to both")
+    if args.device is not None and args.device_map is not None:
+        parser.error("--device and --device-map exclude each other")
+    if args.device is not None and args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: this machine or this build of torch has no CUDA; try --device cpu")
+    if args.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+        parser.error("--load-in-4bit needs bitsandbytes: pip install 'qstar[4bit]'")
+    if any(not stop for stop in args.stop):
+        parser.error("--stop must not be empty")
+    if args.model_theta is None:
+        args.model_theta, args.model_t = str(THETA), str(T)
+    if args.output is None:
+        args.output = Path("qstar-out") / f"{datetime.now():%Y%m%d-%H%M%S}{FORMATS[args.output_format]}"
+    if args.output.is_dir():
+        parser.error(f"--output {args.output} is a folder; give a file")
+    for name in ("model_theta", "model_t"):
+        folder = Path(getattr(args, name)).expanduser()
+        if folder.is_dir() and not (folder / "config.json").is_file():
+            parser.error(f"--{name.replace('_', '-')} {folder} has no config.json; give a model's folder or a hub name")
+    try:
+        settings = Settings(
+            method=args.alpha_method,
+            **{
+                name: getattr(args, name)
+                for name in (
+                    [
+                        "alpha",
+                        "alpha_min",
+                        "alpha_max",
+                        "temperature",
+                        "top_k",
+                        "top_p",
+                        "min_p",
+                        "target_top_k",
+                        "target_top_p",
+                        "tol",
+                    ]
+                )
+            },
+        )
+        format_theta = PromptFormat(args.theta_chat_template, args.theta_system_prompt)
+        format_t = PromptFormat(args.t_chat_template, args.t_system_prompt, args.t_hint_template)
+        prompts = load_prompts(
+            args.dataset or str(PROMPTS), args.dataset_split, args.dataset_config, args.prompt_field, args.num_samples
+        )
+    except (ValueError, DataError) as error:
+        parser.error(str(error))
+    if args.t_hint_field is not None and args.t_hint_field not in prompts.columns:
+        parser.error(f"--t-hint-field {args.t_hint_field!r} is no column; the columns are {', '.join(prompts.columns)}")
+    output = Output(args.output, args.output_format, args.save_diagnostics, run_settings(args, prompts))
+    return Job(args, settings, format_theta, format_t, prompts, output)
+
+
+def weights_fingerprint(name: str) -> str:
+    """What tells one checkpoint from another in the same folder; the name itself for a hub model."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return name
+    digest = hashlib.sha256()
+    for path in sorted(
+        p for p in folder.iterdir() if p.is_file() and p.suffix in (".safetensors", ".bin", ".json", ".jinja")
+    ):
+        digest.update(f"{path.name} {path.stat().st_size}".encode())
+        with path.open("rb") as file:  # the ends of a large file are enough to see that it was trained on
+            digest.update(file.read(1 << 20))
+            file.seek(max(0, path.stat().st_size - (1 << 20)))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def run_settings(args: argparse.Namespace, prompts: PromptSource) -> dict[str, Any]:
+    """Everything the output depends on, by the names of the command line."""
+    # where it runs, how much at once and where it writes is no part of what it writes
+    free = {"output", "device", "device_map", "batch_size"}
+    settings = {f"--{k.replace('_', '-')}": v for k, v in vars(args).items() if k not in free}
+    settings["output file"] = args.output.name
+    settings["dataset content"] = prompts.fingerprint
+    settings["weights of theta"] = weights_fingerprint(args.model_theta)
+    settings["weights of t"] = weights_fingerprint(args.model_t)
+    for template in ("theta_chat_template", "t_chat_template"):
+        path = Path(getattr(args, template))
+        if path.is_file():
+            settings[f"content of --{template.replace('_', '-')}"] = path.read_text(encoding="utf-8")
+    return json.loads(json.dumps(settings))
