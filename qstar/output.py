@@ -311,15 +311,11 @@ class Output:
                 file.seek(start)
                 return row(json.loads(file.readline()))
 
-            writer = None
-            for i in range(0, len(offsets), 1000):
-                rows = [read(start) for _, start in offsets[i : i + 1000]]
-                table = pa.Table.from_pylist(rows, schema=writer.schema if writer else None)
-                writer = writer or pq.ParquetWriter(temporary, table.schema)
-                writer.write_table(table)
-            if writer:
-                writer.close()
-                temporary.replace(self.path)
+            with pq.ParquetWriter(temporary, SCHEMAS[self.format]) as writer:
+                for i in range(0, len(offsets), 1000):
+                    rows = [read(start) for _, start in offsets[i : i + 1000]]
+                    writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMAS[self.format]))
+            temporary.replace(self.path)
 
 
 def complete_lines(path: Path) -> Iterator[tuple[Key, int]]:
