@@ -221,6 +221,11 @@ class Run:
             say(f"[bold]{output.errors} failed[/]; reasons in {output.errors_file}, tried again at the next start")
 
 
+def failed(message: str) -> int:
+    print(f"python -m qstar.generate: error: {' '.join(message.split())}", file=sys.stderr)
+    return 1
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; 0 if every sample is on disk, 1 if something failed, 2 for a wrong command line."""
     console = Console(stderr=False, soft_wrap=True)
@@ -243,15 +248,9 @@ def main(argv: list[str] | None = None) -> int:
             Run(job, pair, console).run()
             return 1 if job.output.errors else 0
     except torch.OutOfMemoryError:
-        print(
-            f"python -m qstar.generate: error: out of memory; start again with a smaller --batch-size than {job.args.batch_size}, "
-            "what is on disk is kept",
-            file=sys.stderr,
-        )
-        return 1
+        return failed("out of memory; start again with a smaller --batch-size, what is on disk is kept")
     except (OutputError, DataError, ValueError, OSError, ImportError) as error:
-        print(f"python -m qstar.generate: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return failed(str(error))
     except KeyboardInterrupt:
         print("interrupted; start the same command again to go on", file=sys.stderr)
         return 130

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from qstar.data import Prompt
@@ -130,9 +132,53 @@ def openai_line(done: Finished, tokenizer, model: str, single: bool) -> dict[str
     }
 
 
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+SCHEMAS = {
+    "parquet": pa.schema(
+        [
+            ("id", pa.string()),
+            ("prompt_index", pa.int64()),
+            ("sample_index", pa.int64()),
+            ("messages", MESSAGES),
+            ("finish_reason", pa.string()),
+            ("num_tokens", pa.int64()),
+            ("metadata", pa.string()),
+        ]
+    ),
+    "verl": pa.schema(
+        [
+            ("data_source", pa.string()),
+            ("prompt", MESSAGES),
+            ("response", pa.string()),
+            ("ability", pa.string()),
+            ("reward_model", pa.struct([("style", pa.string()), ("ground_truth", pa.string())])),
+            (
+                "extra_info",
+                pa.struct(
+                    [
+                        ("id", pa.string()),
+                        ("index", pa.int64()),
+                        ("sample_index", pa.int64()),
+                        ("finish_reason", pa.string()),
+                        ("num_tokens", pa.int64()),
+                        ("metadata", pa.string()),
+                    ]
+                ),
+            ),
+        ]
+    ),
+}
+
+
+def metadata_text(line: dict[str, Any]) -> str:
+    """The metadata as JSON; turns with more than role and content, which a Parquet column cannot hold, are added."""
+    extra = {} if all(m.keys() == {"role", "content"} for m in line["messages"]) else {"messages": line["messages"]}
+    return json.dumps(line["metadata"] | extra, ensure_ascii=False)
+
+
 def parquet_row(line: dict[str, Any]) -> dict[str, Any]:
     """A row of format `parquet`: the `jsonl` line with the metadata, whose columns vary, as JSON text."""
-    return line | {"metadata": json.dumps(line["metadata"], ensure_ascii=False)}
+    return line | {"metadata": metadata_text(line)}
 
 
 def verl_row(line: dict[str, Any], data_source: str) -> dict[str, Any]:
@@ -153,7 +199,7 @@ def verl_row(line: dict[str, Any], data_source: str) -> dict[str, Any]:
             "sample_index": line["sample_index"],
             "finish_reason": line["finish_reason"],
             "num_tokens": line["num_tokens"],
-            "metadata": json.dumps(metadata, ensure_ascii=False),
+            "metadata": metadata_text(line),
         },
     }
 
@@ -196,6 +242,7 @@ class Output:
     def __enter__(self) -> "Output":
         with explained(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.lock_file.open("a").close()  # a folder that cannot be written to would look like a held lock
             self._lock = FileLock(self.lock_file)
             try:
                 self._lock.acquire(timeout=0)
@@ -299,9 +346,6 @@ class Output:
         """Make the Parquet file from the journal, in the order of the prompts."""
         if self.journal == self.path:
             return
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         row = parquet_row if self.format == "parquet" else lambda line: verl_row(line, data_source)
         offsets = sorted((key, start) for key, start in line_starts(self.journal))
         temporary = Path(f"{self.path}.tmp")
