@@ -24,7 +24,8 @@ from qstar.arguments import Job, prepare
 from qstar.data import DataError, Prompt
 from qstar.decode import DecodeOptions
 from qstar.demo import PROMPTS
-from qstar.output import Finished, OutputError, openai_line, sample_line
+from qstar.formats import Finished, openai_line, sample_line
+from qstar.output import OutputError
 from qstar.pair import Pair, sample_seed
 from qstar.prompting import PromptError
 
