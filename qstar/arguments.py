@@ -35,6 +35,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, where there is one and the text does not say it already."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        has_default = action.default not in (None, []) and action.default is not False
+        return super()._get_help_string(action) if has_default else action.help
+
+
 def number(kind: type, low: float, text: str):
     """An argparse type: a number of at least `low`."""
 
@@ -54,9 +62,10 @@ def make_parser() -> Parser:
     """The command line, in groups."""
     parser = Parser(
         prog="python -m qstar.generate",
+        usage="%(prog)s [options]",
         description="Sample from q* ∝ π_θ^α · π_t^(1−α) between two language models. Without arguments: the demo pair "
         "on its bundled prompts. Every option is explained in docs/guide.md.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     count = number(int, 1, "a whole number of at least 1")

@@ -188,8 +188,8 @@ class Run:
                         self.output.write([done], [self.line(done)])
                         progress.advance(task)
                     self.summary.add(done)
-                    if len(self.shown) < 3:
-                        self.shown.append(done)
+                    # by prompt, not by who finished first: those are the short ones
+                    self.shown = sorted([*self.shown, done], key=lambda d: d.key)[:3]
                     s, seconds = self.summary, time.time() - start
                     figures = f"{s.tokens / seconds:.0f} tokens/s  α {s.alpha / s.tokens:.3f}  KL {s.mean_kl:.4f}"
                     progress.update(task, figures=figures)

@@ -1,0 +1,37 @@
+"""The documentation says what the code does: the README's loop runs, the guide names every option and every field."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from qstar.arguments import make_parser
+from qstar.decode import FIELDS
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_loop_of_the_readme_runs():
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S).group(1)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"(.+ α [01]\.\d{3} KL \d+\.\d{4}\n)+", done.stdout)
+
+
+def test_the_guide_names_every_option():
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    options = {a.option_strings[0] for a in make_parser()._actions} - {"-h"}
+    assert {o for o in options if f"`{o}`" not in guide and f"`{o} " not in guide} == set()
+    assert set(re.findall(r"(?<!\S)`?(--[a-z][a-z0-9-]*)", guide)) - options <= {"--help", "--x"}
+
+
+def test_the_guide_names_every_field():
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in guide for name in (*FIELDS, "prompt_ids_theta", "finish_reason", "kl_gap_max", "status"))
+
+
+def test_help_is_grouped_and_shows_defaults():
+    text = " ".join(make_parser().format_help().split())
+    for group in ("models:", "data in:", "prompts:", "rule for α", "sampling:", "decoding:", "data out:"):
+        assert group in text
+    assert "(default: kl_symmetry)" in text
