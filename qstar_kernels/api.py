@@ -7,10 +7,11 @@ of π_θ (`theta`); π_t (`t`) is the target or teacher.
 import torch
 from torch import Tensor
 
+from qstar_kernels.cpu import qstar_torch
 from qstar_kernels.reference import qstar_reference
 from qstar_kernels.types import QStarStep, Settings
 
-IMPLEMENTATIONS = ("auto", "reference")
+IMPLEMENTATIONS = ("auto", "reference", "torch")
 
 
 def qstar_sample(
@@ -39,7 +40,8 @@ def qstar_sample(
     count do not enter (theory/computation.md, «The draw»).
 
     Args:
-        logits_theta, logits_t: [B, V] floating point, any strides. −inf marks a token that a model forbids.
+        logits_theta, logits_t: [B, V] floating point, any strides. −inf, or anything
+            below −1e30 such as finfo.min, marks a token that a model forbids.
         seeds: int64 [B], the seed of each sequence.
         positions: int64 [B], index of the token that is being drawn, the same token never twice for one seed.
         method: the rule for α: `kl_symmetry` (KL(q*‖π_θ) = KL(q*‖π_t), the minimax point), `ess_balance`,
@@ -64,7 +66,9 @@ def qstar_sample(
     )
     theta, t = checked_rows(logits_theta, logits_t, vocab_size)
     seeds, positions = checked_index("seeds", seeds, theta), checked_index("positions", positions, theta)
-    return implementation(impl, theta)(theta, t, settings, seeds=seeds, positions=positions)[0].to(out_dtype(theta, t))
+    return implementation(impl, theta, t)(theta, t, settings, seeds=seeds, positions=positions)[0].to(
+        out_dtype(theta, t)
+    )
 
 
 def qstar_logprobs(
@@ -77,13 +81,13 @@ def qstar_logprobs(
         **settings: `method` to `tol` of `qstar_sample`, with the same defaults.
 
     Returns:
-        log q [B, V] in nats, normalised, −inf where cut, NaN on rows with `status` ≠ 0; and `QStarStep` without a token.
+        log q [B, V] in nats, normalised, −inf where cut, NaN where `status` ≠ 0; and `QStarStep` without a token.
 
     Raises:
         ValueError: as `qstar_sample`.
     """
     theta, t = checked_rows(logits_theta, logits_t, vocab_size)
-    step, log_q = implementation(impl, theta)(theta, t, Settings(**settings), want_log_q=True)
+    step, log_q = implementation(impl, theta, t)(theta, t, Settings(**settings), want_log_q=True)
     return log_q.to(out_dtype(theta, t)), step.to(out_dtype(theta, t))
 
 
@@ -112,14 +116,15 @@ def qstar_stats(
     theta, t = checked_rows(logits_theta, logits_t, vocab_size)
     if tokens is not None:
         tokens = checked_index("tokens", tokens, theta)
-    return implementation(impl, theta)(theta, t, Settings(**settings), tokens=tokens)[0].to(out_dtype(theta, t))
+    return implementation(impl, theta, t)(theta, t, Settings(**settings), tokens=tokens)[0].to(out_dtype(theta, t))
 
 
-def implementation(impl: str, theta: Tensor):
-    """The function behind `impl`."""
+def implementation(impl: str, theta: Tensor, t: Tensor):
+    """The function behind `impl`; float64 logits ask for the reference's accuracy, so `auto` takes it for them."""
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl is {impl!r}; it must be one of {', '.join(IMPLEMENTATIONS)}")
-    return qstar_reference
+    fast = theta.device.type == "cpu" and out_dtype(theta, t) == torch.float32
+    return qstar_torch if impl == "torch" or (impl == "auto" and fast) else qstar_reference
 
 
 def out_dtype(theta: Tensor, t: Tensor) -> torch.dtype:
@@ -146,8 +151,8 @@ def checked_rows(theta: Tensor, t: Tensor, vocab_size: int | None) -> tuple[Tens
         return theta[:, :vocab_size], t[:, :vocab_size]
     if theta.shape[1] != t.shape[1]:
         raise ValueError(
-            f"logits_theta has {theta.shape[1]} columns and logits_t {t.shape[1]}; for one tokenizer padded differently "
-            "pass vocab_size=, the tokenizer's length"
+            f"logits_theta has {theta.shape[1]} columns and logits_t {t.shape[1]}; for one tokenizer padded "
+            "differently pass vocab_size=, the tokenizer's length"
         )
     return theta, t
 

@@ -15,17 +15,28 @@ TOKEN_STREAM = 1  # the noise of the tokens
 _MASK = 0xFFFFFFFF
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Philox-4x32-10 (Salmon et al., 2011): four int64 tensors holding 32-bit words to four of the same shape."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        # int64 products wrap, which leaves all 64 bits right: the upper word is what the shift and the mask keep
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c2 = (p1 >> 32) & _MASK ^ c1 ^ k0, (p0 >> 32) & _MASK ^ c3 ^ k1
-        c1, c3 = p1 & _MASK, p0 & _MASK
-        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
-    return c0, c1, c2, c3
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Philox-4x32-10 (Salmon et al., 2011) of int64 tensors [B, P] (or [B, 1]) of 32-bit words.
+
+    Returns:
+        words 0 and 2, and words 1 and 3: int64 [2, B, P] each.
+    """
+    # Both halves of a round in one operation: rows of «even» are c0 and c2, rows of «odd» c1 and c3. A round crosses
+    # the halves over, so in every second round all of them are held in the opposite order.
+    even, odd = torch.stack(torch.broadcast_tensors(counter[0], counter[2])), torch.stack((counter[1], counter[3]))
+    mask = even.new_tensor(_MASK)
+    factors = even.new_tensor([0xD2511F53, 0xCD9E8D57])[:, None, None]
+    factors = (factors, factors.flip(0))
+    rounds = torch.arange(10, device=even.device)[:, None, None]
+    keys = torch.stack([key[0] + rounds * 0x9E3779B9, key[1] + rounds * 0xBB67AE85], dim=1) & mask  # [10, 2, B, 1]
+    keys = torch.stack((keys[::2].flip(1), keys[1::2]), dim=1).flatten(0, 1)
+    for i, round_key in enumerate(keys.unbind()):
+        # int64 products wrap, which leaves all 64 bits right; the odd words keep their upper half until it is masked
+        # with the next sum
+        product = even * factors[i % 2]
+        even = (product >> 32).bitwise_xor_(odd.flip(0).bitwise_xor_(round_key)).bitwise_and_(mask)
+        odd = product
+    return even, odd.bitwise_and_(mask)
 
 
 def gumbel(seeds: Tensor, positions: Tensor, first_id: Tensor, count: int, stream: int) -> Tensor:
@@ -43,17 +54,20 @@ def gumbel(seeds: Tensor, positions: Tensor, first_id: Tensor, count: int, strea
     """
     pairs = torch.arange((count + 1) // 2, device=seeds.device)  # [P]
     seeds, positions = seeds[:, None], positions[:, None]  # [B, 1]
-    c0 = first_id[:, None] // 2 + pairs  # [B, P]
-    words = philox(
-        (c0, positions & _MASK, (positions >> 32) & _MASK, torch.full_like(positions, stream)),
+    high, low = philox(
+        (
+            first_id[:, None] // 2 + pairs,
+            positions & _MASK,
+            (positions >> 32) & _MASK,
+            torch.full_like(positions, stream),
+        ),
         (seeds & _MASK, (seeds >> 32) & _MASK),
-    )
-    high = torch.stack((words[0], words[2]), dim=-1).flatten(1)[:, :count]  # [B, count]
-    low = torch.stack((words[1], words[3]), dim=-1).flatten(1)[:, :count]
+    )  # [2, B, P], even ids before odd ones
     # The upper half of the uniforms goes through its complement, whose bits are the inverted ones: u and 1 - u are then
     # both exact where they are small, so neither tail of the noise is cut off.
     upper = high >= 1 << 31
-    high, low = torch.where(upper, _MASK - high, high), torch.where(upper, _MASK - low, low)
-    u = high.double() * 2.0**-32 + (low.double() + 0.5) * 2.0**-64  # (0, 0.5]
-    exponential = torch.where(upper, -u.log(), -torch.log1p(-u))
-    return -exponential.log()
+    inversion = (high >> 31).mul_(_MASK)
+    high, low = high.bitwise_xor_(inversion), low.bitwise_xor_(inversion)
+    u = (high.double() * 2.0**-32).add_((low.double() + 0.5).mul_(2.0**-64))  # (0, 0.5]
+    exponential = torch.where(upper, u.log(), torch.log1p(-u)).neg_()
+    return exponential.log_().neg_().permute(1, 2, 0).flatten(1)[:, :count]

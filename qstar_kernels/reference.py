@@ -19,6 +19,9 @@ from torch import Tensor
 from qstar_kernels.noise import GROUP_SIZE, GROUP_STREAM, TOKEN_STREAM, gumbel
 from qstar_kernels.types import QStarStep, Settings, Status
 
+# A logit below this means −inf: masks are also written as finfo.min, and −3e38 as a number makes a curve with corners
+LOWEST = -1e30
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -228,6 +231,7 @@ def qstar_reference(
         the fields in float64, and log q [B, V] in float64 or None.
     """
     theta, t = logits_theta.double(), logits_t.double()
+    theta, t = (x.masked_fill(x < LOWEST, -torch.inf) for x in (theta, t))
     status = status_of(theta, t)
     bad = status != Status.OK
     theta, t = theta.masked_fill(bad[:, None], 0.0), t.masked_fill(bad[:, None], 0.0)

@@ -1,0 +1,439 @@
+"""The CPU path against the float64 reference, and both against what the theory promises."""
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+from rows import INF, VOCAB_SIZES, table, unusable, zipf_pair
+from scipy.stats import chi2
+
+from qstar_kernels import METHODS, QStarStep, Status, cpu, qstar_logprobs, qstar_sample, qstar_stats
+from qstar_kernels.reference import make_pair
+from qstar_kernels.types import Settings
+
+FLOATS = ("alpha", "kl_theta", "kl_t", "ess_theta", "ess_t", "logq", "logp_theta", "logp_t")
+FIELDS = (*FLOATS, "status", "token")
+
+
+def draw(theta, t, first_seed: int = 0, **kwargs) -> QStarStep:
+    """A token a row, with seeds from `first_seed` on."""
+    seeds = torch.arange(len(theta)) + first_seed
+    return qstar_sample(theta, t, **{"seeds": seeds, "positions": seeds * 3 + 1} | kwargs)
+
+
+def stacked(pairs) -> tuple[torch.Tensor, torch.Tensor]:
+    theta, t = zip(*pairs.values(), strict=True)
+    return torch.stack(theta), torch.stack(t)
+
+
+def equal_bits(x: QStarStep, y: QStarStep, rows=slice(None)) -> bool:
+    """Equal to the last bit, NaN where NaN."""
+    return all(torch.equal(getattr(x, f)[rows].nan_to_num(nan=7e7), getattr(y, f).nan_to_num(nan=7e7)) for f in FIELDS)
+
+
+def check_against_reference(theta, t, names=None, **kwargs) -> None:
+    """All fields of `torch` within the accuracy it promises; `theta`, `t` [B, V] of any type."""
+    got = draw(theta, t, impl="torch", **kwargs).to(torch.float64)
+    want = draw(theta.double(), t.double(), impl="reference", **kwargs)
+    assert got.alpha.isfinite().all()
+    assert torch.equal(got.status, want.status)
+    tempering = kwargs.get("temperature") or 1.0
+    usable = (x.double().masked_fill(x < -1e30, -INF) / tempering for x in (theta, t))
+    curvature = make_pair(*usable).curve(want.alpha)[3]
+    size = torch.maximum(want.kl_theta, want.kl_t).clamp(min=1)
+    symmetric = kwargs.get("method", "kl_symmetry") == "kl_symmetry"
+
+    def far(x, y, bound) -> torch.Tensor:
+        return ~((x == y) | ((x - y).abs() <= bound))
+
+    wrong = {
+        "alpha": far(got.alpha, want.alpha, 1e-5) & (curvature > 1e-6),
+        "kl_theta": far(got.kl_theta, want.kl_theta, 1e-5 * size),
+        "kl_t": far(got.kl_t, want.kl_t, 1e-5 * size),
+        "gap": far(got.kl_theta - got.kl_t, want.kl_theta - want.kl_t, 1e-5 * size) & symmetric,
+        "token": got.token != want.token,
+    }
+    for name in ("ess_theta", "ess_t"):  # below 1e-30 float32 has nothing to say
+        x, y = (getattr(step, name).clamp(min=1e-30).log() for step in (got, want))
+        wrong[name] = far(x, y, 1e-4)
+    for name in ("logq", "logp_theta", "logp_t"):
+        x, y = getattr(got, name), getattr(want, name)
+        wrong[name] = far(x, y, 1e-5 * y.abs().clamp(min=1))
+    hits = {n: [names[i] if names else i for i in w.nonzero()[:, 0].tolist()] for n, w in wrong.items() if w.any()}
+    assert not hits
+
+
+@pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
+@pytest.mark.parametrize("method", METHODS)
+def test_torch_matches_reference_on_hard_rows(vocab_size, method):
+    pairs = table(vocab_size, seed=vocab_size)
+    if vocab_size > 50000:  # the reference is slow: the pairs that differ in kind
+        pairs = dict(itertools.islice(pairs.items(), 0, None, 6))
+    check_against_reference(*stacked(pairs), names=list(pairs), method=method)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("vocab_size", [999, 4097])
+def test_other_types(vocab_size, dtype):
+    pairs = {k: v for k, v in table(vocab_size, seed=2).items() if "finfo" not in k}
+    theta, t = stacked(pairs)
+    check_against_reference(theta.to(dtype), t.to(dtype), names=list(pairs))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.3, 1.7])
+def test_temperature(temperature):
+    pairs = table(4097, seed=3)
+    check_against_reference(*stacked(pairs), names=list(pairs), temperature=temperature)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_alpha_range(method):
+    check_against_reference(*zipf_pair(8, 999, 3.0), method=method, alpha_min=0.52, alpha_max=0.56)
+    step = draw(*zipf_pair(8, 999, 3.0), method=method, alpha_min=0.52, alpha_max=0.56)
+    assert ((step.alpha >= 0.52) & (step.alpha <= 0.56)).all()
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_odd_strides(impl):
+    theta, t = zipf_pair(4, 4097, 1.0)
+    want = draw(theta, t, impl=impl)
+    wide = torch.full((4, 3 * 4097 + 1), torch.nan)
+    wide[:, 1::3] = t
+    assert equal_bits(want, draw(theta.T.contiguous().T, wide[:, 1::3], impl=impl))
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("vocab_size", [999, 2048, 40000])
+def test_a_row_ignores_its_neighbours(vocab_size, impl):
+    """Equal bits alone, among 64 rows of every kind (unusable ones too), at either place."""
+    pairs = table(vocab_size) | unusable(vocab_size)
+    theta, t = stacked(pairs)
+    repeat = torch.arange(64) % len(pairs)
+    theta, t, seeds = theta[repeat], t[repeat], torch.arange(64)
+    if vocab_size > 5000 and impl == "reference":
+        theta, t, seeds = theta[::4], t[::4], seeds[::4]
+    for kwargs in ({}, {"temperature": 0.7, "top_p": 0.9}, {"method": "ess_balance"}, {"temperature": 0.0}):
+        if kwargs and vocab_size > 5000:
+            continue
+        among = draw(theta, t, seeds=seeds, positions=seeds, impl=impl, **kwargs)
+        for i in range(0, len(seeds), 5):
+            row = slice(i, i + 1)
+            alone = draw(theta[row], t[row], seeds=seeds[row], positions=seeds[row], impl=impl, **kwargs)
+            if impl == "torch":
+                assert equal_bits(among, alone, row), (i, kwargs)
+            else:
+                assert torch.equal(among.token[row], alone.token)
+        back = draw(theta.flip(0), t.flip(0), seeds=seeds.flip(0), positions=seeds.flip(0), impl=impl, **kwargs)
+        assert torch.equal(back.token.flip(0), among.token)
+
+
+def test_threads_do_not_matter():
+    """Equal bits with one thread, two and three."""
+    theta, t = (torch.cat(x) for x in zip(zipf_pair(3, 140_000, 1.0), zipf_pair(1, 140_000, 0.01), strict=True))
+    threads = torch.get_num_threads()
+    steps = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        try:
+            steps.append(draw(theta, t, impl="torch"))
+        finally:
+            torch.set_num_threads(threads)
+    assert equal_bits(steps[0], steps[1])
+    assert equal_bits(steps[0], steps[2])
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("vocab_size", [2, 999, 4097])
+def test_unusable_rows_are_reported(vocab_size, impl):
+    bad, (theta, t) = unusable(vocab_size), zipf_pair(3, vocab_size, 1.0)
+    clean = draw(theta, t, impl=impl)
+    for name, (bad_theta, bad_t) in bad.items():
+        step = draw(torch.stack((theta[0], bad_theta, theta[2])), torch.stack((t[0], bad_t, t[2])), impl=impl)
+        assert step.status.tolist() == [0, Status[name], 0]
+        assert step.token[1] == -1
+        assert all(getattr(step, f)[1].isnan() for f in FLOATS)
+        assert all(torch.equal(getattr(step, f)[::2], getattr(clean, f)[::2]) for f in FIELDS)
+    log_q, step = qstar_logprobs(*stacked(bad), impl=impl)
+    assert log_q.isnan().all()
+    assert (step.status > 0).all()
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_greedy_takes_the_lowest_of_ties(impl):
+    theta, t = zipf_pair(6, 4097, 1.0)
+    log_q, _ = qstar_logprobs(theta.double(), t.double(), impl="reference")
+    assert torch.equal(draw(theta, t, temperature=0.0, impl=impl).token, log_q.argmax(-1))
+    theta, t = (x.index_fill(1, torch.tensor([77, 1500, 4000]), 30.0) for x in (theta, t))
+    assert (draw(theta, t, temperature=0.0, impl=impl).token == 77).all()
+
+
+def naive_truncation(log_q: list, log_t: list, settings: Settings) -> list:
+    """The kept ids, by loops over sorted ids."""
+
+    def cut(log_p: dict, k: int, p: float) -> dict:
+        order = sorted(log_p, key=lambda i: -log_p[i])
+        if 0 < k < len(order):
+            order = [i for i in order if log_p[i] >= log_p[order[k - 1]]]
+        mass = [torch.tensor(log_p[i], dtype=torch.float64).exp().item() for i in order]
+        if p < 1:
+            total, kept = 0.0, None
+            for i, m in zip(order, mass, strict=True):
+                total += m / sum(mass)
+                if kept is None and total >= p:
+                    kept = log_p[i]
+            order = [i for i in order if kept is None or log_p[i] >= kept]
+        return {i: log_p[i] for i in order}
+
+    finite_t = {i: x for i, x in enumerate(log_t) if x > -INF}
+    allowed = cut(finite_t, settings.target_top_k, settings.target_top_p)
+    kept = cut({i: x for i, x in enumerate(log_q) if x > -INF and i in allowed}, settings.top_k, settings.top_p)
+    floor = settings.min_p * max(torch.tensor(x).exp().item() for x in kept.values()) if kept else 0
+    return sorted(i for i, x in kept.items() if torch.tensor(x).exp().item() >= floor * (1 - 1e-7))
+
+
+TRUNCATIONS = [
+    {"top_k": 5},
+    {"top_p": 0.6},
+    {"min_p": 0.1},
+    {"target_top_k": 3},
+    {"target_top_p": 0.5},
+    {"top_k": 7, "top_p": 0.8, "min_p": 0.05, "target_top_k": 20, "target_top_p": 0.95},
+    {"top_k": 10**6, "top_p": 0.999999},
+]
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("truncation", TRUNCATIONS)
+def test_truncation_by_the_rule(truncation, ties, impl):
+    """Against loops; with ties, integer logits make many equal probabilities, the last kept one's among them."""
+    theta, t = zipf_pair(4, 60, 1.0, seed=3)
+    if ties:
+        theta, t = theta.round(), t.round()
+    t[3, ::3] = -INF
+    # α fixed at ½: equal logits then are equal probabilities to the last bit in every implementation
+    kwargs = {"method": "fixed", "impl": impl}
+    full = qstar_logprobs(theta.double(), t.double(), method="fixed", impl="reference")[0]
+    log_t = t.double().log_softmax(-1)
+    log_q, step = qstar_logprobs(theta, t, **kwargs, **truncation)
+    for row in range(4):
+        kept = naive_truncation(full[row].tolist(), log_t[row].tolist(), Settings(**truncation))
+        assert log_q[row].isfinite().nonzero()[:, 0].tolist() == kept
+        torch.testing.assert_close(log_q[row, kept].double(), full[row, kept].log_softmax(-1), atol=2e-6, rtol=0)
+    assert (step.status == 0).all()
+    many = [draw(theta, t, first, **kwargs, **truncation).token for first in range(0, 400, 4)]
+    assert log_q.gather(1, torch.stack(many, 1)).isfinite().all()
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_truncation_that_leaves_nothing(impl):
+    theta, t = zipf_pair(3, 2000, 0.5)
+    theta[1, t[1].topk(2).indices] = -INF
+    step = draw(theta, t, target_top_k=2, impl=impl)
+    assert step.status.tolist() == [0, Status.EMPTY, 0]
+    assert step.token[1] == -1
+    assert step.logq[1].isnan()
+    assert step.alpha.isfinite().all()  # the diagnostics are those of q* before truncation
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("kwargs", [{}, {"temperature": 0.8}, *({"temperature": 1.2} | x for x in TRUNCATIONS[:6])])
+def test_the_three_functions_agree(kwargs, impl):
+    theta, t = zipf_pair(5, 3000, 1.5)
+    kwargs = kwargs | {"impl": impl}
+    log_q, described = qstar_logprobs(theta, t, **kwargs)
+    step = draw(theta, t, **kwargs)
+    stats = qstar_stats(theta, t, tokens=step.token, **kwargs)
+    assert equal_bits(step, stats)
+    assert all(torch.equal(getattr(step, f), getattr(described, f)) for f in FLOATS[:5])
+    assert described.token is None
+    torch.testing.assert_close(log_q.logsumexp(-1), torch.zeros(5), atol=1e-5, rtol=0)
+    torch.testing.assert_close(log_q.gather(1, step.token[:, None])[:, 0], step.logq, atol=1e-5, rtol=0)
+    for name, logits in (("logp_theta", theta), ("logp_t", t)):
+        want = logits.log_softmax(-1).gather(1, step.token[:, None])[:, 0]
+        torch.testing.assert_close(getattr(step, name), want, atol=1e-5, rtol=0)
+    outside = qstar_stats(theta, t, tokens=torch.tensor([-1, 3000, 0, 1, 2]), **kwargs)
+    assert outside.logq.isnan().tolist()[:2] == [True, True]
+    assert outside.logp_t.isnan().tolist() == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_vocabularies_padded_differently(impl):
+    theta, t = zipf_pair(3, 2000, 1.0)
+    padded = torch.cat((theta, torch.full((3, 50), torch.nan)), 1)
+    assert equal_bits(draw(theta, t, impl=impl), draw(padded, t, vocab_size=2000, impl=impl))
+    with pytest.raises(ValueError, match=r"2050 columns and logits_t 2000.*vocab_size="):
+        draw(padded, t, impl=impl)
+
+
+GOOD = torch.zeros(2, 5)
+IDS = torch.zeros(2, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "message"),
+    [
+        ((torch.zeros(5), GOOD), {}, r"logits_theta is torch.float32 \[5\]"),
+        ((GOOD, GOOD.long()), {}, "logits_t is torch.int64"),
+        ((GOOD, torch.zeros(3, 5)), {}, "both need the same rows"),
+        ((GOOD, GOOD), {"vocab_size": 6}, "vocab_size is 6"),
+        ((GOOD, GOOD), {"seeds": IDS.int()}, "seeds is torch.int32"),
+        ((GOOD, GOOD), {"positions": IDS[:1]}, r"positions is torch.int64 \[1\]"),
+        ((GOOD, GOOD), {"method": "newton"}, "method is 'newton'; it must be one of kl_symmetry"),
+        ((GOOD, GOOD), {"impl": "numpy"}, "impl is 'numpy'"),
+        *(
+            ((GOOD, GOOD), {name: value}, f"{name} is {value}")
+            for name, value in {
+                "alpha": 1.5, "alpha_max": -0.1, "temperature": -1.0, "top_k": -1, "top_p": 0.0, "min_p": 2.0,
+                "target_top_k": -2, "target_top_p": 1.1, "tol": 0.0,
+            }.items()
+        ),
+    ],
+)  # fmt: skip
+def test_argument_errors(args, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        qstar_sample(*args, **{"seeds": IDS, "positions": IDS} | kwargs)
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("method", METHODS)
+def test_identical_models(method, impl):
+    theta, _ = zipf_pair(4, 3000, 1.0)
+    step = draw(theta, theta.clone(), method=method, impl=impl)
+    torch.testing.assert_close(step.alpha, torch.full((4,), 0.5), atol=1e-6, rtol=0)
+    torch.testing.assert_close(step.kl_theta + step.kl_t, torch.zeros(4), atol=2e-6, rtol=0)
+    torch.testing.assert_close(step.ess_theta + step.ess_t, torch.full((4,), 2.0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(step.logq, step.logp_t, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("noise", [0.1, 1.0, 4.0])
+def test_what_the_rules_promise(noise, impl):
+    """Minimax and Chernoff point for KL symmetry, equal ESS for ESS balance, on a grid of α."""
+    theta, t = zipf_pair(4, 2000, noise)
+    step = qstar_stats(theta, t, impl=impl)
+    slack = 1e-5 * (1 + step.kl_t)
+    assert ((step.kl_theta - step.kl_t).abs() <= slack).all()
+    log_theta, log_t = theta.double().log_softmax(-1), t.double().log_softmax(-1)
+    for alpha in torch.linspace(0, 1, 21).tolist():
+        at = qstar_stats(theta, t, method="fixed", alpha=alpha, impl=impl)
+        assert (torch.maximum(at.kl_theta, at.kl_t) >= step.kl_t - slack).all()
+        bhattacharyya = -(alpha * log_theta + (1 - alpha) * log_t).logsumexp(-1)
+        assert (step.kl_t >= bhattacharyya - slack).all()
+    balanced = qstar_stats(theta, t, method="ess_balance", impl=impl)
+    assert ((balanced.ess_theta.log() - balanced.ess_t.log()).abs() < 1e-4).all()
+    # the ESS by its definition
+    log_q, step = qstar_logprobs(theta, t, method="ess_balance", impl=impl)
+    ess = (2 * log_theta - log_q).logsumexp(-1).neg()
+    torch.testing.assert_close(step.ess_theta.log().double(), ess, atol=1e-4, rtol=1e-4)
+
+
+def repeated(x, count: int):
+    """Row 0 of a dataclass of tensors, `count` times, as views."""
+    return type(x)(
+        **{
+            name: field[:1].expand(count, *field.shape[1:])
+            if isinstance(field, torch.Tensor)
+            else repeated(field, count)
+            for name, field in vars(x).items()
+        }
+    )
+
+
+def many_tokens(theta, t, seed: int, draws: int) -> torch.Tensor:
+    """Tokens of one pair [V] at α = 0.4 for seeds from `seed` on: int64 [draws]; the pair is solved once."""
+    fixed = {"method": "fixed", "alpha": 0.4}
+    theta, t = theta[None], t[None]
+    rows = cpu.Rows(theta, t, None, torch.float32, 1.0, False)
+    solution = cpu.solve(rows, theta.amax(-1).double(), t.amax(-1).double(), Settings(**fixed))
+    tokens, height = [], 50
+    for first in range(0, draws, height):
+        seeds = torch.arange(seed + first, seed + first + height)
+        rows = theta.expand(height, -1), t.expand(height, -1)
+        tokens.append(cpu.draw_from_groups(*rows, 1.0, repeated(solution, height), seeds, seeds % 100))
+    tokens = torch.cat(tokens)
+    # the public function, which solves every row for itself, draws the same
+    few = torch.arange(seed, seed + 16)
+    rows = theta.expand(16, -1), t.expand(16, -1)
+    step = qstar_sample(*rows, seeds=few, positions=few % 100, impl="torch", **fixed)
+    assert torch.equal(step.token, tokens[:16])
+    return tokens
+
+
+def p_value(tokens: torch.Tensor, q: torch.Tensor) -> float:
+    """χ² test of the tokens against q [V]; the rarest tokens are merged until each bin expects at least 5."""
+    order = q.argsort(descending=True)
+    observed = torch.bincount(tokens, minlength=len(q))[order].double()
+    expected = q[order] * len(tokens)
+    bins, current, filled = [], 0, 0.0
+    for x in expected.flip(0).tolist():  # rarest first; the most probable token always fills its own bin
+        bins.append(current)
+        filled += x
+        if filled >= 5:
+            current, filled = current + 1, 0.0
+    index = torch.tensor(bins).clamp(max=current - 1)  # [V]
+    expected = torch.zeros(current, dtype=torch.float64).index_add_(0, index, expected.flip(0))
+    observed = torch.zeros(current, dtype=torch.float64).index_add_(0, index, observed.flip(0))
+    statistic = ((observed - expected) ** 2 / expected).sum().item()
+    return chi2.sf(statistic, current - 1) if current > 1 else 1.0
+
+
+@pytest.mark.parametrize("kind", ["one token", "999", "4097", "heavy tail"])
+def test_tokens_follow_q(kind):
+    """χ² of 100,000 tokens against float64 q, p > 0.001: of fresh seeds each of the three cases that can fail is a
+    false alarm once in 1,000 runs. In the heavy tail one token stands 18 nats above 200,000 others."""
+    seed = torch.seed() % 2**62
+    print("seed", seed)
+    vocab_size = {"one token": 1, "999": 999, "4097": 4097, "heavy tail": 200_000}[kind]
+    theta, t = (x[0] for x in zipf_pair(1, vocab_size, 1.0))
+    if kind == "heavy tail":
+        theta, t = torch.randn(2, vocab_size, generator=torch.Generator().manual_seed(0)) * 0.3
+        theta[150_001] += 18
+        t[150_001] += 10
+    q = (0.4 * theta.double().log_softmax(-1) + 0.6 * t.double().log_softmax(-1)).softmax(-1)
+    tokens = many_tokens(theta, t, seed, 2000 if vocab_size == 1 else 100_000)
+    assert p_value(tokens, q) > 0.001
+
+
+@pytest.mark.parametrize("truncation", [{"top_k": 20}, {"top_p": 0.7, "target_top_k": 50}])
+def test_truncated_tokens_follow_log_q(truncation):
+    """The same of 6,000 tokens through the public functions, against the log q they report."""
+    seed = torch.seed() % 2**62
+    print("seed", seed)
+    theta, t = zipf_pair(1, 300, 1.0)
+    q = qstar_logprobs(theta.double(), t.double(), **truncation)[0][0].exp()
+    tokens = draw(theta.expand(6000, -1), t.expand(6000, -1), seed, **truncation).token
+    assert (q[tokens] > 0).all()
+    assert p_value(tokens, q) > 0.001
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_masks_bind(impl):
+    """A token of zero mass is never drawn, and the only one that both models allow always is."""
+    theta, t = torch.zeros(200, 3000), torch.zeros(200, 3000)
+    theta[:, ::2] = -INF
+    t[:, ::3] = torch.finfo(torch.float32).min
+    tokens = draw(theta, t, impl=impl).token
+    assert ((tokens % 2 == 1) & (tokens % 3 != 0)).all()
+    theta[:, :2500] = theta[:, 2502:] = -INF
+    step = draw(theta, t, impl=impl)
+    assert (step.token == 2501).all()
+    torch.testing.assert_close(step.logq, torch.zeros(200), atol=1e-6, rtol=0)
+
+
+def test_no_temporary_of_the_size_of_the_logits():
+    """Sampling [4, 1M] without truncation needs far less beyond its inputs than one float32 [4, 1M] of 16 MiB."""
+    code = """
+import resource, torch
+from qstar_kernels import qstar_sample
+theta, t = torch.randn(4, 1 << 20), torch.randn(4, 1 << 20)
+index = torch.arange(4)
+qstar_sample(theta[:, :5000], t[:, :5000], seeds=index, positions=index)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+qstar_sample(theta, t, seeds=index, positions=index)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert int(out.stdout) < 6 * 1024, f"{int(out.stdout) / 1024:.1f} MiB"
