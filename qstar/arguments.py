@@ -203,6 +203,8 @@ def prepare(argv: list[str] | None) -> Job:
         parser.error(f"--output {args.output} is a folder; give a file")
     for name in ("model_theta", "model_t"):
         folder = Path(getattr(args, name)).expanduser()
+        if not folder.is_dir() and (folder.is_absolute() or getattr(args, name).startswith((".", "~"))):
+            parser.error(f"--{name.replace('_', '-')} {folder} does not exist; give a model's folder or a hub name")
         if folder.is_dir() and not (folder / "config.json").is_file():
             parser.error(f"--{name.replace('_', '-')} {folder} has no config.json; give a model's folder or a hub name")
     try:

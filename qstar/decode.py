@@ -173,7 +173,7 @@ class Decoder:
         vocab_size: the tokenizer's length; both models' logits are cut to it.
         eos_ids: ids that end a sequence, of both models.
         special_ids: ids that take π_t's probability under `force_t_special_tokens`.
-        tokenizer: turns ids into text, for stop strings and the samples' text.
+        tokenizer: turns ids into text, for stop strings and the samples' text; None leaves the text empty.
         options: how to draw.
     """
 
@@ -299,7 +299,7 @@ class Decoder:
         return True
 
     def _text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        return self.tokenizer.decode(ids, skip_special_tokens=True) if self.tokenizer else ""
 
     def _stops_in(self, text: str) -> list[int]:
         return [text.index(stop) for stop in self.options.stop if stop in text]

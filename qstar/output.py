@@ -81,7 +81,8 @@ class Output:
         self._lock.release()
 
     def _check_settings(self) -> None:
-        if self.run_file.exists():
+        existing = [p for p in (self.path, self.journal) if p.exists() and p.stat().st_size]
+        if existing and self.run_file.exists():
             try:
                 before = json.loads(self.run_file.read_text(encoding="utf-8"))
             except ValueError:
@@ -93,7 +94,6 @@ class Output:
                         f"{self.settings.get(name)!r}; use the same setting to resume it, or another --output"
                     )
             return
-        existing = [p for p in (self.path, self.journal) if p.exists() and p.stat().st_size]
         if existing:
             raise OutputError(
                 f"{existing[0]} exists and {self.run_file} does not, so it cannot be resumed; choose another --output"

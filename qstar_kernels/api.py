@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from qstar_kernels.cpu import qstar_torch
+from qstar_kernels.ops import output_dtype, traced_step
 from qstar_kernels.reference import qstar_reference
 from qstar_kernels.types import QStarStep, Settings
 
-IMPLEMENTATIONS = ("auto", "reference", "torch")
+IMPLEMENTATIONS = ("auto", "reference", "torch", "triton")
 
 
 def qstar_sample(
@@ -53,7 +54,7 @@ def qstar_sample(
             ties of the last token kept.
         vocab_size: cut both rows to this length (models padded differently for one tokenizer).
         tol: bound on |KL(q*‖π_θ) − KL(q*‖π_t)| in nats that `kl_symmetry` is solved to.
-        impl: `auto`, or one of the implementations by name.
+        impl: `auto` (Triton on a GPU, PyTorch on a CPU, the reference for float64), `triton`, `torch` or `reference`.
 
     Returns:
         `QStarStep` with every field set. A row that cannot be sampled from has `status` ≠ 0, token −1 and NaN numbers.
@@ -66,9 +67,7 @@ def qstar_sample(
     )
     theta, t = checked_rows(logits_theta, logits_t, vocab_size)
     seeds, positions = checked_index("seeds", seeds, theta), checked_index("positions", positions, theta)
-    return implementation(impl, theta, t)(theta, t, settings, seeds=seeds, positions=positions)[0].to(
-        out_dtype(theta, t)
-    )
+    return run(impl, theta, t, settings, seeds=seeds, positions=positions)[0]
 
 
 def qstar_logprobs(
@@ -87,8 +86,8 @@ def qstar_logprobs(
         ValueError: as `qstar_sample`.
     """
     theta, t = checked_rows(logits_theta, logits_t, vocab_size)
-    step, log_q = implementation(impl, theta, t)(theta, t, Settings(**settings), want_log_q=True)
-    return log_q.to(out_dtype(theta, t)), step.to(out_dtype(theta, t))
+    step, log_q = run(impl, theta, t, Settings(**settings), want_log_q=True)
+    return log_q, step
 
 
 def qstar_stats(
@@ -116,20 +115,29 @@ def qstar_stats(
     theta, t = checked_rows(logits_theta, logits_t, vocab_size)
     if tokens is not None:
         tokens = checked_index("tokens", tokens, theta)
-    return implementation(impl, theta, t)(theta, t, Settings(**settings), tokens=tokens)[0].to(out_dtype(theta, t))
+    return run(impl, theta, t, Settings(**settings), tokens=tokens)[0]
+
+
+def run(impl: str, theta: Tensor, t: Tensor, settings: Settings, **what) -> tuple[QStarStep, Tensor | None]:
+    """Do `what` by `impl`, in the output's type."""
+    if torch.compiler.is_compiling():
+        return traced_step(impl, theta, t, settings, **what)
+    step, log_q = implementation(impl, theta, t)(theta, t, settings, **what)
+    dtype = output_dtype(theta, t)
+    return step.to(dtype), log_q if log_q is None else log_q.to(dtype)
 
 
 def implementation(impl: str, theta: Tensor, t: Tensor):
     """The function behind `impl`; float64 logits ask for the reference's accuracy, so `auto` takes it for them."""
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl is {impl!r}; it must be one of {', '.join(IMPLEMENTATIONS)}")
-    fast = theta.device.type == "cpu" and out_dtype(theta, t) == torch.float32
-    return qstar_torch if impl == "torch" or (impl == "auto" and fast) else qstar_reference
+    if impl == "auto" and output_dtype(theta, t) == torch.float32:
+        impl = {"cuda": "triton", "cpu": "torch"}.get(theta.device.type, "reference")
+    if impl == "triton":
+        from qstar_kernels.kernels import qstar_triton  # a machine without a GPU may lack Triton
 
-
-def out_dtype(theta: Tensor, t: Tensor) -> torch.dtype:
-    """float64 where a row is float64, else float32."""
-    return torch.float64 if torch.float64 in (theta.dtype, t.dtype) else torch.float32
+        return qstar_triton
+    return qstar_torch if impl == "torch" else qstar_reference
 
 
 def checked_rows(theta: Tensor, t: Tensor, vocab_size: int | None) -> tuple[Tensor, Tensor]:

@@ -272,6 +272,7 @@ def test_a_full_disk(tmp_path, monkeypatch, capsys):
         (["--t-chat-template", "missing.jinja"], "auto, none or a Jinja file"),
         (["--t-hint-field", "hints"], "the columns are"),
         (["--model-theta", ".", "--model-t", "."], "has no config.json"),
+        (["--model-theta", "./nowhere", "--model-t", "."], "nowhere does not exist"),
         (["--device", "cpu", "--device-map", "auto"], "exclude each other"),
         (["--frobnicate"], "--frobnicate"),
     ],
