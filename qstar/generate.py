@@ -194,8 +194,7 @@ class Run:
                     figures = f"{s.tokens / seconds:.0f} tokens/s  α {s.alpha / s.tokens:.3f}  KL {s.mean_kl:.4f}"
                     progress.update(task, figures=figures)
             progress.update(task, total=len(self.output.done))
-        if self.output.done:
-            self.output.finish(Path(args.dataset or PROMPTS).stem)
+        self.output.finish(Path(args.dataset or PROMPTS).stem)
         self.report(time.time() - start, before)
 
     def report(self, seconds: float, before: int) -> None:
@@ -219,7 +218,7 @@ class Run:
         if output.diagnostics_file is not None:
             say(f"diagnostics: {output.diagnostics_file}")
         if output.errors:
-            say(f"[bold]{output.errors} failed[/]; reasons in {output.errors_file}, tried again at the next start")
+            say(f"[bold]{len(output.errors)} failed[/]; reasons in {output.errors_file}, tried again at the next start")
 
 
 def failed(message: str) -> int:

@@ -52,7 +52,7 @@ class Output:
         self.errors_file = Path(f"{stem}.errors.jsonl")
         self.diagnostics_file = Path(f"{stem}.diagnostics.jsonl") if save_diagnostics else None
         self.done: set[Key] = set()
-        self.errors = 0
+        self.errors: list[dict[str, Any]] = []  # of this start; what earlier ones recorded is tried again
         self._files: dict[Path, IO[bytes]] = {}
 
     def __enter__(self) -> "Output":
@@ -69,7 +69,7 @@ class Output:
             try:
                 self._check_settings()
                 self._repair()
-                self.errors_file.unlink(missing_ok=True)  # what failed is tried again, and recorded again if it must be
+                drop_torn_line(self.errors_file)
             except BaseException:
                 self._lock.release()
                 raise
@@ -98,12 +98,7 @@ class Output:
             raise OutputError(
                 f"{existing[0]} exists and {self.run_file} does not, so it cannot be resumed; choose another --output"
             )
-        temporary = Path(f"{self.run_file}.tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(self.settings, file, indent=1, ensure_ascii=False)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.run_file)
+        write_atomically(self.run_file, json.dumps(self.settings, indent=1, ensure_ascii=False).encode())
 
     def _repair(self) -> None:
         """Cut the journal and the diagnostics back to the samples that both hold completely.
@@ -140,12 +135,12 @@ class Output:
 
     def write_error(self, prompt: Prompt, sample_index: int | None, error: str) -> None:
         """Record why a prompt (or one sample of it) failed."""
-        self.errors += 1
         line = {"prompt_index": prompt.index, "sample_index": sample_index, "error": error, "metadata": prompt.metadata}
-        self._append(self.errors_file, [{"id": prompt.id} | line])
+        self.errors.append({"id": prompt.id} | line)
+        self._append(self.errors_file, self.errors[-1:])
 
     def _append(self, path: Path, lines: list[dict[str, Any]]) -> None:
-        data = b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines)
+        data = b"".join(json_line(line) for line in lines)
         with explained(path, f"{len(self.done)} samples are safe; start the same command again to go on"):
             # unbuffered: a failed write leaves nothing behind that would be written later
             file = self._files.get(path) or self._files.setdefault(path, path.open("ab", buffering=0))
@@ -159,8 +154,12 @@ class Output:
                 raise
 
     def finish(self, data_source: str) -> None:
-        """Make the Parquet file from the journal, in the order of the prompts."""
-        if self.journal == self.path:
+        """Everything was tried: leave only this start's errors; make the Parquet file, in the order of the prompts."""
+        with explained(self.errors_file):
+            write_atomically(self.errors_file, b"".join(json_line(line) for line in self.errors))
+            if not self.errors:
+                self.errors_file.unlink()
+        if self.journal == self.path or not self.done:
             return
         row = parquet_row if self.format == "parquet" else lambda line: verl_row(line, data_source)
         offsets = sorted((key, start) for key, start in line_starts(self.journal))
@@ -208,6 +207,26 @@ def line_starts(path: Path) -> Iterator[tuple[Key, int]]:
     for key, end in complete_lines(path):
         yield key, start
         start = end
+
+
+def json_line(line: dict[str, Any]) -> bytes:
+    return json.dumps(line, ensure_ascii=False).encode() + b"\n"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file, so that a kill leaves the old one or the new one."""
+    temporary = Path(f"{path}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def drop_torn_line(path: Path) -> None:
+    if path.exists():
+        data = path.read_bytes()
+        truncate(path, data.rfind(b"\n") + 1)
 
 
 def truncate(path: Path, size: int) -> None:

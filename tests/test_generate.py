@@ -342,3 +342,24 @@ def test_a_prompt_that_fails_again_does_not_repeat_the_others(tmp_path, monkeypa
     monkeypatch.setattr(qstar.decode.Decoder, "run", lambda *_: pytest.fail("decoded again"))
     assert run(tmp_path, "--dataset", str(data), "--batch-size", "3") == 1
     assert len(lines(tmp_path / "x.jsonl")) == len(lines(tmp_path / "x.errors.jsonl")) == 1
+
+
+def test_errors_survive_a_start_that_fails(tmp_path, monkeypatch):
+    """A record is kept until its prompt has been tried again, and goes when that succeeds."""
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "Hi."}\n' + json.dumps({"prompt": "word " * 600}) + "\n")
+    assert run(tmp_path, "--dataset", str(data)) == 1
+    (recorded,) = lines(tmp_path / "x.errors.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr(qstar.pair.Pair, "from_pretrained", lambda *_, **__: (_ for _ in ()).throw(OSError("no model")))
+        assert run(tmp_path, "--dataset", str(data)) == 1
+    assert lines(tmp_path / "x.errors.jsonl") == [recorded]
+    with (tmp_path / "x.errors.jsonl").open("a") as file:
+        file.write('{"torn')
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            qstar.pair.Pair, "request", lambda self, key, messages, *rest: qstar.decode.Request(key, [2], [2], 0, 3)
+        )
+        assert run(tmp_path, "--dataset", str(data)) == 0
+    assert not (tmp_path / "x.errors.jsonl").exists()
+    assert len(lines(tmp_path / "x.jsonl")) == 2
