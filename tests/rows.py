@@ -1,5 +1,7 @@
 """Pairs of logit rows that are hard on a solver or a sampler, by name."""
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -70,3 +72,10 @@ def unusable(vocab_size: int) -> dict[str, tuple[Tensor, Tensor]]:
         "NO_SUPPORT": (theta, torch.full_like(t, -INF)),
         "DISJOINT": (theta.masked_fill(even, -INF), t.masked_fill(~even, -INF)),
     }
+
+
+def chosen_seed() -> int:
+    """The seed of a statistical test, fixed so that false alarms do not come and go; `QSTAR_TEST_SEED` sets another."""
+    seed = int(os.environ.get("QSTAR_TEST_SEED", "1"))
+    print("seed", seed)
+    return seed << 32

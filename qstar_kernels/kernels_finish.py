@@ -1,0 +1,550 @@
+"""After the sweeps: the residual checked, stubborn rows swept again in float64, the token drawn and looked up.
+
+The float64 sweeps are made by one program a row. They are rare: what brings them about is a pair so far apart that the
+interpolation or float32 is not enough, and never the ordinary row.
+"""
+
+# ruff: noqa: RUF005 - Triton knows no starred tuples
+
+import triton
+import triton.language as tl
+
+from qstar_kernels.kernels_common import (
+    ALPHA,
+    ALPHA_TOL,
+    BETTER_END,
+    BOUND,
+    BOUND_HIGH,
+    BOUND_LOW,
+    BY_ENTROPY,
+    ESS_BALANCE,
+    EVALUATED_COLUMNS,
+    FLAT,
+    FLOOR_T,
+    FLOOR_X,
+    GIVEN,
+    GREEDY,
+    GROUP,
+    HIGH,
+    INF,
+    IS_SMOOTH,
+    KL_SYMMETRY,
+    LN2,
+    LOG_COLD_T,
+    LOG_COLD_THETA,
+    LOG_NORM,
+    LOW,
+    LOWEST,
+    MASSES_ARE_LOGS,
+    NO_TOKEN,
+    NORM_T,
+    NORM_THETA,
+    ROW_COLUMNS,
+    SAMPLED,
+    SECANT,
+    SETTLED,
+    STATUS,
+    STATUS_DISJOINT,
+    STEEP,
+    STREAM_OF_GROUPS,
+    STREAM_OF_TOKENS,
+    T_OUTSIDE,
+    THETA_OUTSIDE,
+    TOP_T,
+    TOP_THETA,
+    WIDEST,
+    bounds_of_sides,
+    entropy_of,
+    mix,
+    mixing,
+)
+
+
+@triton.jit
+def exact_tile(theta, t, o, vocab_size, tops, inv_temperature):
+    """Logits less the maxima, over the temperature, in float64, and whether both models allow the token: [N] each."""
+    a = tl.load(theta + o, mask=o < vocab_size, other=-INF).to(tl.float32)  # [N]
+    b = tl.load(t + o, mask=o < vocab_size, other=-INF).to(tl.float32)  # [N]
+    allow_theta, allow_t = a >= LOWEST, b >= LOWEST  # [N]
+    a = (tl.where(allow_theta, a, 0.0).to(tl.float64) - tops[0]) * inv_temperature  # [N]
+    b = (tl.where(allow_t, b, 0.0).to(tl.float64) - tops[1]) * inv_temperature  # [N]
+    return a, b, allow_theta, allow_t
+
+
+@triton.jit
+def add_scaled(top, sums, x, usable, d):
+    """Add Σ e^x, Σ e^x d, Σ e^x d² of a tile to sums that are relative to e^top."""
+    new = tl.maximum(top, tl.max(tl.where(usable, x, -INF)))
+    finite = tl.where(new == -INF, 0.0, new)
+    scale = tl.exp(tl.where(top == -INF, -INF, top - finite))
+    w = tl.exp(tl.where(usable, x - finite, -INF))  # [N]
+    wd = w * d  # [N]
+    sums = (sums[0] * scale + tl.sum(w), sums[1] * scale + tl.sum(wd), sums[2] * scale + tl.sum(wd * d))
+    return new, sums, w, finite
+
+
+@triton.jit
+def exact_sweep(
+    theta, t, masses, vocab_size, tops, inv_temperature, alpha, center, DRAW: tl.constexpr, TILE_GROUPS: tl.constexpr
+):
+    """The second sweep in float64 by one program, with maxima of its own; `masses` become logarithms.
+
+    Returns log-mass, mean and variance of d − center at α, log-mass and mean at 2 − α and at −α, and the
+    log-normalisers of π_θ and π_t.
+    """
+    nothing = tl.full([], 0.0, tl.float64)
+    bottom = tl.full([], -INF, tl.float64)
+    top, top_high, top_low = bottom, bottom, bottom
+    sums, sums_high, sums_low = (nothing, nothing, nothing), (nothing, nothing, nothing), (nothing, nothing, nothing)
+    norm_theta, norm_t = nothing, nothing
+    o_group = tl.arange(0, TILE_GROUPS)  # [GROUPS]
+    for start in range(0, vocab_size, TILE_GROUPS * GROUP):
+        o = start + tl.arange(0, TILE_GROUPS * GROUP)  # [N]
+        a, b, allow_theta, allow_t = exact_tile(theta, t, o, vocab_size, tops, inv_temperature)
+        norm_theta += tl.sum(tl.where(allow_theta, tl.exp(a), 0.0))
+        norm_t += tl.sum(tl.where(allow_t, tl.exp(b), 0.0))
+        usable = allow_theta & allow_t  # [N]
+        d = tl.where(usable, a - b - center, 0.0)  # [N]
+        x = alpha * a + (1 - alpha) * b  # [N]
+        top, sums, w, shift = add_scaled(top, sums, x, usable, d)
+        top_high, sums_high, _w, _shift = add_scaled(top_high, sums_high, 2 * a - x, usable, d)
+        top_low, sums_low, _w, _shift = add_scaled(top_low, sums_low, 2 * b - x, usable, d)
+        if DRAW == SAMPLED:
+            mass = tl.sum(tl.reshape(w, [TILE_GROUPS, GROUP]), axis=1)  # [GROUPS]
+            log_mass = tl.where(mass > 0, tl.log(tl.where(mass > 0, mass, 1.0)) + shift, -INF)  # [GROUPS]
+            tl.store(masses + start // GROUP + o_group, log_mass, mask=start + o_group * GROUP < vocab_size)
+        elif DRAW == GREEDY:
+            highest = tl.max(tl.reshape(tl.where(usable, x, -INF), [TILE_GROUPS, GROUP]), axis=1)  # [GROUPS]
+            tl.store(masses + start // GROUP + o_group, highest, mask=start + o_group * GROUP < vocab_size)
+    mean = sums[1] / sums[0]
+    return (
+        (top + tl.log(sums[0]), mean, tl.maximum(sums[2] / sums[0] - mean * mean, 0.0)),
+        (top_high + tl.log(sums_high[0]), sums_high[1] / sums_high[0]),
+        (top_low + tl.log(sums_low[0]), sums_low[1] / sums_low[0]),
+        (tl.log(norm_theta), tl.log(norm_t)),
+    )
+
+
+@triton.jit
+def exact_entropy_ratio(theta, t, vocab_size, tops, inv_temperature, TILE_GROUPS: tl.constexpr):
+    """H(π_θ) / (H(π_θ) + H(π_t)) in float64 by one program."""
+    zero = tl.full([], 0.0, tl.float64)
+    theta_sums, t_sums = (zero, zero, zero), (zero, zero, zero)
+    for start in range(0, vocab_size, TILE_GROUPS * GROUP):
+        o = start + tl.arange(0, TILE_GROUPS * GROUP)  # [N]
+        a, b, allow_theta, allow_t = exact_tile(theta, t, o, vocab_size, tops, inv_temperature)
+        theta_sums = add_entropy(theta_sums, a, allow_theta)
+        t_sums = add_entropy(t_sums, b, allow_t)
+    entropy_theta = entropy_of(theta_sums[0], theta_sums[1], theta_sums[2])
+    entropy_t = entropy_of(t_sums[0], t_sums[1], t_sums[2])
+    total = entropy_theta + entropy_t
+    return tl.where(total > 0, entropy_theta / tl.where(total > 0, total, 1.0), 0.5)
+
+
+@triton.jit
+def add_entropy(sums, a, allowed):
+    """Add the count of a = 0, the other Σ e^a and Σ e^a a of a tile [N]."""
+    w = tl.where(allowed, tl.exp(a), 0.0)  # [N]
+    at_top = allowed & (a == 0)  # [N]
+    maxima = sums[0] + tl.sum(at_top.to(tl.float64))
+    return maxima, sums[1] + tl.sum(tl.where(at_top, 0.0, w)), sums[2] + tl.sum(w * a)
+
+
+@triton.jit
+def words(seed, position, ids, STREAM: tl.constexpr):
+    """The two 32-bit words of each id [N] (`qstar_kernels.noise`)."""
+    pair = (ids // 2).to(tl.uint32)  # [N]
+    zero = tl.zeros_like(pair)  # [N]
+    w0, w1, w2, w3 = tl.philox_impl(
+        pair,
+        zero + (position & 0xFFFFFFFF).to(tl.uint32),
+        zero + ((position >> 32) & 0xFFFFFFFF).to(tl.uint32),
+        zero + STREAM,
+        (seed & 0xFFFFFFFF).to(tl.uint32),
+        ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32),
+        10,
+    )
+    odd = (ids & 1) == 1  # [N]
+    return tl.where(odd, w2, w0), tl.where(odd, w3, w1)
+
+
+@triton.jit
+def gumbel(seed, position, ids, STREAM: tl.constexpr):
+    """Standard Gumbel noise of the ids [N]: float32."""
+    high, low = words(seed, position, ids, STREAM)  # [N]
+    upper = high >= 0x80000000  # [N]
+    high, low = tl.where(upper, high ^ 0xFFFFFFFF, high), tl.where(upper, low ^ 0xFFFFFFFF, low)
+    u = high.to(tl.float32) * 2.0**-32 + (low.to(tl.float32) + 0.5) * 2.0**-64  # [N], in (0, 0.5]
+    rest = 1 - u  # [N]
+    # log1p(−u) by Kahan: the error of 1 − u cancels in the ratio
+    small = tl.where(rest == 1, u, -tl.log(rest) * (u / tl.where(rest == 1, 1.0, 1 - rest)))  # [N]
+    return -tl.log(tl.where(upper, -tl.log(u), small))
+
+
+@triton.jit
+def point_of(row, partial, tops, chunks, inv_temperature, CHUNKS: tl.constexpr):
+    """What a float32 sweep found at α: log-mass, mean and variance of d − s, log-mass and mean at 2 − α and at −α."""
+    o_chunk = tl.arange(0, CHUNKS)  # [C]
+    sums = ()
+    for k in tl.static_range(7):
+        x = tl.load(partial + o_chunk * EVALUATED_COLUMNS + k, mask=o_chunk < chunks, other=0.0)  # [C]
+        sums = sums + (tl.sum(x.to(tl.float64)),)
+    bound = mixing(row, tops, inv_temperature)[4]
+    sides = bounds_of_sides(row, bound)
+    bound = bound.to(tl.float64)
+    mean = sums[1] / sums[0] * inv_temperature
+    square = sums[2] / sums[0] * inv_temperature * inv_temperature
+    return (
+        bound * LN2 + tl.log(sums[0]),
+        mean,
+        tl.maximum(square - mean * mean, 0.0),
+        (sides[0].to(tl.float64) - bound) * LN2 + tl.log(sums[3]),
+        sums[5] / sums[3] * inv_temperature,
+        (sides[1].to(tl.float64) - bound) * LN2 + tl.log(sums[4]),
+        sums[6] / sums[4] * inv_temperature,
+    )
+
+
+@triton.jit
+def center_of(row, inv_temperature):
+    """s as the sweep subtracted it from d."""
+    return (tl.load(row + SECANT) / inv_temperature).to(tl.float32).to(tl.float64) * inv_temperature
+
+
+@triton.jit
+def judge(row, point, center, alpha_min, alpha_max, tol, METHOD: tl.constexpr):
+    """1 if α is accepted, 2 if float32 cannot tell, else 0; what vanishes at the root, and its derivative."""
+    alpha, s = tl.load(row + ALPHA), tl.load(row + SECANT)
+    smooth = tl.load(row + IS_SMOOTH) > 0
+    f, mean, variance, f_high, mean_high, f_low, mean_low = point
+    # a comparison with NaN is false: sums that under- or overflowed are not accepted
+    fit = (variance <= WIDEST) & (tl.abs(f) < INF) & (tl.abs(f_high) < INF) & (tl.abs(f_low) < INF)
+    residual, steepness = mean + center - s, variance
+    if METHOD == KL_SYMMETRY:
+        # on a smooth row α is better known from the first sweep than float32 could tell here
+        near = smooth | (tl.abs(residual) <= variance * ALPHA_TOL) | (variance <= FLAT)
+        stopped = ((alpha <= alpha_min) & (residual >= 0)) | ((alpha >= alpha_max) & (residual <= 0))
+        accepted = stopped | (near & (tl.abs(residual) <= tol))
+    elif METHOD == ESS_BALANCE:
+        residual, steepness = f_low - f_high + 2 * s, mean_high - mean_low
+        fit = fit & (steepness >= STEEP)
+        accepted = (tl.abs(residual) <= steepness * (ALPHA_TOL / 2)) & (alpha > alpha_min) & (alpha < alpha_max)
+    elif METHOD == BY_ENTROPY:
+        fit = fit & smooth
+        accepted = fit
+    else:
+        accepted = fit
+    return tl.where(fit, tl.where(accepted, 1, 0), 2), residual, steepness
+
+
+@triton.jit
+def correct_kernel(
+    row,
+    partial,
+    chunks,
+    inv_temperature,
+    alpha_min,
+    alpha_max,
+    tol,
+    METHOD: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    """A guarded Newton step for a row whose residual is too large, before its next float32 sweep by all programs."""
+    i_row = tl.program_id(0).to(tl.int64)
+    row += i_row * ROW_COLUMNS
+    partial += i_row * chunks * EVALUATED_COLUMNS
+    if (tl.load(row + STATUS) == 0) & (tl.load(row + SETTLED) == 0):
+        tops = (tl.load(row + TOP_THETA), tl.load(row + TOP_T))
+        center = center_of(row, inv_temperature)
+        point = point_of(row, partial, tops, chunks, inv_temperature, CHUNKS)
+        verdict, residual, steepness = judge(row, point, center, alpha_min, alpha_max, tol, METHOD)
+        tl.store(row + SETTLED, verdict.to(tl.float64))
+        if verdict == 0:
+            alpha = tl.load(row + ALPHA)
+            low = tl.where(residual < 0, alpha, tl.load(row + LOW))
+            high = tl.where(residual < 0, tl.load(row + HIGH), alpha)
+            newton = alpha - residual / tl.where(steepness > 0, steepness, 1e-300)
+            step = tl.where((newton > low) & (newton < high), newton, (low + high) / 2)
+            step = tl.minimum(tl.maximum(step, alpha_min), alpha_max)
+            move = step - alpha
+            f, mean, variance, f_high, mean_high, f_low, mean_low = point
+            tl.store(row + ALPHA, step)
+            tl.store(row + LOW, low)
+            tl.store(row + HIGH, high)
+            # close enough to F at the new place to keep the exponents in range
+            tl.store(row + BOUND, f + move * (mean + center + move * variance / 2))
+            if METHOD == ESS_BALANCE:
+                f_high -= move * (mean_high + center)
+                f_low -= move * (mean_low + center)
+            tl.store(row + BOUND_HIGH, f_high)
+            tl.store(row + BOUND_LOW, f_low)
+
+
+@triton.jit
+def refine(
+    theta,
+    t,
+    row,
+    masses,
+    out,
+    vocab_size,
+    rows,
+    tops,
+    inv_temperature,
+    alpha_min,
+    alpha_max,
+    tol,
+    point,
+    METHOD: tl.constexpr,
+    DRAW: tl.constexpr,
+    TILE_GROUPS: tl.constexpr,
+):
+    """Accept the second sweep's α, or find it in float64; write the diagnostics. Returns 0 or the row's status.
+
+    `point` is what the last float32 sweep found.
+    """
+    alpha, s = tl.load(row + ALPHA), tl.load(row + SECANT)
+    norm_theta, norm_t = tl.load(row + NORM_THETA), tl.load(row + NORM_T)
+    center = center_of(row, inv_temperature)
+    uneven = (tl.load(row + THETA_OUTSIDE) > 0) | (tl.load(row + T_OUTSIDE) > 0)
+    f, mean, variance, f_high, mean_high, f_low, mean_low = point
+    verdict, residual, steepness = judge(row, point, center, alpha_min, alpha_max, tol, METHOD)
+    # a settled row was accepted at this very sweep
+    settled = ((verdict == 1) | (tl.load(row + SETTLED) == 1)).to(tl.int32)
+    disjoint = 0
+
+    exact = 1 - settled
+    low, high = tl.full([], 0.0, tl.float64), tl.full([], 1.0, tl.float64)
+    low_known, high_known, last, count = 0, 0, 0, 0
+    if exact == 1:
+        if METHOD == BY_ENTROPY:
+            alpha = exact_entropy_ratio(theta, t, vocab_size, tops, inv_temperature, TILE_GROUPS)
+            alpha = tl.minimum(tl.maximum(alpha, alpha_min), alpha_max)
+        # the range is applied at the end, so that a root outside it is told from no root at all
+        while settled == 0:
+            at, up, down, norms = exact_sweep(
+                theta, t, masses, vocab_size, tops, inv_temperature, alpha, center, DRAW, TILE_GROUPS
+            )
+            f, mean, variance = at
+            f_high, mean_high = up
+            f_low, mean_low = down
+            norm_theta, norm_t = norms
+            s = norm_theta - norm_t
+            count += 1
+            if f == -INF:
+                disjoint = 1
+                settled = 1
+            elif last == 1 or (METHOD != KL_SYMMETRY) & (METHOD != ESS_BALANCE):
+                settled = 1
+            else:
+                if METHOD == KL_SYMMETRY:
+                    residual, steepness = mean + center - s, variance
+                else:
+                    residual, steepness = f_low - f_high + 2 * s, mean_high - mean_low
+                size = tl.abs(residual)
+                rootless = ((alpha <= 0) & (residual > 0)) | ((alpha >= 1) & (residual < 0))
+                # convergence first: at the root rounding can put the Newton step on the bracket's end, and a bisection
+                # there would throw α half a bracket away
+                done = (size <= 1e-3 * tol) & ((size <= 1e-7 * steepness) | (size <= 1e-14))
+                done = done | rootless | (high - low <= 1e-15) | (count >= 100)
+                if residual < 0:
+                    low, low_known = alpha, 1
+                else:
+                    high, high_known = alpha, 1
+                newton = alpha - residual / tl.where(steepness > 0, steepness, 1e-300)
+                # an end of [0, 1] is tried once before the bracket is halved
+                middle = (low + high) / 2
+                step = tl.where(newton <= low, tl.where(low_known == 1, middle, low), newton)
+                step = tl.where(newton >= high, tl.where(high_known == 1, middle, high), step)
+                if done:
+                    if METHOD == ESS_BALANCE:
+                        step = tl.where(rootless & uneven, tl.load(row + BETTER_END), alpha)
+                    else:
+                        step = alpha
+                    step = tl.minimum(tl.maximum(step, alpha_min), alpha_max)
+                    last = 1
+                    if step == alpha:
+                        settled = 1
+                alpha = step
+        tl.store(row + ALPHA, alpha)
+        tl.store(row + BOUND, f)
+    tl.store(row + MASSES_ARE_LOGS, exact.to(tl.float64))
+    tl.store(row + LOG_NORM, f)
+    tl.store(row + FLOOR_X, -INF)
+    tl.store(row + FLOOR_T, -INF)
+
+    if disjoint == 0:
+        slope = mean + center
+        tl.store(out, alpha.to(tl.float32))
+        tl.store(out + rows, tl.maximum((alpha - 1) * slope - f + norm_theta, 0.0).to(tl.float32))
+        tl.store(out + 2 * rows, tl.maximum(alpha * slope - f + norm_t, 0.0).to(tl.float32))
+        ess_theta = tl.exp(tl.minimum(2 * norm_theta - f - f_high, 0.0))
+        ess_t = tl.exp(tl.minimum(2 * norm_t - f - f_low, 0.0))
+        tl.store(out + 3 * rows, tl.where(tl.load(row + THETA_OUTSIDE) > 0, 0.0, ess_theta).to(tl.float32))
+        tl.store(out + 4 * rows, tl.where(tl.load(row + T_OUTSIDE) > 0, 0.0, ess_t).to(tl.float32))
+    return disjoint * STATUS_DISJOINT
+
+
+@triton.jit
+def draw_token(
+    theta,
+    t,
+    row,
+    masses,
+    seed,
+    position,
+    vocab_size,
+    groups,
+    tops,
+    inv_temperature,
+    DRAW: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """The group with the greatest log-mass plus noise, and within it the token with the greatest log q plus noise."""
+    o_group = tl.arange(0, GROUPS)  # [GROUPS]
+    key = tl.load(masses + o_group, mask=o_group < groups, other=-INF)  # [GROUPS]
+    if DRAW == SAMPLED:
+        if tl.load(row + MASSES_ARE_LOGS) == 0:
+            positive = key > 0  # [GROUPS]
+            key = tl.where(positive, tl.log(tl.where(positive, key, 1.0)), -INF)  # [GROUPS]
+        key += gumbel(seed, position, o_group, STREAM_OF_GROUPS)
+    first = tl.argmax(key, axis=0).to(tl.int32) * GROUP
+
+    o = first + tl.arange(0, GROUP)  # [GROUP]
+    a = tl.load(theta + o, mask=o < vocab_size, other=-INF).to(tl.float32)  # [GROUP]
+    b = tl.load(t + o, mask=o < vocab_size, other=-INF).to(tl.float32)  # [GROUP]
+    _a, low_b, x, usable = mix(a, b, mixing(row, tops, inv_temperature))  # [GROUP] each
+    kept = usable & (x >= tl.load(row + FLOOR_X)) & (low_b >= tl.load(row + FLOOR_T))  # [GROUP]
+    key = tl.where(kept, x * LN2, -INF)  # [GROUP]
+    if DRAW == SAMPLED:
+        key += gumbel(seed, position, o, STREAM_OF_TOKENS)
+    return first + tl.argmax(key, axis=0).to(tl.int32)
+
+
+@triton.jit
+def finish_kernel(
+    theta,
+    t,
+    row,
+    partial,
+    masses,
+    seeds,
+    positions,
+    tokens,
+    out,
+    statuses,
+    rows,
+    vocab_size,
+    chunks,
+    groups,
+    s_theta,
+    s_t,
+    inv_temperature,
+    alpha_min,
+    alpha_max,
+    tol,
+    METHOD: tl.constexpr,
+    DRAW: tl.constexpr,
+    REFINE: tl.constexpr,
+    CHOOSE: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TILE_GROUPS: tl.constexpr,
+):
+    """Check the residual (`REFINE`), then draw and look up (`CHOOSE`); truncation comes between the two."""
+    i_row = tl.program_id(0).to(tl.int64)
+    theta += i_row * s_theta
+    t += i_row * s_t
+    row += i_row * ROW_COLUMNS
+    masses += i_row * groups
+    out += i_row
+    tops = (tl.load(row + TOP_THETA), tl.load(row + TOP_T))
+    status = tl.load(row + STATUS).to(tl.int32)
+    if REFINE:
+        if status == 0:
+            partial += i_row * chunks * EVALUATED_COLUMNS
+            point = point_of(row, partial, tops, chunks, inv_temperature, CHUNKS)
+            status = refine(
+                theta,
+                t,
+                row,
+                masses,
+                out,
+                vocab_size,
+                rows,
+                tops,
+                inv_temperature,
+                alpha_min,
+                alpha_max,
+                tol,
+                point,
+                METHOD,
+                DRAW,
+                TILE_GROUPS,
+            )
+            tl.store(row + STATUS, status.to(tl.float64))
+        if status != 0:
+            for k in tl.static_range(5):
+                tl.store(out + k * rows, float("nan"))
+    if CHOOSE:
+        token = tl.full([], -1, tl.int64)
+        if DRAW == GIVEN:
+            token = tl.load(tokens + i_row)
+        elif (DRAW != NO_TOKEN) & (status == 0):
+            seed, position = tl.load(seeds + i_row), tl.load(positions + i_row)
+            # the masses may be this very program's stores, made by other threads
+            tl.debug_barrier()
+            token = draw_token(
+                theta, t, row, masses, seed, position, vocab_size, groups, tops, inv_temperature, DRAW, GROUPS
+            ).to(tl.int64)
+        tl.store(statuses + i_row, status.to(tl.int64))
+        if (DRAW == SAMPLED) | (DRAW == GREEDY):
+            tl.store(tokens + i_row, token)
+        if DRAW != NO_TOKEN:
+            known = (status == 0) & (token >= 0) & (token < vocab_size)
+            index = tl.where(known, token, 0)
+            log_q, log_p_theta, log_p_t = look_up(theta, t, row, index, tops, inv_temperature)
+            nan = float("nan")
+            tl.store(out + 5 * rows, tl.where(known, log_q, nan).to(tl.float32))
+            tl.store(out + 6 * rows, tl.where(known, log_p_theta, nan).to(tl.float32))
+            tl.store(out + 7 * rows, tl.where(known, log_p_t, nan).to(tl.float32))
+
+
+@triton.jit
+def exact_log_q(a, b, row, tops, inv_temperature):
+    """log q of raw logits after truncation: float64, −inf where cut."""
+    alpha = tl.load(row + ALPHA)
+    # compared in float32, as truncation did
+    _a, low_b, x, usable = mix(a, b, mixing(row, tops, inv_temperature))
+    kept = usable & (x >= tl.load(row + FLOOR_X)) & (low_b >= tl.load(row + FLOOR_T))
+    a = (tl.where(usable, a, 0.0).to(tl.float64) - tops[0]) * inv_temperature
+    b = (tl.where(usable, b, 0.0).to(tl.float64) - tops[1]) * inv_temperature
+    return tl.where(kept, alpha * a + (1 - alpha) * b - tl.load(row + LOG_NORM), -INF)
+
+
+@triton.jit
+def look_up(theta, t, row, token, tops, inv_temperature):
+    """log q of a token, and the models' own log-probabilities of it at temperature 1."""
+    a, b = tl.load(theta + token).to(tl.float32), tl.load(t + token).to(tl.float32)
+    log_p_theta = tl.where(a >= LOWEST, a.to(tl.float64) - tops[0] - tl.load(row + LOG_COLD_THETA), -INF)
+    log_p_t = tl.where(b >= LOWEST, b.to(tl.float64) - tops[1] - tl.load(row + LOG_COLD_T), -INF)
+    return exact_log_q(a, b, row, tops, inv_temperature), log_p_theta, log_p_t
+
+
+@triton.jit
+def log_q_kernel(theta, t, row, log_q, vocab_size, s_theta, s_t, s_log_q, inv_temperature, BLOCK: tl.constexpr):
+    """The whole of log q, NaN on rows that cannot be sampled from."""
+    i_row, i_block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    theta += i_row * s_theta
+    t += i_row * s_t
+    log_q += i_row * s_log_q
+    row += i_row * ROW_COLUMNS
+    o = i_block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    mask = o < vocab_size  # [BLOCK]
+    if tl.load(row + STATUS) == 0:
+        a = tl.load(theta + o, mask=mask, other=-INF).to(tl.float32)  # [BLOCK]
+        b = tl.load(t + o, mask=mask, other=-INF).to(tl.float32)  # [BLOCK]
+        tops = (tl.load(row + TOP_THETA), tl.load(row + TOP_T))
+        tl.store(log_q + o, exact_log_q(a, b, row, tops, inv_temperature).to(tl.float32), mask=mask)
+    else:
+        tl.store(log_q + o, tl.full([BLOCK], float("nan"), tl.float32), mask=mask)

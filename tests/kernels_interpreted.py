@@ -1,0 +1,357 @@
+"""The Triton kernels in Triton's interpreter; `test_kernels.py` runs this file in a process of its own."""
+
+import itertools
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from rows import INF, table, unusable, zipf_pair
+from triton.runtime import interpreter
+
+from qstar_kernels import METHODS, QStarStep, Status, noise, qstar_logprobs, qstar_sample, qstar_stats
+from qstar_kernels.kernels_finish import gumbel, words
+from qstar_kernels.ops import step_op
+from qstar_kernels.reference import LOWEST, make_pair
+
+FLOATS = ("alpha", "kl_theta", "kl_t", "ess_theta", "ess_t", "logq", "logp_theta", "logp_t")
+FIELDS = (*FLOATS, "status", "token")
+
+patch_language, patched = interpreter._patch_lang, set()
+
+
+def call_device_function(self, *args, **kwargs):
+    """`InterpretedFunction.__call__`, which patches the language again at every call: half of all the time."""
+    if id(self.fn.__globals__) not in patched:
+        patch_language(self.fn)
+        patched.add(id(self.fn.__globals__))
+    return self.rewrite()(*args, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def prepared(monkeypatch):
+    """Fresh memory holds NaN or nonsense, so that an element which no kernel writes fails a test."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poisoned(x):
+        return x.fill_(torch.nan if x.is_floating_point() else -77777)
+
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poisoned(empty(*args, **kwargs)))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poisoned(empty_like(*args, **kwargs)))
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call_device_function)
+
+
+def draw(theta, t, impl: str = "triton", **kwargs) -> QStarStep:
+    seeds = torch.arange(len(theta))
+    return qstar_sample(theta, t, **{"seeds": seeds * 7 + 3, "positions": seeds, "impl": impl} | kwargs)
+
+
+def stacked(pairs) -> tuple[torch.Tensor, torch.Tensor]:
+    theta, t = zip(*pairs.values(), strict=True)
+    return torch.stack(theta), torch.stack(t)
+
+
+def equal_bits(x: QStarStep, y: QStarStep, rows=slice(None)) -> bool:
+    """Equal to the last bit, NaN where NaN."""
+    return all(torch.equal(getattr(x, f)[rows].nan_to_num(nan=7e7), getattr(y, f).nan_to_num(nan=7e7)) for f in FIELDS)
+
+
+def check_against_reference(theta, t, names, **kwargs) -> None:
+    got = draw(theta, t, **kwargs).to(torch.float64)
+    want = draw(theta.double(), t.double(), impl="reference", **kwargs)
+    assert torch.equal(got.status, want.status)
+    tempering = kwargs.get("temperature") or 1.0
+    usable = (x.double().masked_fill(x < LOWEST, -INF) / tempering for x in (theta, t))
+    curvature = make_pair(*usable).curve(want.alpha)[3]
+    size = torch.maximum(want.kl_theta, want.kl_t).clamp(min=1)
+    symmetric = kwargs.get("method", "kl_symmetry") == "kl_symmetry"
+
+    def far(x, y, bound) -> torch.Tensor:
+        return ~((x == y) | ((x - y).abs() <= bound) | (x.isnan() & y.isnan()))
+
+    wrong = {
+        "alpha": far(got.alpha, want.alpha, 1e-5) & (curvature > 1e-6),
+        "kl_theta": far(got.kl_theta, want.kl_theta, 1e-5 * size),
+        "kl_t": far(got.kl_t, want.kl_t, 1e-5 * size),
+        "gap": far(got.kl_theta - got.kl_t, want.kl_theta - want.kl_t, 1e-5 * size) & symmetric,
+        "token": got.token != want.token,
+    }
+    for name in ("ess_theta", "ess_t"):  # below 1e-30 float32 has nothing to say
+        x, y = (getattr(step, name).clamp(min=1e-30).log() for step in (got, want))
+        wrong[name] = far(x, y, 1e-4)
+    for name in ("logq", "logp_theta", "logp_t"):
+        x, y = getattr(got, name), getattr(want, name)
+        wrong[name] = far(x, y, 1e-5 * y.abs().clamp(min=1))
+    hits = {n: [names[i] for i in w.nonzero()[:, 0].tolist()] for n, w in wrong.items() if w.any()}
+    assert not hits
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 999, 1024, 4097])
+def test_hard_rows(vocab_size):
+    pairs = table(vocab_size, seed=vocab_size)
+    if vocab_size in (1, 1024):
+        pairs = dict(itertools.islice(pairs.items(), 0, None, 4))
+    check_against_reference(*stacked(pairs), names=list(pairs))
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "kl_symmetry"])
+def test_methods(method):
+    pairs = table(999, seed=5)
+    if method == "entropy":
+        # entropies of 1e-42: the reference's logsumexp loses what lies below 1e-16 of the mass
+        pairs = {name: pair for name, pair in pairs.items() if "nats apart" not in name}
+    check_against_reference(*stacked(pairs), names=list(pairs), method=method)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"),
+    [(32000, torch.float32), (50257, torch.bfloat16), (128256, torch.float16), (151936, torch.float32)],
+)
+def test_large_vocabularies(vocab_size, dtype):
+    """Some kinds of row at each size."""
+    pairs = {k: v for k, v in table(vocab_size, seed=vocab_size).items() if "finfo" not in k}
+    pairs = dict(itertools.islice(pairs.items(), vocab_size % 5, None, 6 if vocab_size < 1e5 else 9))
+    theta, t = stacked(pairs)
+    check_against_reference(theta.to(dtype), t.to(dtype), names=list(pairs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype):
+    pairs = {k: v for k, v in table(1500, seed=2).items() if "finfo" not in k}
+    pairs = dict(itertools.islice(pairs.items(), dtype == torch.float16, None, 2))
+    theta, t = stacked(pairs)
+    check_against_reference(theta.to(dtype), t.to(dtype), names=list(pairs))
+    check_against_reference(theta[::5], t.to(dtype)[::5], names=list(pairs)[::5])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.3, 1.7])
+def test_temperature(temperature):
+    pairs = dict(itertools.islice(table(1500, seed=3).items(), 0, None, 2))
+    check_against_reference(*stacked(pairs), names=list(pairs), temperature=temperature)
+    if temperature == 0.3:
+        check_against_reference(*zipf_pair(2, 300, 1.0), names="01", temperature=temperature, method="entropy")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_alpha_range(method):
+    theta, t = zipf_pair(2, 999, 3.0)
+    kwargs = {"method": method, "alpha_min": 0.52, "alpha_max": 0.56}
+    check_against_reference(theta, t, names="01", **kwargs)
+
+
+@pytest.mark.parametrize("noise_of_pair", [1e-3, 3e-3, 0.03])
+def test_near_pairs(noise_of_pair):
+    """α hangs on the third cumulant of d there: 1e-9 of the normalisers, less than float32 can tell apart."""
+    check_against_reference(*zipf_pair(2, 3000, noise_of_pair), names="01")
+    check_against_reference(*zipf_pair(2, 3000, noise_of_pair), names="01", method="reverse_kl_symmetry")
+
+
+TRUNCATIONS = (
+    {"top_k": 50, "top_p": 0.9},
+    {"min_p": 0.05},
+    {"target_top_k": 40, "target_top_p": 0.8, "top_p": 0.95},
+    {"top_k": 1, "temperature": 0.7},
+    {"top_p": 0.7, "temperature": 0.0},
+)
+
+
+@pytest.mark.parametrize("truncation", TRUNCATIONS)
+def test_truncation(truncation):
+    """The same support as the reference's sort leaves, and the same log-probabilities on it."""
+    pairs = table(1500, seed=3)
+    chosen = ("zipf 1", "zipf 8", "one-hot, different", "-inf in both")
+    theta, t = stacked({name: pairs[name] for name in chosen})
+    theta, t = torch.cat((theta, theta[:2].round())), torch.cat((t, t[:2].round()))  # ties
+    check_against_reference(theta, t, names=[*chosen, "ties", "ties"], **truncation)
+    log_q, step = qstar_logprobs(theta, t, impl="triton", **truncation)
+    want, _ = qstar_logprobs(theta.double(), t.double(), impl="reference", **truncation)
+    assert step.token is None
+    assert torch.equal(log_q.isneginf(), want.isneginf())
+    kept = want.isfinite()
+    assert ((log_q - want).abs()[kept] <= 1e-5 * want.abs().clamp(min=1)[kept]).all()
+
+
+def test_nothing_left():
+    """π_t's only kept token is one that π_θ forbids."""
+    theta, t = zipf_pair(2, 300, 1.0)
+    theta[1, t[1].argmax()] = -INF
+    step = draw(theta, t, target_top_k=1)
+    assert step.status.tolist() == [Status.OK, Status.EMPTY]
+    assert step.token[1] == -1
+    assert step.alpha[1].isfinite()
+    assert step.logq[1].isnan()
+    assert qstar_logprobs(theta, t, target_top_k=1, impl="triton")[0][1].isnan().all()
+
+
+def test_given_tokens():
+    theta, t = zipf_pair(4, 1500, 1.0)
+    tokens = torch.tensor([3, -1, 1500, 1499])
+    got = qstar_stats(theta, t, tokens=tokens, impl="triton")
+    want = qstar_stats(theta.double(), t.double(), tokens=tokens, impl="reference")
+    for name in ("logq", "logp_theta", "logp_t", "alpha", "ess_t"):
+        torch.testing.assert_close(
+            getattr(got, name).double(), getattr(want, name), rtol=1e-5, atol=1e-5, equal_nan=True
+        )
+    assert qstar_stats(theta, t, impl="triton").token is None
+
+
+@pytest.mark.parametrize("vocab_size", [2, 9000])
+def test_unusable_rows_are_reported_and_harm_no_neighbour(vocab_size):
+    bad, (theta, t) = unusable(vocab_size), zipf_pair(2, vocab_size, 1.0)
+    clean = draw(theta, t)
+    bad_theta, bad_t = stacked(bad)
+    among = draw(torch.cat((theta, bad_theta)), torch.cat((t, bad_t)))
+    assert equal_bits(among, clean, slice(0, 2))
+    assert among.status[2:].tolist() == [Status[name] for name in bad]
+    assert (among.token[2:] == -1).all()
+    assert all(getattr(among, name)[2:].isnan().all() for name in FLOATS)
+
+
+def test_a_row_alone_or_among_64_twice():
+    """The same bits, whatever stands beside it; the same again at the second call; the reference's tokens."""
+    pairs = table(1300, seed=9) | unusable(1300)
+    theta, t = stacked(pairs)
+    repeat = torch.arange(64) % len(pairs)
+    theta, t, seeds = theta[repeat], t[repeat], torch.arange(64)
+    among = draw(theta, t, seeds=seeds, positions=seeds)
+    reference = draw(theta.double(), t.double(), seeds=seeds, positions=seeds, impl="reference")
+    assert torch.equal(among.token, reference.token)
+    for i in range(0, 64, 9):
+        row = slice(i, i + 1)
+        alone = draw(theta[row], t[row], seeds=seeds[row], positions=seeds[row])
+        assert equal_bits(among, alone, row), i
+    first, again = (draw(theta[:9], t[:9], top_p=0.9) for _ in range(2))
+    assert equal_bits(first, again)
+
+
+def test_odd_strides():
+    theta, t = zipf_pair(3, 1501, 1.0)
+    want = draw(theta, t)
+    wide = torch.full((3, 2 * 1501 + 3), torch.nan)
+    wide[:, 3::2] = t
+    padded = torch.full((3, 1700), torch.nan)
+    padded[:, 5:1506] = theta
+    assert equal_bits(want, draw(theta.T.contiguous().T, wide[:, 3::2]))
+    assert equal_bits(want, draw(padded[:, 5:1506], wide[:, 3::2]))
+    assert equal_bits(draw(theta[:1].repeat(3, 1), t), draw(theta[:1].expand(3, -1), t))
+
+
+class Loads:
+    """Logits loaded, told from other loads by their type: nothing else here is bfloat16."""
+
+    def __init__(self, monkeypatch):
+        self.count = 0
+        load = interpreter.InterpreterBuilder.create_masked_load
+
+        def counting(builder, ptrs, mask, *args):
+            if ptrs.dtype.element_ty == tl.bfloat16:
+                self.count += int(mask.data.sum())
+            return load(builder, ptrs, mask, *args)
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", counting)
+
+
+def test_two_sweeps_and_the_winning_group(monkeypatch):
+    """Loads a logit at most 2.05 times on rows as language models have them, for sampling with all diagnostics."""
+    loads = Loads(monkeypatch)
+    per_logit = []
+    for noise_of_pair in (0.1, 0.5, 1.0, 2.0):
+        theta, t = (x.bfloat16() for x in zipf_pair(2, 50257, noise_of_pair, seed=int(10 * noise_of_pair)))
+        for i in range(2):
+            loads.count = 0
+            draw(theta[i : i + 1], t[i : i + 1])
+            per_logit.append(loads.count / (2 * 50257))
+    print("\nloads a logit at V = 50257:", [round(x, 3) for x in per_logit])
+    assert max(per_logit) <= 2.05
+
+
+def test_sweeps_over_row_kinds(monkeypatch):
+    """Prints how often each kind of row is read; none may need more than a handful of sweeps."""
+    loads, counts = Loads(monkeypatch), {}
+    for name, (theta, t) in table(4096, seed=4).items():
+        if "finfo" not in name:
+            loads.count = 0
+            draw(theta[None].bfloat16(), t[None].bfloat16())
+            counts[name] = (loads.count / 2 - 1024) / 4096
+    print("\nsweeps by kind of row:", {name: round(x, 2) for name, x in counts.items()})
+    assert max(counts.values()) <= 12
+
+
+@triton.jit
+def noise_kernel(seed, position, high, low, g, first, BLOCK: tl.constexpr, STREAM: tl.constexpr):
+    o = tl.arange(0, BLOCK)  # [BLOCK]
+    word_high, word_low = words(tl.load(seed), tl.load(position), first + o, STREAM)  # [BLOCK] each
+    tl.store(high + o, word_high.to(tl.int64))
+    tl.store(low + o, word_low.to(tl.int64))
+    tl.store(g + o, gumbel(tl.load(seed), tl.load(position), first + o, STREAM))
+
+
+@pytest.mark.parametrize(("seed", "position"), [(0, 0), (-(2**63) + 12345, 2**40 + 17), (2**62 + 99, 3)])
+def test_noise_has_the_bits_of_the_definition(seed, position):
+    count, first = 1 << 16, 6 * 1024
+    seeds, positions = torch.tensor([seed]), torch.tensor([position])
+    high, low, g = torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64), torch.zeros(count)
+    for stream in (noise.GROUP_STREAM, noise.TOKEN_STREAM):
+        noise_kernel[(1,)](seeds, positions, high, low, g, first, BLOCK=count, STREAM=stream)
+        mask = 0xFFFFFFFF
+        pairs = first // 2 + torch.arange(count // 2)[None]
+        position_words = [torch.tensor([[x]]) for x in (position & mask, position >> 32 & mask, stream)]
+        key = torch.tensor([[seed & mask]]), torch.tensor([[seed >> 32 & mask]])
+        firsts, seconds = noise.philox((pairs, *position_words), key)
+        assert torch.equal(high, firsts[:, 0].T.flatten())
+        assert torch.equal(low, seconds[:, 0].T.flatten())
+        want = noise.gumbel(seeds, positions, torch.tensor([first]), count, stream)[0]
+        assert (g - want).abs().max() < 2e-6
+
+
+def test_tails_of_the_noise(monkeypatch):
+    """Both tails for words that chance does not bring: u from 2⁻⁶⁵ to its complement."""
+    high = torch.tensor([0, 0, 0, 1, 2**20, 2**31 - 1, 2**31, 2**32 - 2**12, 2**32 - 1, 2**32 - 1])
+    low = torch.tensor([0, 1, 2**31, 0, 0, 2**32 - 1, 0, 0, 2**32 - 2, 2**32 - 1])
+    got = torch.zeros(16)
+
+    @triton.jit
+    def kernel(high, low, g):
+        o = tl.arange(0, 16)
+        tl.store(g + o, gumbel(high, low, o, 0))
+
+    def given(high, low, ids, STREAM):
+        mask = ids < 10
+        x, y = tl.load(high + ids, mask=mask, other=5), tl.load(low + ids, mask=mask, other=5)
+        return x.to(tl.uint32), y.to(tl.uint32)
+
+    monkeypatch.setitem(gumbel.rewrite().__globals__, "words", given)
+    kernel[(1,)](high, low, got)
+    upper = high >= 2**31
+    u = torch.where(upper, 2**32 - 1 - high, high).double() * 2.0**-32
+    u += (torch.where(upper, 2**32 - 1 - low, low).double() + 0.5) * 2.0**-64
+    want = -torch.where(upper, -u.log(), -torch.log1p(-u)).log()
+    torch.testing.assert_close(got[:10].double(), want, rtol=1e-6, atol=1e-6)
+
+
+def test_float64_is_refused():
+    theta, t = zipf_pair(1, 10, 1.0)
+    with pytest.raises(ValueError, match=r"logits_theta is torch\.float64"):
+        draw(theta.double(), t)
+
+
+def test_no_rows():
+    step = draw(torch.zeros(0, 10), torch.zeros(0, 10))
+    assert step.token.shape == step.alpha.shape == (0,)
+
+
+def test_traced():
+    """The kernels behind the operator: checked by torch, compiled without a graph break, exported."""
+    theta, t = zipf_pair(2, 300, 1.0)
+    index = torch.arange(2)
+    eager = draw(theta, t, seeds=index, positions=index)
+
+    def sample(theta, t, index):
+        step = qstar_sample(theta, t, seeds=index, positions=index, impl="triton")
+        return step.token, step.logq
+
+    token, logq = torch.compile(sample, fullgraph=True, backend="aot_eager")(theta, t, index)
+    assert torch.equal(token, eager.token)
+    assert torch.equal(logq, eager.logq)
+    settings = ("kl_symmetry", 0.5, 0.0, 1.0, 1.0, 0, 1.0, 0.0, 0, 1.0, 1e-5)
+    torch.library.opcheck(step_op, (theta, t, index, index, None, True, "triton", *settings))
