@@ -184,7 +184,6 @@ class Decoder:
         # every token is at least one byte of text or none (special), so a window of the stop's bytes and a few more
         # always covers a stop string that the newest token completes
         self.stop_window = max((len(s.encode()) for s in options.stop), default=0) + 16
-        self.steps = 0
 
     def run(self, requests: Iterable[Request]) -> Iterator[Sample]:
         """Generate all requests; samples come in the order in which they finish, which is the same every time."""
@@ -231,7 +230,6 @@ class Decoder:
 
     def _draw(self, samples: list[Sample], logits_theta: Tensor, logits_t: Tensor, first: bool) -> None:
         """Draw the next token of every row from logits [B, V] and append it, with its numbers, to the row's sample."""
-        self.steps += 1
         logits_t = logits_t.to(logits_theta.device)
         seeds = torch.tensor([s.request.seed for s in samples], device=logits_theta.device)
         positions = torch.tensor([len(s.token_ids) for s in samples], device=logits_theta.device)

@@ -185,7 +185,7 @@ class Run:
                     continue
                 for done in self.finished(block):
                     if done.key not in self.output.done:
-                        self.output.write([done], [self.line(done)])
+                        self.output.write(done, self.line(done))
                         progress.advance(task)
                     self.summary.add(done)
                     # by prompt, not by who finished first: those are the short ones

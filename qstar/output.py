@@ -122,25 +122,25 @@ class Output:
         if len(self.done) != whole:
             raise OutputError(f"{self.journal} holds a sample twice; it was changed, so choose another --output")
 
-    def write(self, done: list[Finished], lines: list[dict[str, Any]]) -> None:
-        """Put finished samples on disk; `lines` are their lines in the journal.
+    def write(self, done: Finished, line: dict[str, Any]) -> None:
+        """Put a finished sample on disk; `line` is its line in the journal.
 
         Raises:
             OutputError: the disk is full or fails; what was written before is safe, and a new start goes on from there.
         """
         if self.diagnostics_file is not None:
-            self._append(self.diagnostics_file, [diagnostics_line(d) for d in done])
-        self._append(self.journal, lines)
-        self.done.update(d.key for d in done)
+            self._append(self.diagnostics_file, diagnostics_line(done))
+        self._append(self.journal, line)
+        self.done.add(done.key)
 
     def write_error(self, prompt: Prompt, sample_index: int | None, error: str) -> None:
         """Record why a prompt (or one sample of it) failed."""
         line = {"prompt_index": prompt.index, "sample_index": sample_index, "error": error, "metadata": prompt.metadata}
         self.errors.append({"id": prompt.id} | line)
-        self._append(self.errors_file, self.errors[-1:])
+        self._append(self.errors_file, self.errors[-1])
 
-    def _append(self, path: Path, lines: list[dict[str, Any]]) -> None:
-        data = b"".join(json_line(line) for line in lines)
+    def _append(self, path: Path, line: dict[str, Any]) -> None:
+        data = json_line(line)
         with explained(path, f"{len(self.done)} samples are safe; start the same command again to go on"):
             # unbuffered: a failed write leaves nothing behind that would be written later
             file = self._files.get(path) or self._files.setdefault(path, path.open("ab", buffering=0))

@@ -6,16 +6,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from rows import INF, table, unusable, zipf_pair
+from rows import FLOATS, INF, check_step, equal_bits, stacked, table, unusable, zipf_pair
 from triton.runtime import interpreter
 
 from qstar_kernels import METHODS, QStarStep, Status, noise, qstar_logprobs, qstar_sample, qstar_stats
 from qstar_kernels.kernels_finish import gumbel, words
 from qstar_kernels.ops import step_op
-from qstar_kernels.reference import LOWEST, make_pair
-
-FLOATS = ("alpha", "kl_theta", "kl_t", "ess_theta", "ess_t", "logq", "logp_theta", "logp_t")
-FIELDS = (*FLOATS, "status", "token")
 
 patch_language, patched = interpreter._patch_lang, set()
 
@@ -46,44 +42,9 @@ def draw(theta, t, impl: str = "triton", **kwargs) -> QStarStep:
     return qstar_sample(theta, t, **{"seeds": seeds * 7 + 3, "positions": seeds, "impl": impl} | kwargs)
 
 
-def stacked(pairs) -> tuple[torch.Tensor, torch.Tensor]:
-    theta, t = zip(*pairs.values(), strict=True)
-    return torch.stack(theta), torch.stack(t)
-
-
-def equal_bits(x: QStarStep, y: QStarStep, rows=slice(None)) -> bool:
-    """Equal to the last bit, NaN where NaN."""
-    return all(torch.equal(getattr(x, f)[rows].nan_to_num(nan=7e7), getattr(y, f).nan_to_num(nan=7e7)) for f in FIELDS)
-
-
 def check_against_reference(theta, t, names, **kwargs) -> None:
-    got = draw(theta, t, **kwargs).to(torch.float64)
     want = draw(theta.double(), t.double(), impl="reference", **kwargs)
-    assert torch.equal(got.status, want.status)
-    tempering = kwargs.get("temperature") or 1.0
-    usable = (x.double().masked_fill(x < LOWEST, -INF) / tempering for x in (theta, t))
-    curvature = make_pair(*usable).curve(want.alpha)[3]
-    size = torch.maximum(want.kl_theta, want.kl_t).clamp(min=1)
-    symmetric = kwargs.get("method", "kl_symmetry") == "kl_symmetry"
-
-    def far(x, y, bound) -> torch.Tensor:
-        return ~((x == y) | ((x - y).abs() <= bound) | (x.isnan() & y.isnan()))
-
-    wrong = {
-        "alpha": far(got.alpha, want.alpha, 1e-5) & (curvature > 1e-6),
-        "kl_theta": far(got.kl_theta, want.kl_theta, 1e-5 * size),
-        "kl_t": far(got.kl_t, want.kl_t, 1e-5 * size),
-        "gap": far(got.kl_theta - got.kl_t, want.kl_theta - want.kl_t, 1e-5 * size) & symmetric,
-        "token": got.token != want.token,
-    }
-    for name in ("ess_theta", "ess_t"):  # below 1e-30 float32 has nothing to say
-        x, y = (getattr(step, name).clamp(min=1e-30).log() for step in (got, want))
-        wrong[name] = far(x, y, 1e-4)
-    for name in ("logq", "logp_theta", "logp_t"):
-        x, y = getattr(got, name), getattr(want, name)
-        wrong[name] = far(x, y, 1e-5 * y.abs().clamp(min=1))
-    hits = {n: [names[i] for i in w.nonzero()[:, 0].tolist()] for n, w in wrong.items() if w.any()}
-    assert not hits
+    check_step(draw(theta, t, **kwargs), want, theta, t, names, **kwargs)
 
 
 @pytest.mark.parametrize("vocab_size", [1, 2, 999, 1024, 4097])

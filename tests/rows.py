@@ -5,6 +5,11 @@ import os
 import torch
 from torch import Tensor
 
+from qstar_kernels import QStarStep
+from qstar_kernels.reference import LOWEST, make_pair
+
+FLOATS = ("alpha", "kl_theta", "kl_t", "ess_theta", "ess_t", "logq", "logp_theta", "logp_t")
+FIELDS = (*FLOATS, "status", "token")
 VOCAB_SIZES = (1, 2, 999, 1024, 4097, 50257, 151936)
 INF = torch.inf
 
@@ -79,3 +84,43 @@ def chosen_seed() -> int:
     seed = int(os.environ.get("QSTAR_TEST_SEED", "1"))
     print("seed", seed)
     return seed << 32
+
+
+def stacked(pairs) -> tuple[torch.Tensor, torch.Tensor]:
+    theta, t = zip(*pairs.values(), strict=True)
+    return torch.stack(theta), torch.stack(t)
+
+
+def equal_bits(x: QStarStep, y: QStarStep, rows=slice(None)) -> bool:
+    """Equal to the last bit, NaN where NaN."""
+    return all(torch.equal(getattr(x, f)[rows].nan_to_num(nan=7e7), getattr(y, f).nan_to_num(nan=7e7)) for f in FIELDS)
+
+
+def check_step(got: QStarStep, want: QStarStep, theta: Tensor, t: Tensor, names, **kwargs) -> None:
+    """`got` is within the accuracy promised of the reference's `want`; `names` of the rows, `kwargs` of the call."""
+    got = got.to(torch.float64)
+    assert torch.equal(got.status, want.status)
+    tempering = kwargs.get("temperature") or 1.0
+    usable = (x.double().masked_fill(x < LOWEST, -INF) / tempering for x in (theta, t))
+    curvature = make_pair(*usable).curve(want.alpha)[3]
+    size = torch.maximum(want.kl_theta, want.kl_t).clamp(min=1)
+    symmetric = kwargs.get("method", "kl_symmetry") == "kl_symmetry"
+
+    def far(x, y, bound) -> torch.Tensor:
+        return ~((x == y) | ((x - y).abs() <= bound) | (x.isnan() & y.isnan()))
+
+    wrong = {
+        "alpha": far(got.alpha, want.alpha, 1e-5) & (curvature > 1e-6),
+        "kl_theta": far(got.kl_theta, want.kl_theta, 1e-5 * size),
+        "kl_t": far(got.kl_t, want.kl_t, 1e-5 * size),
+        "gap": far(got.kl_theta - got.kl_t, want.kl_theta - want.kl_t, 1e-5 * size) & symmetric,
+        "token": got.token != want.token,
+    }
+    for name in ("ess_theta", "ess_t"):  # below 1e-30 float32 has nothing to say
+        x, y = (getattr(step, name).clamp(min=1e-30).log() for step in (got, want))
+        wrong[name] = far(x, y, 1e-4)
+    for name in ("logq", "logp_theta", "logp_t"):
+        x, y = getattr(got, name), getattr(want, name)
+        wrong[name] = far(x, y, 1e-5 * y.abs().clamp(min=1))
+    hits = {n: [names[i] for i in w.nonzero()[:, 0].tolist()] for n, w in wrong.items() if w.any()}
+    assert not hits
