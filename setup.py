@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 setup(
     name="qstar",
@@ -14,6 +14,15 @@ setup(
     license_files=["LICENSE", "qstar/demo/LICENSE-data.txt"],
     packages=find_packages(include=["qstar", "qstar.*", "qstar_kernels", "qstar_kernels.*"]),
     package_data={"qstar.demo": ["*.jsonl", "*.md", "*.txt", "theta/*", "t/*"]},
+    ext_modules=[
+        Extension(
+            "qstar_kernels._cpu",
+            ["qstar_kernels/cpu.c"],
+            depends=["qstar_kernels/cpu_passes.h"],
+            extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math"],
+            optional=True,  # without a C compiler the package installs, warns and uses its reference on a CPU
+        )
+    ],
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.13",

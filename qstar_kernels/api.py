@@ -4,15 +4,18 @@ All take the logits of both models for the same positions and agree with each ot
 of π_θ (`theta`); π_t (`t`) is the target or teacher.
 """
 
+import warnings
+from functools import cache
+
 import torch
 from torch import Tensor
 
-from qstar_kernels.cpu import qstar_torch
-from qstar_kernels.ops import output_dtype, traced_step
+from qstar_kernels import cpu
+from qstar_kernels.ops import traced_step
 from qstar_kernels.reference import qstar_reference
-from qstar_kernels.types import QStarStep, Settings
+from qstar_kernels.types import QStarStep, Settings, output_dtype
 
-IMPLEMENTATIONS = ("auto", "reference", "torch", "triton")
+IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton")
 
 
 def qstar_sample(
@@ -54,7 +57,9 @@ def qstar_sample(
             ties of the last token kept.
         vocab_size: cut both rows to this length (models padded differently for one tokenizer).
         tol: bound on |KL(q*‖π_θ) − KL(q*‖π_t)| in nats that `kl_symmetry` is solved to.
-        impl: `auto` (Triton on a GPU, PyTorch on a CPU, the reference for float64), `triton`, `torch` or `reference`.
+        impl: `auto` (`triton` on a GPU, `cpu` on a CPU), or one of `triton`, `cpu` (compiled C) and `reference` (plain
+            PyTorch in float64, which `auto` takes for float64 logits on a GPU, on other devices, and in place of `cpu`
+            where no C compiler was found at installation).
 
     Returns:
         `QStarStep` with every field set. A row that cannot be sampled from has `status` ≠ 0, token −1 and NaN numbers.
@@ -128,16 +133,31 @@ def run(impl: str, theta: Tensor, t: Tensor, settings: Settings, **what) -> tupl
 
 
 def implementation(impl: str, theta: Tensor, t: Tensor):
-    """The function behind `impl`; float64 logits ask for the reference's accuracy, so `auto` takes it for them."""
+    """The function behind `impl`."""
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl is {impl!r}; it must be one of {', '.join(IMPLEMENTATIONS)}")
-    if impl == "auto" and output_dtype(theta, t) == torch.float32:
-        impl = {"cuda": "triton", "cpu": "torch"}.get(theta.device.type, "reference")
+    device = theta.device.type
+    if impl == "auto" and device == "cpu" and cpu.library() is None:
+        warn_of_slowness()
+    elif impl == "auto" and device == "cpu":
+        impl = "cpu"
+    elif impl == "auto" and device == "cuda" and output_dtype(theta, t) == torch.float32:
+        impl = "triton"
     if impl == "triton":
         from qstar_kernels.kernels import qstar_triton  # a machine without a GPU may lack Triton
 
         return qstar_triton
-    return qstar_torch if impl == "torch" else qstar_reference
+    return cpu.qstar_cpu if impl == "cpu" else qstar_reference
+
+
+@cache
+def warn_of_slowness() -> None:
+    """Say once that the compiled CPU path is missing."""
+    warnings.warn(
+        "qstar_kernels was installed without its CPU kernel and falls back on the reference, which is exact but slow; "
+        "install a C compiler, then the package again",
+        stacklevel=4,
+    )
 
 
 def checked_rows(theta: Tensor, t: Tensor, vocab_size: int | None) -> tuple[Tensor, Tensor]:

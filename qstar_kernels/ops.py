@@ -8,12 +8,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from qstar_kernels.types import QStarStep, Settings
-
-
-def output_dtype(theta: Tensor, t: Tensor) -> torch.dtype:
-    """float64 where a row is float64, else float32."""
-    return torch.float64 if torch.float64 in (theta.dtype, t.dtype) else torch.float32
+from qstar_kernels.types import QStarStep, Settings, output_dtype
 
 
 @torch.library.custom_op("qstar_kernels::step", mutates_args=())

@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from enum import IntEnum
 
+import torch
 from torch import Tensor
 
 METHODS = ("kl_symmetry", "ess_balance", "reverse_kl_symmetry", "entropy", "fixed")
@@ -82,9 +83,16 @@ class QStarStep:
     logp_theta: Tensor | None = None
     logp_t: Tensor | None = None
 
-    def to(self, dtype) -> "QStarStep":
+    def to(self, dtype: torch.dtype) -> "QStarStep":
         """The same with its floating-point fields in `dtype`."""
+        if self.alpha.dtype == dtype:
+            return self
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return QStarStep(
             **{k: v.to(dtype) if v is not None and v.is_floating_point() else v for k, v in fields.items()}
         )
+
+
+def output_dtype(theta: Tensor, t: Tensor) -> torch.dtype:
+    """float64 where a row is float64, else float32."""
+    return torch.float64 if torch.float64 in (theta.dtype, t.dtype) else torch.float32

@@ -1,8 +1,12 @@
 """The CPU path against the float64 reference, and both against what the theory promises."""
 
+import ctypes
 import itertools
 import subprocess
 import sys
+import sysconfig
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +25,7 @@ from rows import (
 )
 from scipy.stats import chi2
 
-from qstar_kernels import METHODS, QStarStep, Status, cpu, qstar_logprobs, qstar_sample, qstar_stats
+from qstar_kernels import METHODS, QStarStep, Status, api, cpu, qstar_logprobs, qstar_sample, qstar_stats
 from qstar_kernels.types import Settings
 
 
@@ -32,8 +36,8 @@ def draw(theta, t, first_seed: int = 0, **kwargs) -> QStarStep:
 
 
 def check_against_reference(theta, t, names=None, **kwargs) -> None:
-    """All fields of `torch` within the accuracy it promises, on usable rows `theta`, `t` [B, V] of any type."""
-    got = draw(theta, t, impl="torch", **kwargs)
+    """All fields of `cpu` within the accuracy it promises, on usable rows `theta`, `t` [B, V] of any type."""
+    got = draw(theta, t, impl="cpu", **kwargs)
     want = draw(theta.double(), t.double(), impl="reference", **kwargs)
     assert got.alpha.isfinite().all()
     assert not any(getattr(got, name).isnan().any() for name in FLOATS)
@@ -42,11 +46,38 @@ def check_against_reference(theta, t, names=None, **kwargs) -> None:
 
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
 @pytest.mark.parametrize("method", METHODS)
-def test_torch_matches_reference_on_hard_rows(vocab_size, method):
+def test_cpu_matches_reference_on_hard_rows(vocab_size, method):
     pairs = table(vocab_size, seed=vocab_size)
     if vocab_size > 50000:  # the reference is slow: the pairs that differ in kind
         pairs = dict(itertools.islice(pairs.items(), 0, None, 6))
     check_against_reference(*stacked(pairs), names=list(pairs), method=method)
+
+
+def test_other_instruction_sets(tmp_path, monkeypatch):
+    """What runs where there is no AVX2: the same passes, compiled for the least that the machine's family has."""
+    compiler = sysconfig.get_config_var("CC").split()[0]
+    source, built = Path(cpu.__file__).with_name("cpu.c"), tmp_path / "plain.so"
+    flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-DONLY_PLAIN", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run([compiler, *flags, "-shared", "-fPIC", source, "-o", built, "-lm"], check=True)
+    monkeypatch.setattr(cpu, "library", lambda: ctypes.CDLL(built))
+    pairs = table(4097, seed=5)
+    for kwargs in ({}, {"method": "ess_balance"}, {"temperature": 0.7, "top_p": 0.9}, {"temperature": 0.0}):
+        check_against_reference(*stacked(pairs), names=list(pairs), **kwargs)
+
+
+def test_without_a_compiled_kernel(monkeypatch):
+    """`auto` says so once and is the reference; `cpu` refuses."""
+    theta, t = zipf_pair(2, 50, 1.0)
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    api.warn_of_slowness.cache_clear()
+    with pytest.warns(UserWarning, match="install a C compiler"):
+        step = draw(theta, t)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert equal_bits(draw(theta, t), step)
+    assert equal_bits(step, draw(theta, t, impl="reference"))
+    with pytest.raises(RuntimeError, match="without its CPU kernel"):
+        draw(theta, t, impl="cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -70,7 +101,7 @@ def test_alpha_range(method):
     assert ((step.alpha >= 0.52) & (step.alpha <= 0.56)).all()
 
 
-@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_odd_strides(impl):
     theta, t = zipf_pair(4, 4097, 1.0)
     want = draw(theta, t, impl=impl)
@@ -79,7 +110,7 @@ def test_odd_strides(impl):
     assert equal_bits(want, draw(theta.T.contiguous().T, wide[:, 1::3], impl=impl))
 
 
-@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
 @pytest.mark.parametrize("vocab_size", [999, 2048, 40000])
 def test_a_row_ignores_its_neighbours(vocab_size, impl):
     """Equal bits alone, among 64 rows of every kind (unusable ones too), at either place."""
@@ -96,7 +127,7 @@ def test_a_row_ignores_its_neighbours(vocab_size, impl):
         for i in range(0, len(seeds), 5):
             row = slice(i, i + 1)
             alone = draw(theta[row], t[row], seeds=seeds[row], positions=seeds[row], impl=impl, **kwargs)
-            if impl == "torch":
+            if impl == "cpu":
                 assert equal_bits(among, alone, row), (i, kwargs)
             else:
                 assert torch.equal(among.token[row], alone.token)
@@ -112,14 +143,14 @@ def test_threads_do_not_matter():
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         try:
-            steps.append(draw(theta, t, impl="torch"))
+            steps.append(draw(theta, t, impl="cpu"))
         finally:
             torch.set_num_threads(threads)
     assert equal_bits(steps[0], steps[1])
     assert equal_bits(steps[0], steps[2])
 
 
-@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
 @pytest.mark.parametrize("vocab_size", [2, 999, 4097])
 def test_unusable_rows_are_reported(vocab_size, impl):
     bad, (theta, t) = unusable(vocab_size), zipf_pair(3, vocab_size, 1.0)
@@ -135,7 +166,7 @@ def test_unusable_rows_are_reported(vocab_size, impl):
     assert (step.status > 0).all()
 
 
-@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_greedy_takes_the_lowest_of_ties(impl):
     theta, t = zipf_pair(6, 4097, 1.0)
     log_q, _ = qstar_logprobs(theta.double(), t.double(), impl="reference")
@@ -179,7 +210,7 @@ TRUNCATIONS = [
 ]
 
 
-@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("truncation", TRUNCATIONS)
 def test_truncation_by_the_rule(truncation, ties, impl):
@@ -202,7 +233,7 @@ def test_truncation_by_the_rule(truncation, ties, impl):
     assert log_q.gather(1, torch.stack(many, 1)).isfinite().all()
 
 
-@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_truncation_that_leaves_nothing(impl):
     theta, t = zipf_pair(3, 2000, 0.5)
     theta[1, t[1].topk(2).indices] = -INF
@@ -213,7 +244,7 @@ def test_truncation_that_leaves_nothing(impl):
     assert step.alpha.isfinite().all()  # the diagnostics are those of q* before truncation
 
 
-@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
 @pytest.mark.parametrize("kwargs", [{}, {"temperature": 0.8}, *({"temperature": 1.2} | x for x in TRUNCATIONS[:6])])
 def test_the_three_functions_agree(kwargs, impl):
     theta, t = zipf_pair(5, 3000, 1.5)
@@ -234,7 +265,7 @@ def test_the_three_functions_agree(kwargs, impl):
     assert outside.logp_t.isnan().tolist() == [True, True, False, False, False]
 
 
-@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_vocabularies_padded_differently(impl):
     theta, t = zipf_pair(3, 2000, 1.0)
     padded = torch.cat((theta, torch.full((3, 50), torch.nan)), 1)
@@ -258,6 +289,8 @@ IDS = torch.zeros(2, dtype=torch.int64)
         ((GOOD, GOOD), {"positions": IDS[:1]}, r"positions is torch.int64 \[1\]"),
         ((GOOD, GOOD), {"method": "newton"}, "method is 'newton'; it must be one of kl_symmetry"),
         ((GOOD, GOOD), {"impl": "numpy"}, "impl is 'numpy'"),
+        ((GOOD.to("meta"), GOOD.to("meta")), {"seeds": IDS.to("meta"), "positions": IDS.to("meta"), "impl": "cpu"},
+         "torch.float32 on meta"),
         *(
             ((GOOD, GOOD), {name: value}, f"{name} is {value}")
             for name, value in {
@@ -272,7 +305,7 @@ def test_argument_errors(args, kwargs, message):
         qstar_sample(*args, **{"seeds": IDS, "positions": IDS} | kwargs)
 
 
-@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
 @pytest.mark.parametrize("method", METHODS)
 def test_identical_models(method, impl):
     theta, _ = zipf_pair(4, 3000, 1.0)
@@ -283,7 +316,7 @@ def test_identical_models(method, impl):
     torch.testing.assert_close(step.logq, step.logp_t, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
 @pytest.mark.parametrize("noise", [0.1, 1.0, 4.0])
 def test_what_the_rules_promise(noise, impl):
     """Minimax and Chernoff point for KL symmetry, equal ESS for ESS balance, on a grid of α."""
@@ -305,34 +338,15 @@ def test_what_the_rules_promise(noise, impl):
     torch.testing.assert_close(step.ess_theta.log().double(), ess, atol=1e-4, rtol=1e-4)
 
 
-def repeated(x, count: int):
-    """Row 0 of a dataclass of tensors, `count` times, as views."""
-    return type(x)(
-        **{
-            name: field[:1].expand(count, *field.shape[1:])
-            if isinstance(field, torch.Tensor)
-            else repeated(field, count)
-            for name, field in vars(x).items()
-        }
-    )
-
-
 def many_tokens(theta, t, seed: int, draws: int) -> torch.Tensor:
-    """Tokens of one pair [V] at α = 0.4 for seeds from `seed` on: int64 [draws]; the pair is solved once."""
-    fixed = {"method": "fixed", "alpha": 0.4}
-    theta, t = theta[None], t[None]
-    rows = cpu.Rows(theta, t, None, torch.float32, 1.0, False)
-    solution = cpu.solve(rows, theta.amax(-1).double(), t.amax(-1).double(), Settings(**fixed))
-    tokens, height = [], 50
-    for first in range(0, draws, height):
-        seeds = torch.arange(seed + first, seed + first + height)
-        rows = theta.expand(height, -1), t.expand(height, -1)
-        tokens.append(cpu.draw_from_groups(*rows, 1.0, repeated(solution, height), seeds, seeds % 100))
-    tokens = torch.cat(tokens)
-    # the public function, which solves every row for itself, draws the same
-    few = torch.arange(seed, seed + 16)
-    rows = theta.expand(16, -1), t.expand(16, -1)
-    step = qstar_sample(*rows, seeds=few, positions=few % 100, impl="torch", **fixed)
+    """Tokens of one pair [V] at α = 0.4 for seeds from `seed` on: int64 [draws]; an expanded row is solved once."""
+    seeds = torch.arange(seed, seed + draws)
+    rows, fixed = theta.expand(draws, -1), {"method": "fixed", "alpha": 0.4, "impl": "cpu"}
+    tokens = qstar_sample(rows, t.expand(draws, -1), seeds=seeds, positions=seeds % 100, **fixed).token
+    # rows that are memory of their own are solved one by one, and draw the same
+    few = seeds[:16]
+    copies = theta.repeat(len(few), 1), t.repeat(len(few), 1)
+    step = qstar_sample(*copies, seeds=few, positions=few % 100, **fixed)
     assert torch.equal(step.token, tokens[:16])
     return tokens
 
@@ -383,7 +397,7 @@ def test_truncated_tokens_follow_log_q(truncation):
     assert p_value(tokens, q) > 0.001
 
 
-@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_masks_bind(impl):
     """A token of zero mass is never drawn, and the only one that both models allow always is."""
     theta, t = torch.zeros(200, 3000), torch.zeros(200, 3000)

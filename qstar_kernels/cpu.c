@@ -1,0 +1,520 @@
+/* q* on a CPU (theory/computation.md, «On a CPU»): rows of logits in, one token and its numbers a row out.
+ *
+ * A row is read three times: for its maxima, for an outline of the curve F that gives a guess at α, and exactly at that
+ * guess. What the guess is off by is mended by Taylor's formula from the moments of the last sweep, or by another sweep
+ * if it is off by much. `qstar_kernels/cpu.py` calls `qstar_rows` and says what the fields of `Job` are; the passes over
+ * the logits are in cpu_passes.h.
+ */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { TILE = 256, GROUP = 1024 };
+enum { FLOAT32, BFLOAT16, FLOAT16, FLOAT64 };
+enum { KL_SYMMETRY, ESS_BALANCE, REVERSE_KL_SYMMETRY, ENTROPY, FIXED }; /* METHODS of types.py */
+enum { OK, HAS_NAN, POSITIVE_INFINITY, NO_SUPPORT, DISJOINT, EMPTY };
+enum { NOTHING, DRAW, LOOK_UP };
+
+static const double LOWEST = -1e30;  /* a logit below this means −inf */
+static const double ABSENT = -1e32;  /* stands for −inf where ∞ − ∞ and 0 · ∞ must not arise */
+static const double RANGE = 340;     /* nats below its maximum from where exponentials of 2a − x may overflow */
+static const double ROUNDING = 1e-14;
+
+typedef struct {
+    const void *logits[2]; /* π_θ, π_t */
+    int64_t row_stride[2], stride[2];
+    int64_t dtype[2];
+    int64_t vocab_size;
+    int64_t method, what, log_q_is_double;
+    double alpha, alpha_min, alpha_max, temperature;
+    int64_t top_k, target_top_k;
+    double top_p, min_p, target_top_p;
+    const int64_t *seeds, *positions, *tokens;
+    double *fields;   /* [8, B]: α, KL(q‖π_θ), KL(q‖π_t), ESS_θ, ESS_t, log q, log π_θ, log π_t */
+    int64_t batch;
+    int64_t *status, *drawn;
+    void *log_q;      /* [B, V] or NULL */
+} Job;
+
+typedef struct {
+    const void *logits[2];
+    int64_t stride[2], dtype[2], vocab_size, groups;
+    double high[2]; /* subtracted from the logits */
+    double scale;   /* 1 / temperature */
+    int masked, far;
+} Row;
+
+typedef struct {
+    double high[2], low[2];
+    int nan, masked, only_theta, only_t, common;
+} Scan;
+
+typedef struct {
+    double norm[2], f[3], slope[3], curvature[3]; /* at α = 0, ½, 1 */
+} Outline;
+
+typedef struct {
+    double norm[2], entropy[2], slope[2]; /* of π_θ and π_t: the slopes F′(1), F′(0) */
+} Ends;
+
+typedef struct {
+    double norm[2], f, slope, curvature, skew, f_high, slope_high, f_low, slope_low;
+} Point;
+
+typedef struct {
+    _Alignas(32) double a[TILE], b[TILE], d[TILE], x[TILE];
+} Tile;
+
+typedef struct {
+    double alpha, f, extra;   /* log q = x − f − extra; truncation adds the last */
+    double lowest, lowest_b;  /* truncation keeps the tokens whose x − f and b reach these */
+} Mixture;
+
+typedef struct {
+    int status, theta_inside, t_inside; /* inside: no mass outside the common support */
+    Row row;
+    Point point;
+    Mixture q;
+    double raw_norm[2]; /* at temperature 1 */
+} Solved;
+
+typedef struct {
+    void (*scan)(const Row *, Scan *);
+    void (*outline)(const Row *, Outline *);
+    void (*ends)(const Row *, Ends *);
+    void (*sweep)(const Row *, double, Point *, double *);
+    int64_t (*greatest)(const Row *, double);
+    void (*log_q)(const Row *, int64_t, const Mixture *, double *);
+    void (*weights)(const double *, double *);
+    void (*philox)(int64_t, int64_t, uint32_t, int64_t, int, uint64_t *);
+} Passes;
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi" /* vectors only pass between functions of this file */
+#endif
+
+#define NAME(x) x##_plain
+#include "cpu_passes.h"
+#undef NAME
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(ONLY_PLAIN)
+#define HAS_AVX2
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+#define NAME(x) x##_avx2
+#include "cpu_passes.h"
+#undef NAME
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+static const Passes *best_passes(void) {
+#ifdef HAS_AVX2
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &passes_avx2;
+#endif
+    return &passes_plain;
+}
+
+static int truncates(const Job *job) {
+    return job->top_k > 0 || job->top_p < 1 || job->min_p > 0 || job->target_top_k > 0 || job->target_top_p < 1;
+}
+
+static double clamp(double x, double low, double high) { return x < low ? low : x > high ? high : x; }
+
+/* Root of F′(α) = s by the quartic that matches F′, F″ at both ends of the cell [0, ½] or [½, 1] and ΔF across. */
+static double guess_alpha(const Outline *o) {
+    const double s = o->norm[0] - o->norm[1];
+    const int c = o->slope[1] < s; /* the cell that holds the root */
+    const double g0 = o->slope[c] - s, g1 = o->slope[c + 1] - s;
+    const double k0 = o->curvature[c] / 2, k1 = o->curvature[c + 1] / 2; /* per unit of the cell */
+    /* cubic Hermite g0 + k0 u + c2 u² + c3 u³, plus e u² (1 − u)² that mends its integral */
+    const double e = 30 * (2 * (o->f[c + 1] - o->f[c]) - s - (g0 + g1) / 2 - (k0 - k1) / 12);
+    const double c2 = 3 * (g1 - g0) - 2 * k0 - k1 + e, c3 = 2 * (g0 - g1) + k0 + k1 - 2 * e;
+    double u = clamp(g0 / (g0 - g1), 0, 1);
+    for (int i = 0; i < 3; i++) {
+        const double value = g0 + u * (k0 + u * (c2 + u * (c3 + u * e)));
+        const double slope = k0 + u * (2 * c2 + u * (3 * c3 + u * 4 * e));
+        if (slope > 0) u = clamp(u - value / slope, 0, 1);
+    }
+    const double alpha = (c + u) / 2;
+    /* float32 says nothing about a pair this close, whose F is a parabola */
+    return isfinite(alpha) && o->curvature[1] > 1e-5 ? alpha : 0.5;
+}
+
+/* What the rule wants to be 0, increasing in α, and its derivative. */
+static double residual(const Point *p, int64_t method, double *derivative) {
+    const double s = p->norm[0] - p->norm[1];
+    if (method == ESS_BALANCE) {
+        *derivative = p->slope_high - p->slope_low;
+        return p->f_low - p->f_high + 2 * s;
+    }
+    *derivative = p->curvature;
+    return p->slope - s;
+}
+
+/* Move a point and its group masses by a small step of α. */
+static void shift_point(Point *p, double step, int64_t groups, double *group) {
+    p->f += step * (p->slope + step * (p->curvature / 2 + step * p->skew / 6));
+    p->slope += step * (p->curvature + step * p->skew / 2);
+    p->f_high -= step * p->slope_high;
+    p->f_low -= step * p->slope_low;
+    for (int64_t c = 0; c < groups; c++)
+        if (isfinite(group[c])) group[c] += step * (group[groups + c] + step * group[2 * groups + c] / 2);
+}
+
+static double larger_kl(const Point *p, double alpha) {
+    const double theta = (alpha - 1) * p->slope - p->f + p->norm[0], t = alpha * p->slope - p->f + p->norm[1];
+    return theta > t ? theta : t;
+}
+
+/* α by the rule, and the curve and the group masses there. */
+static double solve(const Job *job, const Row *row, const Passes *pass, int even, Point *point, double *groups) {
+    const double min = job->alpha_min, max = job->alpha_max;
+    double alpha = 0.5;
+    int held = 1; /* α is known before the sweep */
+    if (job->method == FIXED) {
+        alpha = job->alpha;
+    } else if (job->method == ENTROPY || job->method == REVERSE_KL_SYMMETRY) {
+        Ends ends;
+        pass->ends(row, &ends);
+        const double s = ends.norm[0] - ends.norm[1], spread = ends.slope[0] - ends.slope[1];
+        const double entropies = ends.entropy[0] + ends.entropy[1];
+        if (job->method == ENTROPY)
+            alpha = entropies > 0 ? ends.entropy[0] / entropies : 0.5;
+        else
+            alpha = spread > ROUNDING ? (ends.slope[0] - s) / spread : 0.5;
+    } else {
+        held = 0;
+        if (!row->far) {
+            Outline outline;
+            pass->outline(row, &outline);
+            alpha = guess_alpha(&outline);
+        }
+    }
+    if (!even && job->method != FIXED && job->method != ENTROPY) {
+        /* different supports may leave the rule without a root: then the end with the smaller max{KL, KL} */
+        double value[2], worst[2], derivative;
+        for (int end = 0; end < 2; end++) {
+            pass->sweep(row, end, point, groups);
+            value[end] = residual(point, job->method, &derivative);
+            worst[end] = larger_kl(point, end);
+        }
+        if (value[0] > 0 || value[1] < 0) {
+            alpha = worst[0] <= worst[1] ? 0 : 1;
+            held = 1;
+        }
+    }
+    alpha = clamp(alpha, min, max);
+    double low = min - 1, high = max + 1; /* so that the ends themselves may still be tried */
+    for (int sweeps = 0;; sweeps++) {
+        pass->sweep(row, alpha, point, groups);
+        double derivative;
+        const double value = residual(point, job->method, &derivative);
+        if (held || sweeps == 100 || fabs(value) <= ROUNDING) return alpha;
+        if ((value > 0 && alpha <= min) || (value < 0 && alpha >= max)) return alpha;
+        if (value < 0) low = alpha;
+        else high = alpha;
+        double slope = derivative, reach, bend = 0;
+        if (job->method == KL_SYMMETRY) {
+            bend = point->skew;
+            const double halley = derivative - value * bend / (2 * derivative);
+            if (halley > derivative / 2 && halley < derivative * 2) slope = halley;
+            reach = 1e-3 / sqrt(derivative);
+        } else {
+            reach = 1e-5;
+        }
+        const double next = clamp(alpha - value / slope, min, max), step = next - alpha;
+        if (fabs(step) <= reach && fabs(step * bend) <= 0.01 * derivative) {
+            shift_point(point, step, row->groups, groups);
+            return next;
+        }
+        if (high - low <= 1e-15) return alpha;
+        alpha = next > low && next < high ? next : ((low > min ? low : min) + (high < max ? high : max)) / 2;
+    }
+}
+
+/* argmax of log w + Gumbel noise over `count` ids from `first` on, as the least E / w of exponential variables E (the
+ * Gumbel variable is −log E): −1 where all w are 0. */
+static int64_t race(const Passes *pass, int64_t seed, int64_t position, uint32_t stream, int64_t first, int64_t count, const double *w) {
+    enum { PART = 256 };
+    uint64_t bits[PART];
+    double best = INFINITY;
+    int64_t winner = -1;
+    for (int64_t start = 0; start < count; start += PART) {
+        const int n = count - start < PART ? (int)(count - start) : PART;
+        pass->philox(seed, position, stream, first + start, (n + 1) / 2, bits);
+        for (int i = 0; i < n; i++) {
+            const double weight = w[start + i];
+            if (!(weight > 0)) continue;
+            /* E = −log(1 − u) > u, so most ids lose before a logarithm is taken */
+            if ((double)(bits[i] >> 32) * 0x1p-32 > best * weight) continue;
+            const int upper = bits[i] >> 63;
+            const uint64_t n64 = upper ? ~bits[i] : bits[i];
+            const double u = (double)(n64 >> 32) * 0x1p-32 + ((double)(n64 & 0xFFFFFFFFu) + 0.5) * 0x1p-64;
+            const double time = (upper ? -log(u) : -log1p(-u)) / weight;
+            if (time < best) best = time, winner = start + i;
+        }
+    }
+    return winner;
+}
+
+/* Both sides the logits of one, whose log-probabilities q then stands for. */
+static Row one_sided(const Row *row, int side) {
+    Row twice = *row;
+    twice.logits[1 - side] = row->logits[side], twice.stride[1 - side] = row->stride[side];
+    twice.dtype[1 - side] = row->dtype[side], twice.high[1 - side] = row->high[side];
+    return twice;
+}
+
+/* The greatest of the n values v (which it reorders) so that the values that reach it have at least the mass `target`,
+ * counted each as exp(v), or as 1. */
+static double crossing(double *v, int64_t n, double target, int by_mass) {
+    double above = 0;
+    for (;;) {
+        const double x = v[0], y = v[n / 2], z = v[n - 1];
+        const double pivot = x < y ? (y < z ? y : x < z ? z : x) : (x < z ? x : y < z ? z : y);
+        int64_t greater = 0, end = n; /* [0, greater) > pivot, [end, n) < pivot */
+        double mass_greater = 0, mass_equal = 0;
+        for (int64_t i = 0; i < end;) {
+            const double value = v[i], mass = value < pivot ? 0 : by_mass ? exp(value) : 1;
+            if (value > pivot) {
+                v[i++] = v[greater];
+                v[greater++] = value;
+                mass_greater += mass;
+            } else if (value < pivot) {
+                v[i] = v[--end];
+                v[end] = value;
+            } else {
+                mass_equal += mass;
+                i++;
+            }
+        }
+        if (above + mass_greater >= target) {
+            n = greater;
+            continue;
+        }
+        above += mass_greater + mass_equal;
+        if (above >= target || end == n) return pivot;
+        v += end;
+        n -= end;
+    }
+}
+
+enum { BUCKETS = 2048, BUCKETS_A_NAT = 32 };
+
+static int bucket_of(double greatest, double value) {
+    const double index = (greatest - value) * BUCKETS_A_NAT;
+    return index < BUCKETS - 1 ? (int)index : BUCKETS - 1;
+}
+
+/* The lowest value x − f of q so that all values that reach it, of those that reach `lowest`, number at least `count` or,
+ * where that is 0, have at least the share `share` of the mass. `v` is scratch for all values of a row. */
+static double threshold(const Row *row, const Passes *pass, const Mixture *q, double lowest, double greatest,
+                        int64_t count, double share, double *v) {
+    /* the mass by distance from the greatest value; only the bucket in which the target is crossed is sorted out */
+    _Alignas(32) double value[TILE], w[TILE];
+    double bucket[BUCKETS] = {0}, total = 0;
+    for (int64_t start = 0; start < row->vocab_size; start += TILE) {
+        pass->log_q(row, start, q, value);
+        if (count == 0) pass->weights(value, w);
+        for (int i = 0; i < TILE; i++)
+            if (value[i] > -INFINITY && value[i] >= lowest)
+                bucket[bucket_of(greatest, value[i])] += count ? 1 : w[i];
+    }
+    for (int i = 0; i < BUCKETS; i++) total += bucket[i];
+    const double target = count ? (double)count : share * total;
+    double above = 0;
+    int crossed = 0;
+    for (int i = 0; i < BUCKETS; i++) {
+        if (bucket[i] == 0) continue;
+        above += bucket[crossed = i];
+        if (above >= target) break;
+    }
+    above -= bucket[crossed];
+    int64_t n = 0;
+    for (int64_t start = 0; start < row->vocab_size; start += TILE) {
+        pass->log_q(row, start, q, value);
+        for (int i = 0; i < TILE; i++)
+            if (value[i] > -INFINITY && value[i] >= lowest && bucket_of(greatest, value[i]) == crossed)
+                v[n++] = value[i];
+    }
+    return crossing(v, n, target - above, count == 0);
+}
+
+/* The lowest value x − f of q that top-k and then top-p keep, +inf where there is none; `greatest` becomes the greatest. */
+static double lowest_kept(const Row *row, const Passes *pass, const Mixture *q, int64_t top_k, double top_p, double *v,
+                          double *greatest) {
+    _Alignas(32) double value[TILE];
+    *greatest = -INFINITY;
+    for (int64_t start = 0; start < row->vocab_size; start += TILE) {
+        pass->log_q(row, start, q, value);
+        for (int i = 0; i < TILE; i++) *greatest = value[i] > *greatest ? value[i] : *greatest;
+    }
+    if (*greatest == -INFINITY) return INFINITY;
+    double lowest = -INFINITY;
+    if (top_k > 0 && top_k < row->vocab_size) lowest = threshold(row, pass, q, lowest, *greatest, top_k, 0, v);
+    if (top_p < 1) lowest = threshold(row, pass, q, lowest, *greatest, 0, top_p, v);
+    return lowest;
+}
+
+/* Truncate q and renormalise it; 0 where nothing is left. `v` is scratch for all values of a row. */
+static int truncate_q(const Job *job, const Row *row, const Passes *pass, Solved *solved, double *v, double *groups) {
+    _Alignas(32) double log_q[TILE], w[TILE];
+    Mixture *q = &solved->q;
+    double greatest;
+    if (job->target_top_k > 0 || job->target_top_p < 1) {
+        const Row t = one_sided(row, 1);
+        const Mixture all = {.lowest = -INFINITY, .lowest_b = -INFINITY};
+        q->lowest_b = lowest_kept(&t, pass, &all, job->target_top_k, job->target_top_p, v, &greatest);
+    }
+    q->lowest = lowest_kept(row, pass, q, job->top_k, job->top_p, v, &greatest);
+    if (q->lowest == INFINITY) return 0;
+    if (job->min_p > 0 && greatest + log(job->min_p) > q->lowest) q->lowest = greatest + log(job->min_p);
+    double sum = 0;
+    for (int64_t group = 0; group < row->groups; group++) {
+        double mass = 0;
+        for (int64_t start = group * GROUP; start < (group + 1) * GROUP && start < row->vocab_size; start += TILE) {
+            pass->log_q(row, start, q, log_q);
+            pass->weights(log_q, w);
+            for (int i = 0; i < TILE; i++) mass += w[i];
+        }
+        sum += mass;
+        groups[group] = log(mass) + q->f;
+    }
+    q->extra = log(sum);
+    return 1;
+}
+
+static int64_t draw(const Row *row, const Passes *pass, const Mixture *q, const double *groups, double *mass, int64_t seed,
+                    int64_t position) {
+    for (int64_t c = 0; c < row->groups; c++) mass[c] = exp(groups[c] - q->f - q->extra);
+    const int64_t group = race(pass, seed, position, 0, 0, row->groups, mass);
+    if (group < 0) return -1;
+    _Alignas(32) double w[GROUP], log_q[TILE];
+    for (int start = 0; start < GROUP; start += TILE) {
+        pass->log_q(row, group * GROUP + start, q, log_q);
+        pass->weights(log_q, w + start);
+    }
+    return group * GROUP + race(pass, seed, position, 1, group * GROUP, GROUP, w);
+}
+
+/* Everything about row i but its token. */
+static void solve_row(const Job *job, int64_t i, const Passes *pass, Solved *solved, double *groups, double *scratch) {
+    static const int64_t size[] = {4, 2, 2, 8};
+    Row *row = &solved->row;
+    memset(solved, 0, sizeof *solved);
+    row->vocab_size = job->vocab_size;
+    row->groups = (job->vocab_size + GROUP - 1) / GROUP;
+    row->scale = job->temperature > 0 ? 1 / job->temperature : 1;
+    for (int side = 0; side < 2; side++) {
+        row->dtype[side] = job->dtype[side], row->stride[side] = job->stride[side];
+        row->logits[side] = (const char *)job->logits[side] + i * job->row_stride[side] * size[job->dtype[side]];
+    }
+    Scan scan;
+    pass->scan(row, &scan);
+    const double *high = scan.high;
+    solved->status = scan.nan                                        ? HAS_NAN
+                     : high[0] == INFINITY || high[1] == INFINITY    ? POSITIVE_INFINITY
+                     : high[0] < LOWEST || high[1] < LOWEST          ? NO_SUPPORT
+                     : !scan.common                                  ? DISJOINT
+                                                                     : OK;
+    if (solved->status != OK) return;
+    row->masked = scan.masked;
+    for (int side = 0; side < 2; side++) {
+        row->high[side] = high[side];
+        row->far |= (high[side] - scan.low[side]) * row->scale > RANGE;
+    }
+    solved->theta_inside = !scan.only_theta, solved->t_inside = !scan.only_t;
+    Point *point = &solved->point;
+    solved->q.alpha = solve(job, row, pass, solved->theta_inside && solved->t_inside, point, groups);
+    solved->q.f = point->f;
+    solved->q.lowest = solved->q.lowest_b = -INFINITY;
+    for (int side = 0; side < 2; side++) solved->raw_norm[side] = point->norm[side];
+    if (row->scale != 1 && job->what != NOTHING) {
+        Row raw = *row;
+        raw.scale = 1;
+        Ends ends;
+        pass->ends(&raw, &ends);
+        for (int side = 0; side < 2; side++) solved->raw_norm[side] = ends.norm[side];
+    }
+    if (truncates(job) && !truncate_q(job, row, pass, solved, scratch, groups)) solved->status = EMPTY;
+}
+
+static void write_log_q(const Job *job, int64_t i, const Passes *pass, const Solved *solved) {
+    double log_q[TILE];
+    const int64_t first = i * job->vocab_size;
+    for (int64_t start = 0; start < job->vocab_size; start += TILE) {
+        if (solved->status == OK) pass->log_q(&solved->row, start, &solved->q, log_q);
+        for (int64_t j = 0; j < TILE && start + j < job->vocab_size; j++) {
+            const double value = solved->status == OK ? log_q[j] - solved->q.extra : NAN;
+            if (job->log_q_is_double) ((double *)job->log_q)[first + start + j] = value;
+            else ((float *)job->log_q)[first + start + j] = (float)value;
+        }
+    }
+}
+
+/* log q of a token, and log π_θ and log π_t at temperature 1, untruncated. */
+static void look_up(const Solved *solved, const Passes *pass, int64_t token, double *out) {
+    const int64_t start = token / TILE * TILE;
+    _Alignas(32) double log_q[TILE];
+    pass->log_q(&solved->row, start, &solved->q, log_q);
+    out[0] = log_q[token - start] - solved->q.extra;
+    for (int side = 0; side < 2; side++) {
+        Row raw = one_sided(&solved->row, side);
+        raw.scale = 1;
+        const Mixture p = {.f = solved->raw_norm[side], .lowest = -INFINITY, .lowest_b = -INFINITY};
+        pass->log_q(&raw, start, &p, log_q);
+        out[1 + side] = log_q[token - start];
+    }
+}
+
+/* Rows first, …, last − 1 of a job; the return value is 0, or 1 if memory is short. */
+int qstar_rows(const Job *job, int64_t first, int64_t last) {
+    const Passes *pass = best_passes();
+    const int64_t count = (job->vocab_size + GROUP - 1) / GROUP;
+    double *groups = malloc(sizeof(double) * 4 * count), *mass = groups + 3 * count;
+    double *scratch = truncates(job) ? malloc(sizeof(double) * job->vocab_size) : NULL;
+    if (!groups || (truncates(job) && !scratch)) {
+        free(groups);
+        free(scratch);
+        return 1;
+    }
+    Solved solved;
+    for (int64_t i = first; i < last; i++) {
+        /* rows that are one row expanded are solved once */
+        if (i == first || job->row_stride[0] != 0 || job->row_stride[1] != 0)
+            solve_row(job, i, pass, &solved, groups, scratch);
+        const Point *p = &solved.point;
+        const double alpha = solved.q.alpha;
+        double field[8];
+        for (int k = 0; k < 8; k++) field[k] = NAN;
+        if (solved.status == OK || solved.status == EMPTY) {
+            field[0] = alpha;
+            field[1] = fmax((alpha - 1) * p->slope - p->f + p->norm[0], 0);
+            field[2] = fmax(alpha * p->slope - p->f + p->norm[1], 0);
+            field[3] = solved.theta_inside ? fmin(exp(2 * p->norm[0] - p->f - p->f_high), 1) : 0;
+            field[4] = solved.t_inside ? fmin(exp(2 * p->norm[1] - p->f - p->f_low), 1) : 0;
+        }
+        int64_t token = job->what == LOOK_UP ? job->tokens[i] : -1;
+        if (job->what == DRAW && solved.status == OK)
+            token = job->temperature == 0 ? pass->greatest(&solved.row, alpha)
+                                          : draw(&solved.row, pass, &solved.q, groups, mass, job->seeds[i], job->positions[i]);
+        if (solved.status == OK && token >= 0 && token < job->vocab_size) look_up(&solved, pass, token, field + 5);
+        if (job->what == DRAW) job->drawn[i] = token;
+        if (job->log_q) write_log_q(job, i, pass, &solved);
+        for (int k = 0; k < 8; k++) job->fields[k * job->batch + i] = field[k];
+        job->status[i] = solved.status;
+    }
+    free(groups);
+    free(scratch);
+    return 0;
+}

@@ -1,0 +1,391 @@
+/* The passes of cpu.c over one row of logits, in vectors. cpu.c includes this file once for each instruction set that it
+ * can choose from, with NAME(x) giving every function a name of its own.
+ *
+ * A row goes by in tiles of 256 ids that stay in the L1 cache. All arithmetic is float64 but that of `outline`, which
+ * only guesses. Sums run in one fixed order, so a row's bits depend on the row alone.
+ */
+
+typedef double NAME(d4) __attribute__((vector_size(32), may_alias));
+typedef int64_t NAME(l4) __attribute__((vector_size(32), may_alias));
+typedef float NAME(f8) __attribute__((vector_size(32), may_alias));
+typedef int32_t NAME(i8) __attribute__((vector_size(32), may_alias));
+#define d4 NAME(d4)
+#define l4 NAME(l4)
+#define f8 NAME(f8)
+#define i8 NAME(i8)
+#define AT(type, array, i) (*(type *)&(array)[i])
+
+static inline double NAME(total)(d4 v) { return (v[0] + v[1]) + (v[2] + v[3]); }
+
+/* exp(x) to 3e-16, 0 below -708; x must not be above 708. The polynomial interpolates exp on [-ln2/2, ln2/2] at the
+ * Chebyshev nodes. */
+static inline d4 NAME(exp_d)(d4 x) {
+    const double magic = 0x1.8p52; /* the sum's low bits are round(x / ln 2) */
+    l4 keep = x >= -708.0;
+    d4 n = x * 0x1.71547652b82fep0 + magic;
+    l4 exponent = ((l4)n << 52) & keep;
+    n -= magic;
+    d4 r = x - n * 0x1.62e42fefa39efp-1;
+    r -= n * 0x1.abc9e3b39803fp-56;
+    d4 p = r * 0x1.28a2ca617b969p-22 + 0x1.72fafebdaf273p-19;
+    p = p * r + 0x1.a019a6611cad5p-16;
+    p = p * r + 0x1.a01978b8b3d18p-13;
+    p = p * r + 0x1.6c16c17f46982p-10;
+    p = p * r + 0x1.1111112ddae8bp-7;
+    p = p * r + 0x1.55555555520a4p-5;
+    p = p * r + 0x1.555555554b736p-3;
+    p = p * r + 0x1.0000000000005p-1;
+    p = p * r + 0x1.000000000001ep+0;
+    p = p * r + 1.0;
+    return (d4)(((l4)p + exponent) & keep);
+}
+
+/* The same in float32, to 1e-7, 0 below -87. */
+static inline f8 NAME(exp_f)(f8 x) {
+    const float magic = 0x1.8p23f;
+    i8 keep = x >= -87.0f;
+    f8 n = x * 0x1.715476p0f + magic;
+    i8 exponent = ((i8)n << 23) & keep;
+    n -= magic;
+    f8 r = x - n * 0x1.62e4p-1f;
+    r -= n * 0x1.7f7d1cp-20f;
+    f8 p = r * 0x1.6d7544p-10f + 0x1.126fb9p-7f;
+    p = p * r + 0x1.5554adp-5f;
+    p = p * r + 0x1.555404p-3f;
+    p = p * r + 0x1.000000p-1f;
+    p = p * r + 0x1.000001p+0f;
+    p = p * r + 1.0f;
+    return (f8)(((i8)p + exponent) & keep);
+}
+
+static inline float NAME(from_half)(uint16_t h) {
+    union { uint32_t bits; float value; } f = {(uint32_t)(h & 0x7fff) << 13};
+    f.value *= 0x1p112f;
+    if ((h & 0x7c00) == 0x7c00) f.bits |= 0x7f800000;
+    f.bits |= (uint32_t)(h & 0x8000) << 16;
+    return f.value;
+}
+
+static inline float NAME(from_bfloat)(uint16_t h) {
+    union { uint32_t bits; float value; } f = {(uint32_t)h << 16};
+    return f.value;
+}
+
+/* Logits start, …, start + TILE − 1 of one side; what lies beyond the row reads as a mask. */
+static void NAME(load)(const Row *row, int side, int64_t start, double *restrict out) {
+    const int64_t stride = row->stride[side], left = row->vocab_size - start;
+    const int count = left >= TILE ? TILE : left > 0 ? (int)left : 0;
+#define READ(type, convert)                                                          \
+    {                                                                                \
+        const type *from = (const type *)row->logits[side] + start * stride;         \
+        if (stride == 1 && count == TILE)                                            \
+            for (int i = 0; i < TILE; i++) out[i] = convert(from[i]);                \
+        else                                                                         \
+            for (int i = 0; i < count; i++) out[i] = convert(from[i * stride]);      \
+        break;                                                                       \
+    }
+    switch (row->dtype[side]) {
+    case FLOAT32: READ(float, )
+    case BFLOAT16: READ(uint16_t, NAME(from_bfloat))
+    case FLOAT16: READ(uint16_t, NAME(from_half))
+    default: READ(double, )
+    }
+#undef READ
+    for (int i = count; i < TILE; i++) out[i] = 2 * LOWEST;
+}
+
+/* Maxima, minima over what is not masked, and which kinds of token there are. */
+static void NAME(scan)(const Row *row, Scan *scan) {
+    _Alignas(32) double raw[2][TILE];
+    d4 high[2], low[2];
+    l4 nan = {0}, masked = {0}, only_theta = {0}, only_t = {0}, common = {0};
+    for (int side = 0; side < 2; side++) high[side] = (d4){0} - INFINITY, low[side] = (d4){0} + INFINITY;
+    for (int64_t start = 0; start < row->vocab_size; start += TILE) {
+        NAME(load)(row, 0, start, raw[0]);
+        NAME(load)(row, 1, start, raw[1]);
+        for (int i = 0; i < TILE; i += 4) {
+            l4 ok[2];
+            for (int side = 0; side < 2; side++) {
+                d4 x = AT(d4, raw[side], i);
+                ok[side] = x >= LOWEST;
+                nan |= x != x;
+                l4 higher = x > high[side], lower = (x < low[side]) & ok[side];
+                high[side] = (d4)(((l4)x & higher) | ((l4)high[side] & ~higher));
+                low[side] = (d4)(((l4)x & lower) | ((l4)low[side] & ~lower));
+            }
+            masked |= ~(ok[0] & ok[1]);
+            only_theta |= ok[0] & ~ok[1];
+            only_t |= ok[1] & ~ok[0];
+            common |= ok[0] & ok[1];
+        }
+    }
+    for (int side = 0; side < 2; side++) {
+        scan->high[side] = -INFINITY, scan->low[side] = INFINITY;
+        for (int i = 0; i < 4; i++) {
+            if (high[side][i] > scan->high[side]) scan->high[side] = high[side][i];
+            if (low[side][i] < scan->low[side]) scan->low[side] = low[side][i];
+        }
+    }
+    scan->nan = (nan[0] | nan[1] | nan[2] | nan[3]) != 0;
+    scan->masked = (masked[0] | masked[1] | masked[2] | masked[3]) != 0;
+    scan->only_theta = (only_theta[0] | only_theta[1] | only_theta[2] | only_theta[3]) != 0;
+    scan->only_t = (only_t[0] | only_t[1] | only_t[2] | only_t[3]) != 0;
+    scan->common = (common[0] | common[1] | common[2] | common[3]) != 0;
+}
+
+/* a, b, d = a − b and x = b + α d of a tile, ABSENT for −inf, d = 0 there. Not inlined: thresholds on x bind only if
+ * every pass rounds it alike. */
+static __attribute__((noinline)) void NAME(tile)(const Row *row, int64_t start, double alpha, Tile *tile) {
+    NAME(load)(row, 0, start, tile->a);
+    NAME(load)(row, 1, start, tile->b);
+    const int whole = !row->masked && start + TILE <= row->vocab_size;
+    for (int i = 0; i < TILE; i += 4) {
+        d4 a = (AT(d4, tile->a, i) - row->high[0]) * row->scale;
+        d4 b = (AT(d4, tile->b, i) - row->high[1]) * row->scale;
+        d4 d = a - b, x = b + alpha * d;
+        if (!whole) {
+            const d4 absent = (d4){0} + ABSENT;
+            l4 ok_theta = AT(d4, tile->a, i) >= LOWEST, ok_t = AT(d4, tile->b, i) >= LOWEST, ok = ok_theta & ok_t;
+            a = (d4)(((l4)a & ok_theta) | ((l4)absent & ~ok_theta));
+            b = (d4)(((l4)b & ok_t) | ((l4)absent & ~ok_t));
+            d = (d4)((l4)d & ok);
+            x = (d4)(((l4)x & ok) | ((l4)absent & ~ok));
+        }
+        AT(d4, tile->a, i) = a;
+        AT(d4, tile->b, i) = b;
+        AT(d4, tile->d, i) = d;
+        AT(d4, tile->x, i) = x;
+    }
+}
+
+static inline void NAME(exp_all)(const double *x, double *out) {
+    for (int i = 0; i < TILE; i += 4) AT(d4, out, i) = NAME(exp_d)(AT(d4, x, i));
+}
+
+/* First sweep, in float32: Σ w, Σ w d, Σ w d² over the common support for w = q_α not normalised, α = 0, ½, 1, and the
+ * two normalisers. */
+static void NAME(outline)(const Row *row, Outline *outline) {
+    Tile tile;
+    double sums[11] = {0};
+    for (int64_t start = 0; start < row->vocab_size; start += TILE) {
+        NAME(tile)(row, start, 0.5, &tile);
+        _Alignas(32) float a[TILE], b[TILE], d[TILE], common[TILE];
+        for (int i = 0; i < TILE; i++) a[i] = (float)tile.a[i], b[i] = (float)tile.b[i], d[i] = (float)tile.d[i];
+        if (row->masked)
+            for (int i = 0; i < TILE; i++) common[i] = tile.x[i] > ABSENT ? 1.0f : 0.0f;
+        f8 s[11] = {{0}};
+        for (int i = 0; i < TILE; i += 8) {
+            f8 e[3], x = AT(f8, d, i);
+            e[2] = NAME(exp_f)(AT(f8, a, i));
+            e[0] = NAME(exp_f)(AT(f8, b, i));
+            s[9] += e[2];
+            s[10] += e[0];
+            if (row->masked) {
+                e[2] *= AT(f8, common, i);
+                e[0] *= AT(f8, common, i);
+            }
+            f8 product = e[0] * e[2];
+            for (int j = 0; j < 8; j++) e[1][j] = sqrtf(product[j]); /* the geometric mean spares an exponential */
+            for (int k = 0; k < 3; k++) {
+                f8 wd = e[k] * x;
+                s[3 * k] += e[k];
+                s[3 * k + 1] += wd;
+                s[3 * k + 2] += wd * x;
+            }
+        }
+        for (int k = 0; k < 11; k++)
+            sums[k] += ((double)(s[k][0] + s[k][4]) + (s[k][1] + s[k][5])) + ((s[k][2] + s[k][6]) + (s[k][3] + s[k][7]));
+    }
+    for (int k = 0; k < 3; k++) {
+        outline->f[k] = log(sums[3 * k]);
+        outline->slope[k] = sums[3 * k + 1] / sums[3 * k];
+        outline->curvature[k] = sums[3 * k + 2] / sums[3 * k] - outline->slope[k] * outline->slope[k];
+    }
+    outline->norm[0] = log(sums[9]);
+    outline->norm[1] = log(sums[10]);
+}
+
+/* Normalisers, entropies and the slopes of F at both ends. */
+static void NAME(ends)(const Row *row, Ends *ends) {
+    Tile tile;
+    d4 norm[2] = {{0}}, log_mean[2] = {{0}}, mass[2] = {{0}}, slope[2] = {{0}};
+    for (int64_t start = 0; start < row->vocab_size; start += TILE) {
+        NAME(tile)(row, start, 0.5, &tile);
+        for (int i = 0; i < TILE; i += 4) {
+            l4 common = AT(d4, tile.x, i) > ABSENT;
+            for (int side = 0; side < 2; side++) {
+                d4 logit = side ? AT(d4, tile.b, i) : AT(d4, tile.a, i), e = NAME(exp_d)(logit);
+                norm[side] += e;
+                log_mean[side] += e * logit;
+                mass[side] += (d4)((l4)e & common);
+                slope[side] += e * AT(d4, tile.d, i);
+            }
+        }
+    }
+    for (int side = 0; side < 2; side++) {
+        double sum = NAME(total)(norm[side]);
+        ends->norm[side] = log(sum);
+        ends->entropy[side] = ends->norm[side] - NAME(total)(log_mean[side]) / sum;
+        ends->slope[side] = NAME(total)(slope[side]) / NAME(total)(mass[side]);
+    }
+}
+
+/* Second sweep, exact: the curve at α, 2 − α and −α, and of every group log Σ w, mean and variance of d. */
+static void NAME(sweep)(const Row *row, double alpha, Point *point, double *groups) {
+    Tile tile;
+    double top[3] = {0, 0, 0}; /* of x, 2a − x and 2b − x; where no exponential overflows they are not needed */
+    if (row->far) {
+        d4 high[3];
+        for (int k = 0; k < 3; k++) high[k] = (d4){0} - INFINITY;
+        for (int64_t start = 0; start < row->vocab_size; start += TILE) {
+            NAME(tile)(row, start, alpha, &tile);
+            for (int i = 0; i < TILE; i += 4) {
+                d4 x = AT(d4, tile.x, i), v[3] = {x, 2 * AT(d4, tile.a, i) - x, 2 * AT(d4, tile.b, i) - x};
+                for (int k = 0; k < 3; k++) {
+                    l4 higher = (v[k] > high[k]) & (x > ABSENT);
+                    high[k] = (d4)(((l4)v[k] & higher) | ((l4)high[k] & ~higher));
+                }
+            }
+        }
+        for (int k = 0; k < 3; k++) {
+            top[k] = high[k][0];
+            for (int i = 1; i < 4; i++)
+                if (high[k][i] > top[k]) top[k] = high[k][i];
+        }
+    }
+    double sums[10] = {0};
+    _Alignas(32) double w[TILE], ea[TILE], eb[TILE], hi[TILE], lo[TILE];
+    for (int64_t group = 0; group < row->groups; group++) {
+        d4 s[10] = {{0}};
+        for (int64_t start = group * GROUP; start < (group + 1) * GROUP && start < row->vocab_size; start += TILE) {
+            NAME(tile)(row, start, alpha, &tile);
+            NAME(exp_all)(tile.a, ea);
+            NAME(exp_all)(tile.b, eb);
+            if (row->far) {
+                for (int i = 0; i < TILE; i++) {
+                    const int common = tile.x[i] > ABSENT;
+                    hi[i] = common ? 2 * tile.a[i] - tile.x[i] - top[1] : ABSENT;
+                    lo[i] = common ? 2 * tile.b[i] - tile.x[i] - top[2] : ABSENT;
+                    tile.x[i] -= top[0];
+                }
+                NAME(exp_all)(hi, hi);
+                NAME(exp_all)(lo, lo);
+            }
+            NAME(exp_all)(tile.x, w);
+            for (int i = 0; i < TILE; i += 4) {
+                d4 mass = AT(d4, w, i), d = AT(d4, tile.d, i), first = mass * d, second = first * d;
+                d4 theta = AT(d4, ea, i), t = AT(d4, eb, i), high, low;
+                if (row->far) {
+                    high = AT(d4, hi, i);
+                    low = AT(d4, lo, i);
+                } else { /* π_θ² / q and π_t² / q, the integrands of F(2 − α) and F(−α), by one division */
+                    l4 common = mass > 0;
+                    d4 inverse = 1.0 / mass;
+                    high = (d4)((l4)(theta * theta * inverse) & common);
+                    low = (d4)((l4)(t * t * inverse) & common);
+                }
+                s[0] += mass;
+                s[1] += first;
+                s[2] += second;
+                s[3] += second * d;
+                s[4] += theta;
+                s[5] += t;
+                s[6] += high;
+                s[7] += high * d;
+                s[8] += low;
+                s[9] += low * d;
+            }
+        }
+        double of_group[10];
+        for (int k = 0; k < 10; k++) sums[k] += of_group[k] = NAME(total)(s[k]);
+        const double mean = of_group[1] / of_group[0];
+        groups[group] = log(of_group[0]);
+        groups[row->groups + group] = mean;
+        groups[2 * row->groups + group] = of_group[2] / of_group[0] - mean * mean;
+    }
+    point->f = top[0] + log(sums[0]);
+    point->slope = sums[1] / sums[0];
+    const double second = sums[2] / sums[0], third = sums[3] / sums[0], mean = point->slope;
+    point->curvature = second - mean * mean > 0 ? second - mean * mean : 0;
+    point->skew = third - 3 * mean * second + 2 * mean * mean * mean;
+    point->norm[0] = log(sums[4]);
+    point->norm[1] = log(sums[5]);
+    point->f_high = top[1] + log(sums[6]);
+    point->slope_high = sums[7] / sums[6];
+    point->f_low = top[2] + log(sums[8]);
+    point->slope_low = sums[9] / sums[8];
+    for (int64_t group = 0; group < row->groups; group++) groups[group] += top[0];
+}
+
+/* Lowest id of the greatest x. */
+static int64_t NAME(greatest)(const Row *row, double alpha) {
+    Tile tile;
+    double best = -INFINITY;
+    int64_t id = 0;
+    for (int64_t start = 0; start < row->vocab_size; start += TILE) {
+        NAME(tile)(row, start, alpha, &tile);
+        d4 high = AT(d4, tile.x, 0);
+        for (int i = 4; i < TILE; i += 4) {
+            d4 x = AT(d4, tile.x, i);
+            l4 higher = x > high;
+            high = (d4)(((l4)x & higher) | ((l4)high & ~higher));
+        }
+        if (high[0] > best || high[1] > best || high[2] > best || high[3] > best)
+            for (int i = 0; i < TILE; i++)
+                if (tile.x[i] > best) best = tile.x[i], id = start + i;
+    }
+    return id;
+}
+
+/* x − f of a tile where truncation keeps the token, −inf elsewhere. */
+static void NAME(log_q)(const Row *row, int64_t start, const Mixture *q, double *out) {
+    Tile tile;
+    NAME(tile)(row, start, q->alpha, &tile);
+    for (int i = 0; i < TILE; i++) {
+        const double value = tile.x[i] - q->f;
+        const int kept = tile.x[i] > ABSENT && value >= q->lowest && tile.b[i] >= q->lowest_b;
+        out[i] = kept ? value : -INFINITY;
+    }
+}
+
+/* exp of a tile that `log_q` left. */
+static void NAME(weights)(const double *log_q, double *out) { NAME(exp_all)(log_q, out); }
+
+/* Philox-4x32-10 (Salmon et al., 2011) of ids first, …, first + 2 · count − 1, two ids a call of the generator: 64 random
+ * bits an id. */
+static void NAME(philox)(int64_t seed, int64_t position, uint32_t stream, int64_t first, int count, uint64_t *out) {
+    enum { LANES = 32 };
+    for (int base = 0; base < count; base += LANES) {
+        uint64_t c0[LANES], c1[LANES], c2[LANES], c3[LANES];
+        for (int i = 0; i < LANES; i++) {
+            c0[i] = (uint32_t)(first / 2 + base + i);
+            c1[i] = (uint32_t)position;
+            c2[i] = (uint32_t)((uint64_t)position >> 32);
+            c3[i] = stream;
+        }
+        uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)((uint64_t)seed >> 32);
+        for (int round = 0; round < 10; round++, key0 += 0x9E3779B9u, key1 += 0xBB67AE85u)
+            for (int i = 0; i < LANES; i++) {
+                const uint64_t even = c0[i] * 0xD2511F53u, odd = c2[i] * 0xCD9E8D57u;
+                c0[i] = (odd >> 32) ^ c1[i] ^ key0;
+                c1[i] = odd & 0xFFFFFFFFu;
+                c2[i] = (even >> 32) ^ c3[i] ^ key1;
+                c3[i] = even & 0xFFFFFFFFu;
+            }
+        for (int i = 0; i < LANES && base + i < count; i++) {
+            out[2 * (base + i)] = c0[i] << 32 | c1[i];
+            out[2 * (base + i) + 1] = c2[i] << 32 | c3[i];
+        }
+    }
+}
+
+static const Passes NAME(passes) = {
+    NAME(scan), NAME(outline), NAME(ends), NAME(sweep), NAME(greatest), NAME(log_q), NAME(weights),
+    NAME(philox),
+};
+
+#undef d4
+#undef l4
+#undef f8
+#undef i8
+#undef AT
