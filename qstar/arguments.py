@@ -154,6 +154,18 @@ def make_parser() -> Parser:
         "--stop", action="append", default=[], metavar="TEXT", help="text that ends a sample; may be repeated"
     )
     group.add_argument("--batch-size", type=count, default=16, help="sequences decoded together")
+    group.add_argument(
+        "--speculate",
+        type=lambda value: value if value == "auto" else number(int, 0, "auto or a whole number of at least 0")(value),
+        default=0,
+        metavar="K",
+        help="tokens to draft before both models decide on them in one pass, or auto; the samples stay the same",
+    )
+    group.add_argument(
+        "--draft",
+        default="theta",
+        help="who drafts: theta, t, or the name or folder of a third model of that vocabulary",
+    )
 
     group = parser.add_argument_group("data out")
     group.add_argument(
@@ -201,7 +213,7 @@ def prepare(argv: list[str] | None) -> Job:
         args.output = Path("qstar-out") / f"{datetime.now():%Y%m%d-%H%M%S}{FORMATS[args.output_format]}"
     if args.output.is_dir():
         parser.error(f"--output {args.output} is a folder; give a file")
-    for name in ("model_theta", "model_t"):
+    for name in ("model_theta", "model_t", *(["draft"] if args.draft not in ("theta", "t") else [])):
         folder = Path(getattr(args, name)).expanduser()
         if not folder.is_dir() and (folder.is_absolute() or getattr(args, name).startswith((".", "~"))):
             parser.error(f"--{name.replace('_', '-')} {folder} does not exist; give a model's folder or a hub name")
@@ -261,7 +273,7 @@ def weights_fingerprint(name: str) -> str:
 def run_settings(args: argparse.Namespace, prompts: PromptSource) -> dict[str, Any]:
     """Everything the output depends on, by the names of the command line."""
     # where it runs, how much at once and where it writes is no part of what it writes
-    free = {"output", "device", "device_map", "batch_size"}
+    free = {"output", "device", "device_map", "batch_size", "speculate", "draft"}
     settings = {f"--{k.replace('_', '-')}": v for k, v in vars(args).items() if k not in free}
     settings["output file"] = args.output.name
     settings["dataset content"] = prompts.fingerprint

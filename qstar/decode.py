@@ -1,11 +1,10 @@
-"""The decoding loop: two models, two KV caches, one token of q* a step.
+"""The decoding loop: two models, two KV caches, one token of q* a step, or several where a draft of them was right.
 
-Rows are left-padded. A finished row leaves the batch at once and a waiting prompt takes its place, so that the cost
-follows the live tokens. The noise of a token depends on its sequence's seed and its position only, so which rows share
-a batch changes nothing but rounding.
+A finished row leaves the batch at once and a waiting prompt takes its place, so that the cost follows the live tokens.
+The noise of a token depends on its sequence's seed and its position only, so neither the rows that share a batch nor
+drafts change anything but rounding.
 """
 
-import inspect
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,13 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
+from qstar.cache import Side
+from qstar.speculate import DraftLength, Tally, overlap
 from qstar_kernels import QStarStep, Status, qstar_logprobs, qstar_sample, qstar_stats
 from qstar_kernels.types import Settings
 
 FIELDS = ("logq", "logp_theta", "logp_t", "alpha", "kl_theta", "kl_t", "ess_theta", "ess_t")
+OVERLAP_EVERY = 8  # drafting rounds from one measurement of 1 − TV(q*, draft model) to the next
 PREFILL_TOKENS = 16384  # padded prompt tokens that one forward pass takes: bounds the activations, not the results
 
 
@@ -41,7 +41,8 @@ class Sample:
 
     `finish_reason` is `eos` (of either model), `stop` (a stop string), `length`, or `error` with the reason in `error`.
     `token_ids` holds every drawn token, EOS included; `text` leaves out special tokens and ends before a stop string.
-    `fields` has one number a token for each of `FIELDS` (see `qstar_kernels.QStarStep`), `status` one code a token.
+    `fields` has one number a token for each of `FIELDS` (see `qstar_kernels.QStarStep`), `status` one code a token;
+    `tally` says what came of the drafts.
     """
 
     request: Request
@@ -51,144 +52,72 @@ class Sample:
     error: str | None = None
     fields: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in FIELDS})
     status: list[int] = field(default_factory=list)
+    tally: Tally = field(default_factory=Tally)
 
 
 @dataclass(frozen=True)
 class DecodeOptions:
-    """How sequences are drawn and when they end."""
+    """How sequences are drawn and when they end; `speculate` is the number of drafts a round, or `auto`."""
 
     settings: Settings = field(default_factory=Settings)
     batch_size: int = 16
     stop: tuple[str, ...] = ()
+    speculate: int | str = 0
     force_t_first_token: bool = False
     force_t_special_tokens: bool = False
-
-
-class Side:
-    """One model with the KV cache of the live rows; every cached row ends at the last column.
-
-    Attributes:
-        cache: keys and values of all layers, [B, heads, L, head_dim] each.
-        mask: int64 [B, L], 1 where a cached column belongs to the row, 0 on its left padding.
-        lengths: tokens cached for each row, also the position id of its next token.
-    """
-
-    def __init__(self, model: torch.nn.Module, pad_id: int):
-        self.model, self.pad_id = model, pad_id
-        parameters = inspect.signature(model.forward).parameters
-        self.takes_positions = "position_ids" in parameters
-        self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
-        self.device = model.get_input_embeddings().weight.device
-        self.cache = self._new_cache()
-        self.mask = torch.empty(0, 0, dtype=torch.int64, device=self.device)
-        self.lengths: list[int] = []
-
-    @staticmethod
-    def _new_cache() -> DynamicCache:
-        # Without the model's config every layer keeps all its tokens. Sliding-window layers would drop old columns,
-        # counted from the padded start, and rows of different age could not be joined; the window is then applied by
-        # the attention mask, which gives the same numbers.
-        return DynamicCache()
-
-    def _forward(self, ids: Tensor, positions: Tensor, cache: DynamicCache, mask: Tensor) -> Tensor:
-        extra = {"position_ids": positions} if self.takes_positions else {}
-        out = self.model(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra, **self.last_only
-        )
-        return out.logits[:, -1]  # [B, V]
-
-    def prefill(self, prompts: list[list[int]]) -> tuple["Side", Tensor]:
-        """Run prompts in a batch of their own: a `Side` that holds them, and the logits [B, V] of the next token."""
-        new = Side(self.model, self.pad_id)
-        width = max(map(len, prompts))
-        ids = torch.tensor([[self.pad_id] * (width - len(p)) + p for p in prompts], device=self.device)
-        new.lengths = [len(p) for p in prompts]
-        lengths = torch.tensor(new.lengths, device=self.device)
-        new.mask = (torch.arange(width, device=self.device) >= width - lengths[:, None]).long()
-        positions = (new.mask.cumsum(-1) - 1).clamp(min=0)
-        return new, self._forward(ids, positions, new.cache, new.mask)
-
-    def advance(self, tokens: Tensor) -> Tensor:
-        """Append one token a row, int64 [B], and return the logits [B, V] of the next."""
-        tokens = tokens.to(self.device)[:, None]  # [B, 1]
-        positions = torch.tensor(self.lengths, device=self.device)[:, None]  # [B, 1]
-        self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)
-        self.lengths = [n + 1 for n in self.lengths]
-        return self._forward(tokens, positions, self.cache, self.mask)
-
-    def keep(self, rows: list[int]) -> None:
-        """Drop all rows but these, and the columns that are padding in all that stay."""
-        self.lengths = [self.lengths[i] for i in rows]
-        start = self.mask.shape[1] - max(self.lengths, default=0)
-        index = torch.tensor(rows, dtype=torch.int64, device=self.device)
-        self.mask = self.mask[index, start:]
-        for layer in self.cache.layers:
-            if layer.get_seq_length():
-                index = index.to(layer.keys.device)
-                layer.keys, layer.values = layer.keys[index, :, start:], layer.values[index, :, start:]
-
-    def join(self, other: "Side") -> None:
-        """Take over the rows of `other`, behind this side's own."""
-        if not self.lengths:
-            self.cache, self.mask, self.lengths = other.cache, other.mask, other.lengths
-            return
-        width = max(self.mask.shape[1], other.mask.shape[1])
-
-        def widened(x: Tensor, dim: int) -> Tensor:
-            missing = width - x.shape[dim]
-            return torch.nn.functional.pad(x, (0, 0) * (x.ndim - 1 - dim) + (missing, 0)) if missing else x
-
-        self.mask = torch.cat([widened(self.mask, 1), widened(other.mask, 1)])
-        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
-            if mine.get_seq_length():  # a layer that shares another one's keys has none of its own
-                mine.keys = torch.cat([widened(mine.keys, 2), widened(theirs.keys, 2)])
-                mine.values = torch.cat([widened(mine.values, 2), widened(theirs.values, 2)])
-        self.lengths += other.lengths
-
-
-def check_cache(model: torch.nn.Module, name: str) -> None:
-    """Refuse a model whose state is not a plain KV cache.
-
-    Raises:
-        ValueError: the model is an encoder-decoder, or has recurrent layers.
-    """
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"{name} is an encoder-decoder model; a decoder-only causal language model is needed")
-    layers = DynamicCache(config=model.config).layers
-    other = next(
-        (layer for layer in layers if not isinstance(layer, DynamicLayer) or hasattr(layer, "conv_states")), None
-    )
-    if other is not None or getattr(model, "_is_stateful", False):
-        raise ValueError(
-            f"{name} ({model.config.model_type}) keeps recurrent state; "
-            "only models whose layers all have a plain KV cache are supported"
-        )
 
 
 class Decoder:
     """Draws sequences from q* of a pair; `run` is the loop.
 
     Args:
-        theta, t: the models of π_θ and π_t; the same object for one model with two prompts (then with two caches).
+        theta, t: the models of π_θ and π_t; the same object for one model with two prompts, which then goes forward
+            once for both.
         vocab_size: the tokenizer's length; both models' logits are cut to it.
         eos_ids: ids that end a sequence, of both models.
         special_ids: ids that take π_t's probability under `force_t_special_tokens`.
         tokenizer: turns ids into text, for stop strings and the samples' text; None leaves the text empty.
         options: how to draw.
+        context: tokens that each model has room for; drafts do not go beyond it.
+        draft: who drafts under `options.speculate`: `theta`, `t`, or a third model, which sees π_θ's prompt.
+
+    Attributes:
+        tally: what came of the drafts since the decoder was made.
     """
 
-    def __init__(self, theta, t, vocab_size: int, eos_ids: set[int], special_ids: set[int], tokenizer, options):
-        self.models = theta, t
+    def __init__(
+        self, theta, t, vocab_size: int, eos_ids: set[int], special_ids: set[int], tokenizer, options,
+        context: int = 1 << 30, draft="theta",
+    ):  # fmt: skip
+        self.models, self.context, self.draft = (theta, t), context, draft
         self.vocab_size, self.eos_ids, self.tokenizer, self.options = vocab_size, eos_ids, tokenizer, options
         self.special_ids = torch.tensor(sorted(special_ids))
+        self.tally = Tally()
         # every token is at least one byte of text or none (special), so a window of the stop's bytes and a few more
         # always covers a stop string that the newest token completes
         self.stop_window = max((len(s.encode()) for s in options.stop), default=0) + 16
 
+    def _new_sides(self) -> tuple[list[Side], Side | None]:
+        """Empty caches: those of the two models, π_θ's before π_t's, and the one that drafts, maybe one of them."""
+        theta, t = self.models
+        pad_id, speculate = min(self.eos_ids, default=0), self.options.speculate
+        one_of_them = isinstance(self.draft, str)
+        # where one model stands for both sides, drafting with it costs what deciding costs, so `auto` never does
+        if theta is t and (not one_of_them or speculate in (0, "auto")):
+            sides = [Side(theta, pad_id, copies=2)]
+        else:
+            sides = [Side(theta, pad_id), Side(t, pad_id)]
+        if speculate == 0 or (one_of_them and len(sides) == 1):
+            return sides, None
+        return sides, sides[self.draft == "t"] if one_of_them else Side(self.draft, pad_id)
+
     def run(self, requests: Iterable[Request]) -> Iterator[Sample]:
         """Generate all requests; samples come in the order in which they finish, which is the same every time."""
-        source, waiting, pad_id = iter(requests), deque(), min(self.eos_ids, default=0)
-        sides = [Side(model, pad_id) for model in self.models]
+        source, waiting = iter(requests), deque()
+        sides, drafter = self._new_sides()
+        caches = sides if drafter is None or drafter in sides else [*sides, drafter]
+        others = [side for side in sides if side is not drafter]
+        length = DraftLength(self.options.speculate, drafter and drafter.model, [side.model for side in others])
         live: list[Sample] = []
         batch_size = self.options.batch_size
         while True:
@@ -200,23 +129,103 @@ class Decoder:
                 samples = [Sample(request) for request in self._admit(waiting, batch_size - len(live))]
                 with torch.inference_mode():
                     new, logits = zip(
-                        sides[0].prefill([s.request.ids_theta for s in samples]),
-                        sides[1].prefill([s.request.ids_t for s in samples]),
-                        strict=True,
+                        *(side.prefill(self._prompts(side, caches, samples)) for side in caches), strict=True
                     )
-                    self._draw(samples, *logits, first=True)
+                    logits_theta, logits_t = [x for of_side in logits for x in of_side][:2]
+                    self._draw(samples, logits_theta, logits_t)
                     finished = self._drop_finished(samples, new)
                     if samples:
-                        for side, newcomers in zip(sides, new, strict=True):
+                        for side, newcomers in zip(caches, new, strict=True):
                             side.join(newcomers)
                     live += samples
                 yield from finished
             if live:
                 with torch.inference_mode():
-                    tokens = torch.tensor([s.token_ids[-1] for s in live])
-                    self._draw(live, *(side.advance(tokens) for side in sides), first=False)
-                    finished = self._drop_finished(live, sides)
+                    drafts = min(length.choose([s.tally for s in live]), self._room(caches))
+                    self._round(live, sides, drafter, drafts, length)
+                    finished = self._drop_finished(live, caches)
                 yield from finished
+
+    def _prompts(self, side: Side, caches: list[Side], samples: list[Sample]) -> list[list[int]]:
+        """What a side's rows start with."""
+        if side.copies == 2:
+            return [ids for s in samples for ids in (s.request.ids_theta, s.request.ids_t)]
+        # π_t's is the second; a third one drafts
+        of_t = caches[0].copies == 1 and side is caches[1]
+        return [s.request.ids_t if of_t else s.request.ids_theta for s in samples]
+
+    def _room(self, caches: list[Side]) -> int:
+        """Tokens that can be drafted before a row outgrows the context."""
+        return max(0, self.context - max(max(side.lengths) for side in caches) - 1)
+
+    def _round(
+        self, live: list[Sample], sides: list[Side], drafter: Side | None, drafts: int, length: DraftLength
+    ) -> None:
+        """Draw at least one token of every live row: draft some, decide on all in one pass, forget the wrong ones."""
+        block = torch.tensor([s.token_ids[-1] for s in live])[:, None]  # [B, 1 + drafts so far], not cached yet
+        of_drafter = []
+        if drafter is not None:
+            block = block.to(drafter.device)
+            # as one of the two sides it reads the last draft too
+            for step in range(drafts + (drafter in sides)):
+                (logits,) = drafter.advance(block[:, -1:])  # [B, 1, V]
+                of_drafter.append(logits)
+                if step < drafts:
+                    block = torch.cat([block, self._draft(live, logits[:, 0], step)[:, None]], dim=1)
+        both = []
+        for side in sides:
+            both += [torch.cat(of_drafter, 1)] if side is drafter else side.advance(block)
+        if drafts and length.rounds % OVERLAP_EVERY == 0:
+            self._measure_overlap(of_drafter[0][:, 0], *(logits[:, 0] for logits in both))
+        before = [len(s.token_ids) for s in live]
+        drafted = block[:, 1:].tolist()
+        self._draw(live, *both, drafted)
+        kept = [len(s.token_ids) - n for s, n in zip(live, before, strict=True)]
+        for sample, n, tokens in zip(live, kept, drafted, strict=True):
+            drawn = sample.token_ids[len(sample.token_ids) - n :]
+            wrong = next((i for i, (x, y) in enumerate(zip(tokens, drawn, strict=False)) if x != y), None)
+            tried = min(len(tokens), n)
+            for tally in (sample.tally, length.total, self.tally):
+                tally.add(tried if wrong is None else wrong, tried if wrong is None else wrong + 1, n)
+        read = [drafts + 1] * len(live)
+        for side in sides:
+            side.forget([r - n for r, n in zip(read, kept, strict=True)])
+        if drafter is not None and drafter not in sides:
+            read = drafts
+            if any(n > drafts and not s.finish_reason for n, s in zip(kept, live, strict=True)):
+                drafter.advance(block[:, -1:])
+                read += 1
+            drafter.forget([max(0, read - n) for n in kept])
+
+    def _draft(self, samples: list[Sample], logits: Tensor, ahead: int) -> Tensor:
+        """Token `ahead` of the next one by the draft model's logits [B, V] and the token's own noise: int64 [B]."""
+        settings = self.options.settings
+        step = qstar_sample(
+            logits, logits, **self._noise(samples, logits, ahead), vocab_size=self.vocab_size, method="fixed",
+            temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p, min_p=settings.min_p,
+        )  # fmt: skip
+        return step.token.clamp(min=0)  # a row that cannot be drawn from is found out when it is verified
+
+    def _measure_overlap(self, of_drafter: Tensor, logits_theta: Tensor, logits_t: Tensor) -> None:
+        """Add 1 − TV(q*, draft model) of the rows [B, V] of the first draft to the tally."""
+        settings = vars(self.options.settings)
+        log_q, _ = qstar_logprobs(
+            logits_theta, logits_t.to(logits_theta.device), vocab_size=self.vocab_size, **settings
+        )
+        alone = settings | {"method": "fixed", "target_top_k": 0, "target_top_p": 1.0}
+        log_p, _ = qstar_logprobs(of_drafter, of_drafter, vocab_size=self.vocab_size, **alone)
+        found = overlap(log_p.to(log_q.device), log_q)
+        found = found[found.isfinite()]
+        self.tally.overlap += found.sum().item()
+        self.tally.overlap_rows += len(found)
+
+    @staticmethod
+    def _noise(samples: list[Sample], logits: Tensor, ahead: int = 0, count: int = 1) -> dict[str, Tensor]:
+        """Seeds and positions of `count` tokens of each row from `ahead` of its next one, int64 [B · count] each."""
+        seeds = torch.tensor([s.request.seed for s in samples], device=logits.device)
+        positions = torch.tensor([len(s.token_ids) + ahead for s in samples], device=logits.device)
+        positions = positions[:, None] + torch.arange(count, device=logits.device)
+        return {"seeds": seeds.repeat_interleave(count), "positions": positions.flatten()}
 
     @staticmethod
     def _admit(waiting: deque[Request], free: int) -> list[Request]:
@@ -228,27 +237,43 @@ class Decoder:
             admitted.append(waiting.popleft())
         return admitted
 
-    def _draw(self, samples: list[Sample], logits_theta: Tensor, logits_t: Tensor, first: bool) -> None:
-        """Draw the next token of every row from logits [B, V] and append it, with its numbers, to the row's sample."""
-        logits_t = logits_t.to(logits_theta.device)
-        seeds = torch.tensor([s.request.seed for s in samples], device=logits_theta.device)
-        positions = torch.tensor([len(s.token_ids) for s in samples], device=logits_theta.device)
+    def _draw(
+        self, samples: list[Sample], logits_theta: Tensor, logits_t: Tensor, drafted: list[list[int]] | None = None
+    ) -> None:
+        """Draw from logits [B, K, V] and append the tokens, with their numbers, to the rows' samples.
+
+        `drafted` are the K − 1 tokens a row that were read for the columns after the first; None for the first token of
+        a sequence. A row takes its tokens up to the first that differs from its draft, since the next columns follow
+        from the draft, and up to its end.
+        """
+        count = logits_theta.shape[1]
+        logits_theta, logits_t = logits_theta.flatten(0, 1), logits_t.flatten(0, 1).to(logits_theta.device)
         settings = vars(self.options.settings)
-        if first and self.options.force_t_first_token:
+        if drafted is None and self.options.force_t_first_token:
             settings = settings | {"method": "fixed", "alpha": 0.0, "alpha_min": 0.0, "alpha_max": 1.0}
         draw = self._sample_special_from_t if self.options.force_t_special_tokens else qstar_sample
-        step = draw(logits_theta, logits_t, seeds=seeds, positions=positions, vocab_size=self.vocab_size, **settings)
+        noise = self._noise(samples, logits_theta, count=count)
+        step = draw(logits_theta, logits_t, **noise, vocab_size=self.vocab_size, **settings)
         # one transfer a step: token ids are exact in float64
-        numbers = torch.stack([getattr(step, name).double() for name in ("token", "status", *FIELDS)])  # [2 + F, B]
-        for sample, (token, status, *values) in zip(samples, numbers.T.tolist(), strict=True):
-            if int(status) != Status.OK:
-                name = Status(int(status)).name.lower().replace("_", " ")
-                sample.error = f"token {len(sample.token_ids)} cannot be drawn: {name} (status {int(status)})"
-                continue
-            sample.token_ids.append(int(token))
-            sample.status.append(int(status))
+        numbers = torch.stack([getattr(step, name).double() for name in ("token", "status", *FIELDS)])  # [2 + F, B · K]
+        numbers = numbers.T.unflatten(0, (len(samples), count)).tolist()
+        for i, sample in enumerate(samples):
+            for column, (token, status, *values) in enumerate(numbers[i]):
+                self._append(sample, int(token), int(status), values)
+                if sample.finish_reason or (column < count - 1 and drafted[i][column] != token):
+                    break
+
+    def _append(self, sample: Sample, token: int, status: int, values: list[float]) -> None:
+        """Add a token to a sample, or the reason why there is none, and end the sample where it ends."""
+        if status != Status.OK:
+            name = Status(status).name.lower().replace("_", " ")
+            sample.error = f"token {len(sample.token_ids)} cannot be drawn: {name} (status {status})"
+        else:
+            sample.token_ids.append(token)
+            sample.status.append(status)
             for name, value in zip(FIELDS, values, strict=True):
                 sample.fields[name].append(value)
+        self._finish(sample)
 
     def _sample_special_from_t(
         self, logits_theta: Tensor, logits_t: Tensor, *, seeds, positions, **settings
@@ -267,9 +292,10 @@ class Decoder:
         stats.logq, stats.status = step.logq, torch.maximum(stats.status, step.status)
         return stats
 
-    def _drop_finished(self, samples: list[Sample], sides: Iterable[Side]) -> list[Sample]:
-        """Take the finished samples out of `samples` and their rows out of both sides."""
-        finished = [s for s in samples if self._finish(s)]
+    @staticmethod
+    def _drop_finished(samples: list[Sample], sides: Iterable[Side]) -> list[Sample]:
+        """Take the finished samples out of `samples` and their rows out of the sides."""
+        finished = [s for s in samples if s.finish_reason]
         if finished:
             rows = [i for i, s in enumerate(samples) if not s.finish_reason]
             samples[:] = [samples[i] for i in rows]
@@ -277,7 +303,7 @@ class Decoder:
                 side.keep(rows)
         return finished
 
-    def _finish(self, sample: Sample) -> bool:
+    def _finish(self, sample: Sample) -> None:
         """Set the finish reason and the text if the sequence has ended."""
         ids = sample.token_ids
         stopped = False
@@ -290,11 +316,10 @@ class Decoder:
         elif len(ids) >= sample.request.max_new_tokens:
             sample.finish_reason = "length"
         else:
-            return False
+            return
         sample.text = self._text(ids[:-1] if sample.finish_reason == "eos" else ids)
         if stopped:
             sample.text = sample.text[: min(self._stops_in(sample.text), default=len(sample.text))]
-        return True
 
     def _text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True) if self.tokenizer else ""

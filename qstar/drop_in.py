@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import LogitsProcessor
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
 
-from qstar.decode import DecodeOptions, Decoder, Request, Side, check_cache
+from qstar.cache import Side, check_cache
+from qstar.decode import DecodeOptions, Decoder, Request
 from qstar_kernels import Status, qstar_logprobs
 from qstar_kernels.types import Settings
 
@@ -56,17 +57,16 @@ class QStarLogitsProcessor(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         with torch.inference_mode():
             if self.side is None:
-                side, logits_t = Side(self.model_t, 0).prefill(unpadded(input_ids, self.attention_mask))
-                self.side = side
+                self.side, (logits_t,) = Side(self.model_t, 0).prefill(unpadded(input_ids, self.attention_mask))
             elif self.seen.shape == input_ids[:, :-1].shape and torch.equal(self.seen, input_ids[:, :-1]):
-                logits_t = self.side.advance(input_ids[:, -1])
+                (logits_t,) = self.side.advance(input_ids[:, -1:])
             else:
                 raise ValueError(
                     "these rows do not continue those of the step before; "
                     "make a QStarLogitsProcessor for every call of generate, and do not use beam search"
                 )
             log_q, stats = qstar_logprobs(
-                scores, logits_t.to(scores.device), vocab_size=self.vocab_size, **self.settings
+                scores, logits_t[:, -1].to(scores.device), vocab_size=self.vocab_size, **self.settings
             )
         self.seen = input_ids.clone()
         if (stats.status != Status.OK).any():

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from qstar.data import Prompt
 from qstar.decode import FIELDS, Sample
+from qstar.speculate import Tally
 
 Key = tuple[int, int]  # prompt_index, sample_index
 
@@ -75,12 +76,18 @@ def diagnostics_line(done: Finished) -> dict[str, Any]:
         "logq_sum": fields["logq"].sum(),
         "logp_theta_sum": fields["logp_theta"].sum(),
         "logp_t_sum": fields["logp_t"].sum(),
+        **(drafts(sample.tally) if sample.tally.drafted else {}),
         "prompt_ids_theta": sample.request.ids_theta,
         "prompt_ids_t": sample.request.ids_t,
         "tokens": {"id": sample.token_ids}
         | {name: short(sample.fields[name]) for name in FIELDS}
         | {"status": sample.status},
     }
+
+
+def drafts(tally: Tally) -> dict[str, Any]:
+    """What speculative decoding did for a sample."""
+    return {"verify_passes": tally.passes, "drafted": tally.drafted, "accepted": tally.accepted}
 
 
 def openai_line(done: Finished, tokenizer, model: str, single: bool) -> dict[str, Any]:

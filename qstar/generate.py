@@ -8,6 +8,7 @@ every line comes out bit for bit as it would have without the interruption.
 import json
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -24,10 +25,11 @@ from qstar.arguments import Job, prepare
 from qstar.data import DataError, Prompt
 from qstar.decode import DecodeOptions
 from qstar.demo import PROMPTS
-from qstar.formats import Finished, openai_line, sample_line
+from qstar.formats import Finished, Key, openai_line, sample_line
 from qstar.output import OutputError
 from qstar.pair import Pair, sample_seed
 from qstar.prompting import PromptError
+from qstar.speculate import Tally
 
 BLOCK_BATCHES = 16  # a block's length in batches: a longer one drains its last batch less often, a resume repeats more
 FAR_APART_KL = 0.5  # nats a token: above it q* lies where both models find little
@@ -84,6 +86,19 @@ class Summary:
         return table
 
 
+def draft_table(tally: Tally, draft: str) -> Table:
+    """How often each place of the drafts was right."""
+    title = f"drafts by {draft}: {tally.tokens / tally.passes:.2f} tokens a verifying pass"
+    if tally.overlap_rows:
+        title += f", 1 − TV(q*, {draft}) {tally.overlap / tally.overlap_rows:.3f}"
+    table = Table(title=title, title_justify="left")
+    for column in ("place in the draft", "drafted", "right"):
+        table.add_column(column, justify="right")
+    for place, (drafted, accepted) in enumerate(zip(tally.drafted, tally.accepted, strict=True), 1):
+        table.add_row(str(place), str(drafted), f"{accepted / drafted:.1%}")
+    return table
+
+
 def blocks(prompts: Iterable[Prompt], samples_per_prompt: int, size: int) -> Iterator[list[tuple[Prompt, int]]]:
     """Cut the run's samples, prompt by prompt, into lists of `size`."""
     pairs = ((prompt, j) for prompt in prompts for j in range(samples_per_prompt))
@@ -99,19 +114,36 @@ class Run:
         args = job.args
         self.decoder = pair.decoder(
             DecodeOptions(
-                job.settings, args.batch_size, tuple(args.stop), args.force_t_first_token, args.force_t_special_tokens
+                job.settings,
+                args.batch_size,
+                tuple(args.stop),
+                args.speculate,
+                args.force_t_first_token,
+                args.force_t_special_tokens,
             )
         )
         self.summary, self.shown, self.failed_prompts = Summary(), [], set()
 
-    def finished(self, block: list[tuple[Prompt, int]]) -> Iterator[Finished]:
-        """Decode a block; a conversation with later turns goes round again until the last one is answered."""
+    def in_order(self, block: list[tuple[Prompt, int]]) -> Iterator[Finished]:
+        """The samples of a block in its order, each as soon as all before it have finished or failed: what is written
+        depends neither on the batch size nor on drafts."""
+        order, early = deque((prompt.index, j) for prompt, j in block), {}
+        for key, done in self.finished(block):
+            early[key] = done
+            while order and order[0] in early:
+                if (done := early.pop(order.popleft())) is not None:
+                    yield done
+
+    def finished(self, block: list[tuple[Prompt, int]]) -> Iterator[tuple[Key, Finished | None]]:
+        """Decode a block: samples as they finish, None for those that fail. A conversation with later turns goes round
+        again until the last one is answered."""
         turn, pending = 0, [(prompt, j, prompt.messages) for prompt, j in block]
         while pending:
             requests, conversations = [], {}
             for prompt, j, messages in pending:
                 if prompt.error is not None:
                     self.fail(prompt, None, prompt.error)
+                    yield (prompt.index, j), None
                     continue
                 try:
                     request = self.pair.request(
@@ -125,6 +157,7 @@ class Run:
                     )
                 except PromptError as error:
                     self.fail(prompt, None if turn == 0 else j, str(error))
+                    yield (prompt.index, j), None
                     continue
                 conversations[request.key] = prompt, j, messages
                 requests.append(request)
@@ -136,10 +169,11 @@ class Run:
                 messages = [*messages, {"role": "assistant", "content": sample.text}]
                 if sample.error is not None:
                     self.fail(prompt, j, sample.error)
+                    yield (prompt.index, j), None
                 elif turn < len(prompt.later_turns):
                     pending.append((prompt, j, [*messages, {"role": "user", "content": prompt.later_turns[turn]}]))
                 else:
-                    yield Finished(prompt, j, messages, sample)
+                    yield (prompt.index, j), Finished(prompt, j, messages, sample)
             turn += 1
 
     def hint(self, prompt: Prompt) -> str | None:
@@ -183,7 +217,7 @@ class Run:
             for block in blocks(self.job.prompts, args.samples_per_prompt, BLOCK_BATCHES * args.batch_size):
                 if all((prompt.index, j) in self.output.done for prompt, j in block):
                     continue
-                for done in self.finished(block):
+                for done in self.in_order(block):
                     if done.key not in self.output.done:
                         self.output.write(done, self.line(done))
                         progress.advance(task)
@@ -206,6 +240,8 @@ class Run:
                     f"[bold]Warning:[/] the pair is far apart ({summary.mean_kl:.2f} nats a token): q* spreads onto "
                     "tokens that both models find unlikely. See «When the pair is far apart» in docs/guide.md."
                 )
+            if self.decoder.tally.drafted:
+                say(draft_table(self.decoder.tally, self.job.args.draft))
             for done in self.shown:
                 say(f"\n[bold]{done.id}[/]", highlight=False)
                 say(
@@ -238,6 +274,7 @@ def main(argv: list[str] | None = None) -> int:
             pair = Pair.from_pretrained(
                 args.model_theta,
                 args.model_t,
+                draft=args.draft,
                 dtype=args.dtype,
                 device=args.device,
                 device_map=args.device_map,

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qstar.decode import FIELDS, DecodeOptions, Decoder, Request, Sample, check_cache
+from qstar.cache import check_cache
+from qstar.decode import FIELDS, DecodeOptions, Decoder, Request, Sample
 from qstar.prompting import PromptError, PromptFormat
 from qstar_kernels.types import Settings
 
@@ -19,8 +20,8 @@ def sample_seed(seed: int, prompt_index: int, sample_index: int, turn: int = 0) 
     return int.from_bytes(digest, "little", signed=True)
 
 
-def shared_vocab_size(tokenizer_theta, tokenizer_t, rows_theta: int, rows_t: int) -> int:
-    """The vocabulary both sides share: the tokenizer's length, which padded models may exceed.
+def shared_vocab_size(tokenizer_theta, tokenizer_t, rows_theta: int, rows_t: int, other: str = "t") -> int:
+    """The vocabulary both sides share: the tokenizer's length, which padded models may exceed; `other` names π_t.
 
     Raises:
         ValueError: the tokenizers differ (the first differing entries are shown), or a model has too few rows.
@@ -31,11 +32,11 @@ def shared_vocab_size(tokenizer_theta, tokenizer_t, rows_theta: int, rows_t: int
         differing = [i for i in sorted(by_id_theta.keys() | by_id_t.keys()) if by_id_theta.get(i) != by_id_t.get(i)]
         shown = ", ".join(f"{i}: {by_id_theta.get(i)!r} / {by_id_t.get(i)!r}" for i in differing[:5])
         raise ValueError(
-            f"the tokenizers differ in {len(differing)} entries (id: theta / t): {shown}; "
-            "q* needs two models with one vocabulary"
+            f"the tokenizers differ in {len(differing)} entries (id: theta / {other}): {shown}; "
+            "q* needs models with one vocabulary"
         )
     vocab_size = max(vocab_theta.values()) + 1
-    for name, rows in (("theta", rows_theta), ("t", rows_t)):
+    for name, rows in (("theta", rows_theta), (other, rows_t)):
         if rows < vocab_size:
             raise ValueError(f"model {name} has {rows} output rows, fewer than the tokenizer's {vocab_size} entries")
     return vocab_size
@@ -81,23 +82,33 @@ class Pair:
     Args:
         theta, t: the models of π_θ and π_t, ready on their devices, in evaluation mode.
         tokenizer_theta, tokenizer_t: their tokenizers; one vocabulary, the chat templates may differ.
+        draft: who drafts in speculative decoding: `theta`, `t`, or a third, smaller model with the same vocabulary.
+        tokenizer_draft: the third model's.
 
     Raises:
         ValueError: the vocabularies differ, or a model has no plain KV cache.
     """
 
-    def __init__(self, theta, t, tokenizer_theta, tokenizer_t):
+    def __init__(self, theta, t, tokenizer_theta, tokenizer_t, draft="theta", tokenizer_draft=None):
         check_cache(theta, "theta")
         check_cache(t, "t")
-        self.theta, self.t = theta, t
+        self.theta, self.t, self.draft = theta, t, draft
         self.tokenizer_theta, self.tokenizer_t = tokenizer_theta, tokenizer_t
         self.vocab_size = shared_vocab_size(
             tokenizer_theta, tokenizer_t, *(m.config.get_text_config().vocab_size for m in (theta, t))
         )
         self.eos_ids = {i for m, tok in ((theta, tokenizer_theta), (t, tokenizer_t)) for i in eos_ids_of(m, tok)}
         self.special_ids = {i for i in tokenizer_t.all_special_ids if i < self.vocab_size} | self.eos_ids
+        models = [theta, t]
+        if not isinstance(draft, str):
+            check_cache(draft, "draft")
+            rows = draft.config.get_text_config().vocab_size
+            shared_vocab_size(tokenizer_theta, tokenizer_draft, self.vocab_size, rows, "draft")
+            models.append(draft)
+        elif draft not in ("theta", "t"):
+            raise ValueError(f"draft is {draft!r}; it must be 'theta', 't' or a model")
         self.context = min(
-            getattr(m.config.get_text_config(), "max_position_embeddings", None) or 1 << 30 for m in (theta, t)
+            getattr(m.config.get_text_config(), "max_position_embeddings", None) or 1 << 30 for m in models
         )
 
     @classmethod
@@ -106,6 +117,7 @@ class Pair:
         theta: str | Path,
         t: str | Path,
         *,
+        draft: str | Path = "theta",
         dtype: str = "auto",
         device: str | None = None,
         device_map: str | None = None,
@@ -117,6 +129,7 @@ class Pair:
 
         Args:
             theta, t: hub names or local folders.
+            draft: `theta`, `t`, or the name or folder of a third model that drafts in speculative decoding.
             dtype: `float32`, `bfloat16`, `float16`, or `auto`: the checkpoint's own, float32 on a CPU.
             device: where both models go; a GPU if there is one by default.
             device_map: placement over several devices instead, passed to transformers (`auto` spreads the layers).
@@ -147,7 +160,8 @@ class Pair:
 
         model_theta, tokenizer_theta = load(theta)
         model_t, tokenizer_t = (model_theta, tokenizer_theta) if str(theta) == str(t) else load(t)
-        return cls(model_theta, model_t, tokenizer_theta, tokenizer_t)
+        drafting = (draft, None) if draft in ("theta", "t") else load(draft)
+        return cls(model_theta, model_t, tokenizer_theta, tokenizer_t, *drafting)
 
     def request(
         self,
@@ -175,7 +189,15 @@ class Pair:
     def decoder(self, options: DecodeOptions) -> Decoder:
         """The decoding loop for this pair."""
         return Decoder(
-            self.theta, self.t, self.vocab_size, self.eos_ids, self.special_ids, self.tokenizer_theta, options
+            self.theta,
+            self.t,
+            self.vocab_size,
+            self.eos_ids,
+            self.special_ids,
+            self.tokenizer_theta,
+            options,
+            self.context,
+            self.draft,
         )
 
     def stream(
@@ -194,6 +216,7 @@ class Pair:
         format_t: PromptFormat | None = None,
         force_t_first_token: bool = False,
         force_t_special_tokens: bool = False,
+        speculate: int | str = 0,
         **settings,
     ) -> Iterator[Sample]:
         """Samples as they finish; `sample.request.key` is (prompt index, sample index).
@@ -211,6 +234,7 @@ class Pair:
             format_theta, format_t: how each side sees the prompts.
             force_t_first_token: draw the first token from π_t.
             force_t_special_tokens: give special tokens π_t's probability.
+            speculate: tokens to draft before both models decide on them together, or `auto`; the text stays the same.
             **settings: `method`, `alpha`, `temperature`, `top_p`, … of `qstar_kernels.qstar_sample`.
 
         Raises:
@@ -218,7 +242,7 @@ class Pair:
         """
         format_theta, format_t = format_theta or PromptFormat(), format_t or PromptFormat()
         options = DecodeOptions(
-            Settings(**settings), batch_size, tuple(stop), force_t_first_token, force_t_special_tokens
+            Settings(**settings), batch_size, tuple(stop), speculate, force_t_first_token, force_t_special_tokens
         )
 
         def conversation(prompt: str | list[dict[str, str]]) -> list[dict[str, str]]:

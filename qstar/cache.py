@@ -1,0 +1,138 @@
+"""The KV cache of one model over the live rows of a batch.
+
+Rows are left-padded: every cached row ends at the last column, whatever its length. Rows join and leave, and forget
+tokens that turn out not to belong to them.
+"""
+
+import inspect
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+
+class Side:
+    """One model with its KV cache.
+
+    Args:
+        model: a decoder-only causal language model.
+        pad_id: what padding is filled with; it is masked.
+        copies: cache rows of each sequence, beside each other; 2 where one model stands for both sides.
+
+    Attributes:
+        cache: keys and values of all layers, [B · copies, heads, L, head_dim] each.
+        mask: int64 [B · copies, L], 1 where a cached column belongs to the row, 0 on its left padding.
+        lengths: tokens cached for each row, also the position id of its next token.
+    """
+
+    def __init__(self, model: torch.nn.Module, pad_id: int, copies: int = 1):
+        self.model, self.pad_id, self.copies = model, pad_id, copies
+        parameters = inspect.signature(model.forward).parameters
+        self.takes_positions = "position_ids" in parameters
+        self.takes_logits_to_keep = "logits_to_keep" in parameters
+        self.device = model.get_input_embeddings().weight.device
+        # Without the model's config every layer keeps all its tokens. Sliding-window layers would drop old columns,
+        # counted from the padded start, and rows of different age could not be joined; the window is then applied by
+        # the attention mask, which gives the same numbers.
+        self.cache = DynamicCache()
+        self.mask = torch.empty(0, 0, dtype=torch.int64, device=self.device)
+        self.lengths: list[int] = []
+
+    def _forward(self, ids: Tensor, positions: Tensor, keep: int) -> tuple[Tensor, ...]:
+        """Logits [B, keep, V] of the last columns of `ids` [B · copies, L], for each copy."""
+        extra = {"position_ids": positions} if self.takes_positions else {}
+        extra |= {"logits_to_keep": keep} if self.takes_logits_to_keep else {}
+        out = self.model(
+            input_ids=ids, attention_mask=self.mask, past_key_values=self.cache, use_cache=True, **extra
+        ).logits[:, -keep:]
+        return tuple(out[copy :: self.copies] for copy in range(self.copies))
+
+    def prefill(self, prompts: list[list[int]]) -> tuple["Side", tuple[Tensor, ...]]:
+        """Run prompts in a batch of their own: a `Side` that holds them, and the logits [B, 1, V] that follow."""
+        new = Side(self.model, self.pad_id, self.copies)
+        width = max(map(len, prompts))
+        ids = torch.tensor([[self.pad_id] * (width - len(p)) + p for p in prompts], device=self.device)
+        new.lengths = [len(p) for p in prompts]
+        lengths = torch.tensor(new.lengths, device=self.device)
+        new.mask = (torch.arange(width, device=self.device) >= width - lengths[:, None]).long()
+        positions = (new.mask.cumsum(-1) - 1).clamp(min=0)
+        return new, new._forward(ids, positions, 1)
+
+    def advance(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """Append tokens, int64 [B, K], to every row: the logits [B, K, V] that follow each of them, for each copy."""
+        tokens = tokens.to(self.device).repeat_interleave(self.copies, 0)  # [B · copies, K]
+        count = tokens.shape[1]
+        positions = torch.tensor(self.lengths, device=self.device)[:, None] + torch.arange(count, device=self.device)
+        self.mask = torch.nn.functional.pad(self.mask, (0, count), value=1)
+        self.lengths = [n + count for n in self.lengths]
+        return self._forward(tokens, positions, count)
+
+    def _replace(self, change) -> None:
+        """Every layer's keys and values by `change` of them."""
+        for layer in self.cache.layers:
+            if layer.get_seq_length():  # a layer that shares another one's keys has none of its own
+                layer.keys, layer.values = change(layer.keys), change(layer.values)
+
+    def forget(self, counts: list[int]) -> None:
+        """Drop the newest `counts[i]` columns of row i; all rows end at the last column again."""
+        counts = [n for n in counts for _ in range(self.copies)]
+        fewest = min(counts)
+        width = self.mask.shape[1] - fewest
+        self.lengths = [n - count for n, count in zip(self.lengths, counts, strict=True)]
+        if max(counts) == fewest:
+            if fewest:
+                self.mask = self.mask[:, :width]
+                self._replace(lambda x: x[:, :, :width])
+            return
+        shift = torch.tensor(counts, device=self.device)[:, None] - fewest
+        source = torch.arange(width, device=self.device) - shift  # [B, width], negative on new padding
+        self.mask = self.mask.gather(1, source.clamp(min=0)) * (source >= 0)
+        source = source.clamp(min=0)[:, None, :, None]
+        self._replace(lambda x: x.take_along_dim(source.to(x.device), 2))
+
+    def keep(self, rows: list[int]) -> None:
+        """Drop all sequences but these, and the columns that are padding in all that stay."""
+        rows = [row * self.copies + copy for row in rows for copy in range(self.copies)]
+        self.lengths = [self.lengths[i] for i in rows]
+        start = self.mask.shape[1] - max(self.lengths, default=0)
+        index = torch.tensor(rows, dtype=torch.int64, device=self.device)
+        self.mask = self.mask[index, start:]
+        self._replace(lambda x: x[index.to(x.device), :, start:])
+
+    def join(self, other: "Side") -> None:
+        """Take over the rows of `other`, behind this side's own."""
+        if not self.lengths:
+            self.cache, self.mask, self.lengths = other.cache, other.mask, other.lengths
+            return
+        width = max(self.mask.shape[1], other.mask.shape[1])
+
+        def widened(x: Tensor, dim: int) -> Tensor:
+            missing = width - x.shape[dim]
+            return torch.nn.functional.pad(x, (0, 0) * (x.ndim - 1 - dim) + (missing, 0)) if missing else x
+
+        self.mask = torch.cat([widened(self.mask, 1), widened(other.mask, 1)])
+        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
+            if mine.get_seq_length():
+                mine.keys = torch.cat([widened(mine.keys, 2), widened(theirs.keys, 2)])
+                mine.values = torch.cat([widened(mine.values, 2), widened(theirs.values, 2)])
+        self.lengths += other.lengths
+
+
+def check_cache(model: torch.nn.Module, name: str) -> None:
+    """Refuse a model whose state is not a plain KV cache.
+
+    Raises:
+        ValueError: the model is an encoder-decoder, or has recurrent layers.
+    """
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder model; a decoder-only causal language model is needed")
+    layers = DynamicCache(config=model.config).layers
+    other = next(
+        (layer for layer in layers if not isinstance(layer, DynamicLayer) or hasattr(layer, "conv_states")), None
+    )
+    if other is not None or getattr(model, "_is_stateful", False):
+        raise ValueError(
+            f"{name} ({model.config.model_type}) keeps recurrent state; "
+            "only models whose layers all have a plain KV cache are supported"
+        )

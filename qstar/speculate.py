@@ -1,0 +1,140 @@
+"""Speculative decoding: how many tokens to draft, and what came of it (theory/speculative.md).
+
+A draft model proposes tokens with the very noise that the true tokens will be drawn with, so a draft is right exactly
+where it equals q*'s own draw. Nothing here changes a token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from qstar_kernels.noise import GROUP_SIZE
+
+MAX_DRAFT = 15
+PROBE_EVERY = 16  # rounds without drafts after which one token is drafted, to see whether it pays by now
+PRIOR_ACCEPTANCE, PRIOR_DRAFTS = 0.8, 4  # what a sequence is believed to accept before it has been tried
+# What a forward pass costs, in reads of one parameter: each layer's fixed cost, and the tokens that cost as much
+# arithmetic as the parameters cost to read. Rough on purpose; a measurement would make K, and so the last digits of the
+# diagnostics, differ from run to run. The CPU's were measured, the others estimated.
+LAYER_COST = {"cpu": 2e6}
+BALANCE = {"cpu": 6.0}
+OTHER_LAYER_COST, OTHER_BALANCE = 1e8, 200.0
+
+
+@dataclass
+class Tally:
+    """Drafts of a run, or of one sequence, by their place in the draft (0 is the first).
+
+    `drafted[i]` counts drafts whose predecessors were all right, `accepted[i]` those of them that were right too;
+    `passes` counts rows of verifying passes, `tokens` what they gave. `overlap` sums 1 − TV(q*, draft model) at
+    `overlap_rows` first places.
+    """
+
+    drafted: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    passes: int = 0
+    tokens: int = 0
+    overlap: float = 0.0
+    overlap_rows: int = 0
+
+    def add(self, right: int, tried: int, tokens: int) -> None:
+        """One pass of one row: `tried` drafts counted, the first `right` of them equal to the true token."""
+        self.passes += 1
+        self.tokens += tokens
+        for counts, n in ((self.drafted, tried), (self.accepted, right)):
+            counts.extend([0] * (n - len(counts)))
+            for i in range(n):
+                counts[i] += 1
+        self.accepted.extend([0] * (len(self.drafted) - len(self.accepted)))
+
+    def acceptance(self, prior: float, weight: float) -> float:
+        """Share of the drafts that were right, drawn towards `prior` as by `weight` drafts."""
+        return (sum(self.accepted) + prior * weight) / (sum(self.drafted) + weight)
+
+
+def pass_cost(model: torch.nn.Module, rows: int, tokens: int) -> float:
+    """Rough cost of one forward pass of `tokens` tokens in each of `rows` rows, in reads of one parameter."""
+    device = model.device.type
+    parameters = sum(p.numel() for p in model.parameters())
+    layers = model.config.get_text_config().num_hidden_layers
+    arithmetic = rows * tokens / BALANCE.get(device, OTHER_BALANCE)
+    return layers * LAYER_COST.get(device, OTHER_LAYER_COST) + parameters * (1 + arithmetic)
+
+
+class DraftLength:
+    """Chooses how many tokens to draft in each round.
+
+    Args:
+        speculate: that many always, or `auto`: what gives the most tokens for the cost, by the sequences' acceptance.
+        draft: the model that runs once a token; None where nothing is drafted.
+        verify: the models that run once a round.
+    """
+
+    def __init__(self, speculate: int | str, draft: torch.nn.Module | None, verify: Sequence[torch.nn.Module]):
+        self.speculate, self.draft, self.verify = speculate, draft, verify
+        self.total, self.rounds, self.rounds_without = Tally(), 0, 0
+        self._costs: dict[tuple[int, int], float] = {}
+
+    def cost(self, rows: int, drafts: int) -> float:
+        """Rough cost of a round."""
+        key = rows, drafts
+        if key not in self._costs:
+            once_a_token = (drafts + 1) * pass_cost(self.draft, rows, 1)
+            self._costs[key] = once_a_token + sum(pass_cost(model, rows, drafts + 1) for model in self.verify)
+        return self._costs[key]
+
+    def choose(self, sequences: Sequence[Tally]) -> int:
+        """Tokens to draft for these live sequences."""
+        if self.draft is None:
+            return 0
+        self.rounds += 1
+        if self.speculate != "auto":
+            return int(self.speculate)
+        common = self.total.acceptance(PRIOR_ACCEPTANCE, PRIOR_DRAFTS)
+        rates = torch.tensor([tally.acceptance(common, PRIOR_DRAFTS) for tally in sequences], dtype=torch.float64)
+        rows = len(sequences)
+        best, best_rate, expected, power = 0, 0.0, torch.zeros_like(rates), torch.ones_like(rates)
+        for drafts in range(MAX_DRAFT + 1):
+            expected, power = expected + power, power * rates
+            rate = expected.sum().item() / self.cost(rows, drafts)
+            if rate > best_rate:
+                best, best_rate = drafts, rate
+        self.rounds_without = 0 if best else self.rounds_without + 1
+        if self.rounds_without == PROBE_EVERY:
+            self.rounds_without, best = 0, 1
+        return best
+
+
+def overlap(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """1 − TV(p, q) = Σ min(p, q) of rows [B, V] of log-probabilities: [B]. No coupling accepts more."""
+    return torch.minimum(log_p, log_q).exp().sum(-1)
+
+
+def coupled_acceptance(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Probability [B] that the two-level draw takes the same token from p and q, log-probabilities [B, V], with one
+    noise (theory/speculative.md, «How often the drafts are right»)."""
+    groups = -(-log_p.shape[1] // GROUP_SIZE)
+    padding = (0, groups * GROUP_SIZE - log_p.shape[1])
+    p, q = (
+        torch.nn.functional.pad(x.double(), padding, value=-torch.inf).unflatten(1, (groups, GROUP_SIZE))
+        for x in (log_p, log_q)
+    )  # [B, groups, GROUP_SIZE]
+    of_groups = same_winner(p.logsumexp(-1), q.logsumexp(-1))  # [B, groups]
+    return (of_groups * same_winner(p, q).sum(-1)).sum(-1)
+
+
+def same_winner(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Probability that i wins the Gumbel-max draw from p and from q, not normalised, with one noise: for each i.
+
+    It is 1 / Σ_j max(p_j / p_i, q_j / q_i). With the j in order of p_j / q_j the first of the two is the greater from i
+    on, so that sorting and two cumulative sums give all i at once.
+    """
+    p, q = log_p.softmax(-1).nan_to_num(), log_q.softmax(-1).nan_to_num()
+    order = (log_p - log_q).nan_to_num(nan=0.0).argsort(-1)
+    p, q = p.gather(-1, order), q.gather(-1, order)
+    p_from = p.flip(-1).cumsum(-1).flip(-1)
+    q_before = q.cumsum(-1) - q
+    wins = 1 / (p_from / p + q_before / q)
+    return torch.zeros_like(wins).scatter(-1, order, wins.nan_to_num())
