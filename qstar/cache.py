@@ -28,7 +28,9 @@ class Side:
 
     def __init__(self, model: torch.nn.Module, pad_id: int, copies: int = 1):
         self.model, self.pad_id, self.copies = model, pad_id, copies
-        parameters = inspect.signature(model.forward).parameters
+        # the class's own: a wrapper of the instance's forward, or of the whole model for adapters, hides the arguments
+        wrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
+        parameters = inspect.signature(type(wrapped).forward).parameters
         self.takes_positions = "position_ids" in parameters
         self.takes_logits_to_keep = "logits_to_keep" in parameters
         self.device = model.get_input_embeddings().weight.device

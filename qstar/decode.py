@@ -92,6 +92,7 @@ class Decoder:
         self.models, self.context, self.draft = (theta, t), context, draft
         self.vocab_size, self.eos_ids, self.tokenizer, self.options = vocab_size, eos_ids, tokenizer, options
         self.special_ids = torch.tensor(sorted(special_ids))
+        self.eos_tensor = torch.tensor(sorted(eos_ids), dtype=torch.int64)
         self.tally = Tally()
         # every token is at least one byte of text or none (special), so a window of the stop's bytes and a few more
         # always covers a stop string that the newest token completes
@@ -162,23 +163,29 @@ class Decoder:
         self, live: list[Sample], sides: list[Side], drafter: Side | None, drafts: int, length: DraftLength
     ) -> None:
         """Draw at least one token of every live row: draft some, decide on all in one pass, forget the wrong ones."""
-        block = torch.tensor([s.token_ids[-1] for s in live])[:, None]  # [B, 1 + drafts so far], not cached yet
-        of_drafter = []
+        block = torch.tensor([s.token_ids[-1] for s in live])[:, None]  # [B, read], the tokens that are not cached yet
+        drafted, of_drafter = [], []
         if drafter is not None:
             block = block.to(drafter.device)
+            ended = torch.zeros(len(live), dtype=torch.bool, device=block.device)
             # as one of the two sides it reads the last draft too
             for step in range(drafts + (drafter in sides)):
                 (logits,) = drafter.advance(block[:, -1:])  # [B, 1, V]
                 of_drafter.append(logits)
-                if step < drafts:
-                    block = torch.cat([block, self._draft(live, logits[:, 0], step)[:, None]], dim=1)
+                if step == drafts:
+                    break
+                drafted.append(self._draft(live, logits[:, 0], step).to(block.device))
+                ended |= torch.isin(drafted[-1], self.eos_tensor.to(block.device))
+                if ended.all():
+                    break  # nothing follows, should the drafts be right
+                block = torch.cat([block, drafted[-1][:, None]], dim=1)
         both = []
         for side in sides:
             both += [torch.cat(of_drafter, 1)] if side is drafter else side.advance(block)
-        if drafts and length.rounds % OVERLAP_EVERY == 0:
+        if drafted and length.rounds % OVERLAP_EVERY == 0:
             self._measure_overlap(of_drafter[0][:, 0], *(logits[:, 0] for logits in both))
         before = [len(s.token_ids) for s in live]
-        drafted = block[:, 1:].tolist()
+        drafted = torch.stack(drafted, 1).tolist() if drafted else [[]] * len(live)
         self._draw(live, *both, drafted)
         kept = [len(s.token_ids) - n for s, n in zip(live, before, strict=True)]
         for sample, n, tokens in zip(live, kept, drafted, strict=True):
@@ -187,12 +194,11 @@ class Decoder:
             tried = min(len(tokens), n)
             for tally in (sample.tally, length.total, self.tally):
                 tally.add(tried if wrong is None else wrong, tried if wrong is None else wrong + 1, n)
-        read = [drafts + 1] * len(live)
         for side in sides:
-            side.forget([r - n for r, n in zip(read, kept, strict=True)])
+            side.forget([block.shape[1] - n for n in kept])
         if drafter is not None and drafter not in sides:
-            read = drafts
-            if any(n > drafts and not s.finish_reason for n, s in zip(kept, live, strict=True)):
+            read = len(of_drafter)
+            if any(n > read and not s.finish_reason for n, s in zip(kept, live, strict=True)):
                 drafter.advance(block[:, -1:])
                 read += 1
             drafter.forget([max(0, read - n) for n in kept])
@@ -242,9 +248,9 @@ class Decoder:
     ) -> None:
         """Draw from logits [B, K, V] and append the tokens, with their numbers, to the rows' samples.
 
-        `drafted` are the K − 1 tokens a row that were read for the columns after the first; None for the first token of
-        a sequence. A row takes its tokens up to the first that differs from its draft, since the next columns follow
-        from the draft, and up to its end.
+        `drafted` are the tokens a row, at least K − 1, that were read for the columns after the first; None for the
+        first token of a sequence. A row takes its tokens up to the first that differs from its draft, since the next
+        columns follow from the draft, and up to its end.
         """
         count = logits_theta.shape[1]
         logits_theta, logits_t = logits_theta.flatten(0, 1), logits_t.flatten(0, 1).to(logits_theta.device)
