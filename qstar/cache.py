@@ -9,7 +9,35 @@ import inspect
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values in memory with room for more tokens: a step writes its own columns and does not copy the rest."""
+
+    def __init__(self):
+        super().__init__()
+        self._room: dict[str, Tensor] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self._appended("keys", self.keys, key_states)
+        self.values = self._appended("values", self.values, value_states)
+        return self.keys, self.values
+
+    def _appended(self, name: str, cached: Tensor, new: Tensor) -> Tensor:
+        start = cached.shape[2] if cached.numel() else 0
+        stop = start + new.shape[2]
+        room = self._room.get(name)
+        # where rows were dropped, joined or moved, what is cached lies elsewhere
+        if room is None or room.shape[2] < stop or (start and room.data_ptr() != cached.data_ptr()):
+            room = new.new_empty(*new.shape[:2], stop + stop // 8 + 64, new.shape[3])
+            if start:
+                room[:, :, :start] = cached
+            self._room[name] = room
+        room[:, :, start:stop] = new
+        return room[:, :, :stop]
 
 
 class Side:
@@ -37,7 +65,7 @@ class Side:
         # Without the model's config every layer keeps all its tokens. Sliding-window layers would drop old columns,
         # counted from the padded start, and rows of different age could not be joined; the window is then applied by
         # the attention mask, which gives the same numbers.
-        self.cache = DynamicCache()
+        self.cache = Cache(layer_class_to_replicate=RoomyLayer)
         self.mask = torch.empty(0, 0, dtype=torch.int64, device=self.device)
         self.lengths: list[int] = []
 

@@ -188,6 +188,8 @@ class Decoder:
         drafted = torch.stack(drafted, 1).tolist() if drafted else [[]] * len(live)
         self._draw(live, *both, drafted)
         kept = [len(s.token_ids) - n for s, n in zip(live, before, strict=True)]
+        if drafter is None:
+            return
         for sample, n, tokens in zip(live, kept, drafted, strict=True):
             drawn = sample.token_ids[len(sample.token_ids) - n :]
             wrong = next((i for i, (x, y) in enumerate(zip(tokens, drawn, strict=False)) if x != y), None)
@@ -196,7 +198,7 @@ class Decoder:
                 tally.add(tried if wrong is None else wrong, tried if wrong is None else wrong + 1, n)
         for side in sides:
             side.forget([block.shape[1] - n for n in kept])
-        if drafter is not None and drafter not in sides:
+        if drafter not in sides:
             read = len(of_drafter)
             if any(n > read and not s.finish_reason for n, s in zip(kept, live, strict=True)):
                 drafter.advance(block[:, -1:])

@@ -1,0 +1,86 @@
+"""Speculative decoding: tokens a second for several numbers of drafts, beside what the cost model predicts."""
+
+import copy
+import statistics
+
+import pytest
+import torch
+
+from bench.loops import own_loop, split_times
+from bench.test_decode import first_requests
+from bench.timing import side_by_side
+from qstar import Pair
+from qstar.demo import THETA, T
+
+DRAFTS = (1, 2, 4, 8)
+
+
+def enlarged(model: torch.nn.Module, times: int) -> torch.nn.Module:
+    """A model that computes the same and costs `times` as much: the new layers add nothing to the residual stream."""
+    config = copy.deepcopy(model.config)
+    layers = config.num_hidden_layers
+    config.num_hidden_layers = layers * times
+    large = type(model)(config).eval().to(model.device, model.dtype)
+    large.load_state_dict(model.state_dict(), strict=False)
+    for layer in large.model.layers[layers:]:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    large.generation_config = model.generation_config
+    return large
+
+
+def predicted(acceptance: float, drafts: int, once: dict[str, float], block: float) -> float:
+    """Tokens a second over plain decoding's: theory/speculative.md, «What it gains». `once` are the seconds of a pass
+    for one token, `block` those of π_t's for drafts + 1."""
+    tokens = sum(acceptance**i for i in range(drafts + 1))
+    return tokens * (once["theta"] + once["t"]) / ((drafts + 1) * once["theta"] + block)
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("times", [1, 8])
+def test_speculation(benchmark, device, times, batch):
+    pair = Pair.from_pretrained(THETA, T, device=str(device))
+    pair = Pair(pair.theta, enlarged(pair.t, times), pair.tokenizer_theta, pair.tokenizer_t)
+    requests = first_requests(pair, 2 * batch, 64)
+    groups = [requests[:batch], requests[batch:]]
+
+    def run(drafts):
+        return [sample for group in groups for sample in own_loop(pair, group, False, speculate=drafts)]
+
+    plain = run(0)
+    tokens = sum(len(s.token_ids) for s in plain)
+    tallies, medians = {}, {}
+    for drafts in (0, *DRAFTS, "auto"):
+        with split_times(pair) as times_of:
+            samples = run(drafts)
+        assert [s.token_ids for s in samples] == [s.token_ids for s in plain]
+        tallies[drafts] = [s.tally for s in samples]
+        for name in ("theta", "t"):
+            for size in {size for size, _ in times_of[name]}:
+                medians[name, size] = statistics.median(s for n, s in times_of[name] if n == size)
+    once = {name: medians[name, 1] for name in ("theta", "t")}
+    predictions, acceptances = {}, {}
+    for drafts in DRAFTS:
+        drafted = sum(sum(t.drafted) for t in tallies[drafts])
+        acceptances[str(drafts)] = sum(sum(t.accepted) for t in tallies[drafts]) / max(1, drafted)
+        block = medians.get(("t", drafts + 1), once["t"])
+        predictions[str(drafts)] = predicted(acceptances[str(drafts)], drafts, once, block)
+    functions = {f"{drafts} drafts": lambda k=drafts: run(k) for drafts in (0, *DRAFTS, "auto")}
+    side_by_side(benchmark, functions, torch.device("cpu"))
+    benchmark.extra_info.update(
+        kind="speculation", batch=batch, times=times, tokens=tokens, predicted=predictions, acceptance=acceptances
+    )
+
+
+@pytest.mark.parametrize("batch", [1, 8, 16])
+def test_twin(benchmark, device, batch):
+    """One model with two prompts: both sides in one pass, against two copies of it in a pass each."""
+    pair = Pair.from_pretrained(THETA, T, device=str(device))
+    theta, tokenizer = pair.theta, pair.tokenizer_theta
+    pairs = {"one pass": Pair(theta, theta, tokenizer, tokenizer)}
+    pairs["two passes"] = Pair(theta, copy.deepcopy(theta), tokenizer, tokenizer)
+    requests = first_requests(pair, batch, 32)
+    texts = [[s.token_ids for s in own_loop(p, requests, True)] for p in pairs.values()]
+    assert texts[0] == texts[1]
+    functions = {name: lambda p=p: own_loop(p, requests, True) for name, p in pairs.items()}
+    side_by_side(benchmark, functions, torch.device("cpu"), kind="twin", batch=batch, tokens=32 * batch)
