@@ -115,9 +115,8 @@ def scaling(run: dict[str, Any], folder: Path) -> list[str]:
         bars.append([high * 1e3 - m for m, (_, high) in zip(y, spread, strict=True)])
         figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
         axes.errorbar(x, y, yerr=bars, marker="o", capsize=3)
-        axes.set(xscale="log", xlabel=AXES[against], ylabel="milliseconds a step", ylim=(0, None))
-        if against != "noise":
-            axes.set(yscale="log", ylim=(None, None))
+        axes.set(xscale="log", xlabel=AXES[against], ylabel="milliseconds a step")
+        axes.set(**({"ylim": (0, None)} if against == "noise" else {"yscale": "log"}))
         axes.grid(alpha=0.3)
         name = f"scaling-{against.replace('_', '-')}.png"
         figure.savefig(folder / name, dpi=110)

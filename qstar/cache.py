@@ -91,8 +91,9 @@ class Side:
 
     def advance(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """Append tokens, int64 [B, K], to every row: the logits [B, K, V] that follow each of them, for each copy."""
-        tokens = tokens.to(self.device).repeat_interleave(self.copies, 0)  # [B · copies, K]
-        count = tokens.shape[1]
+        tokens, count = tokens.to(self.device), tokens.shape[1]
+        if self.copies > 1:
+            tokens = tokens.repeat_interleave(self.copies, 0)  # [B · copies, K]
         positions = torch.tensor(self.lengths, device=self.device)[:, None] + torch.arange(count, device=self.device)
         self.mask = torch.nn.functional.pad(self.mask, (0, count), value=1)
         self.lengths = [n + count for n in self.lengths]

@@ -232,6 +232,8 @@ class Decoder:
         """Seeds and positions of `count` tokens of each row from `ahead` of its next one, int64 [B · count] each."""
         seeds = torch.tensor([s.request.seed for s in samples], device=logits.device)
         positions = torch.tensor([len(s.token_ids) + ahead for s in samples], device=logits.device)
+        if count == 1:
+            return {"seeds": seeds, "positions": positions}
         positions = positions[:, None] + torch.arange(count, device=logits.device)
         return {"seeds": seeds.repeat_interleave(count), "positions": positions.flatten()}
 

@@ -1,0 +1,100 @@
+"""The report on the benchmarks, from small runs made by hand."""
+
+import json
+
+import pytest
+import torch
+
+from bench.competitors import research_step
+from bench.report import main
+from bench.test_step import check_exact, llm_like
+from qstar_kernels import qstar_sample
+
+
+def run(ours: float, date: str = "2030-01-01T00:00:00", cpu: str = "Some CPU") -> dict:
+    """A run as pytest-benchmark saves it: one step case, all rounds within 2% of `ours` seconds."""
+    rounds = [ours * factor for factor in (0.98, 0.99, 1.0, 1.01, 1.02)]
+    seconds = {
+        "qstar_sample": rounds,
+        "ordinary sampling, one model": [0.030, 0.031, 0.032, 0.031, 0.031],
+        "research code": [0.3] * 5,
+    }
+    info = {"kind": "step", "batch": 8, "vocab_size": 131072, "dtype": "float32", "floor": 1e-3, "seconds": seconds}
+    machine = {"cpu": cpu, "gpu": None, "threads": 1, "cores": 2, "system": "Linux", "python": "3.11"}
+    machine["versions"] = {"torch": "2"}
+    return {
+        "machine_info": machine,
+        "commit_info": {"id": "0123456789abcdef", "dirty": False},
+        "datetime": date,
+        "benchmarks": [{"name": "test_step[8-131072-float32]", "extra_info": info}],
+    }
+
+
+def report(tmp_path, now: dict, before: dict) -> str:
+    paths = tmp_path / "now.json", tmp_path / "before.json"
+    for path, content in zip(paths, (now, before), strict=True):
+        path.write_text(json.dumps(content))
+    assert main([str(paths[0]), "--before", str(paths[1]), "--output", str(tmp_path / "page" / "report.md")]) == 0
+    return (tmp_path / "page" / "report.md").read_text()
+
+
+def test_a_regression_is_marked(tmp_path):
+    text = report(tmp_path, run(0.012), run(0.010))
+    assert "| test_step[8-131072-float32] | qstar_sample |" in text
+    assert "| 1.20 | **slower** |" in text
+    assert "| 0.83 | faster |" in report(tmp_path, run(0.010), run(0.012))
+    text = report(tmp_path, run(0.0101), run(0.010))
+    assert "Nothing moved by more than the spread." in text
+
+
+def test_ratios_and_targets(tmp_path):
+    text = report(tmp_path, run(0.0124), run(0.0124))
+    assert "**0.40**" in text  # of ordinary sampling
+    assert "| [8, 131072]: ours over ordinary sampling | 0.4 | at most 0.8 | yes |" in text
+    assert "| [8, 131072]: research code over ours | 24.2 | at least 11 | yes |" in text
+    assert "| at most 0.8 | **no** |" in report(tmp_path, run(0.030), run(0.030))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read"),
+        ("{torn", "no JSON file, or torn"),
+        ("[1, 2]", "was not saved by"),
+        ('{"benchmarks": []}', "was not saved by"),
+        (json.dumps(run(0.01) | {"benchmarks": []}), "no benchmark that this report knows"),
+    ],
+)
+def test_bad_files_get_one_line(content, message, tmp_path, capsys):
+    path = tmp_path / "run.json"
+    if content is not None:
+        path.write_text(content)
+    assert main([str(path), "--output", str(tmp_path / "report.md")]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "report.md").exists()
+
+
+def test_research_code_is_right():
+    """What we are compared with gives q*, too: α within 1e-4 of float64, and everything else that is checked."""
+    theta, t = llm_like(4, 5000, 1.0, torch.device("cpu"))
+    index = torch.arange(4)
+    check_exact(theta, t, index)
+    exact = qstar_sample(theta, t, seeds=index, positions=index, impl="reference")
+    torch.testing.assert_close(research_step(theta, t)["alpha"], exact.alpha, atol=1e-4, rtol=0)
+
+
+def test_what_is_wrong_is_not_timed(monkeypatch):
+    """The check that stands before the timing fails on a step that is off."""
+    import bench.test_step
+
+    def off(*args, **kwargs):
+        step = qstar_sample(*args, **kwargs)
+        if args[0].dtype != torch.float64:
+            step.kl_theta = step.kl_theta + 1e-3
+        return step
+
+    monkeypatch.setattr(bench.test_step, "qstar_sample", off)
+    with pytest.raises(AssertionError):
+        check_exact(*llm_like(2, 2000, 1.0, torch.device("cpu")), torch.arange(2))
