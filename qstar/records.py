@@ -1,0 +1,120 @@
+"""Reading back what `qstar.generate` and `qstar.score` wrote: each sample's line and its numbers, side by side.
+
+The two files of a run, `x.jsonl` and `x.diagnostics.jsonl`, are in the same order; they are read in step, one sample at
+a time, so a run may be larger than memory. A run that is still writing, or was killed, can be read too: what is not
+complete yet is left out, and said.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from qstar.decode import FIELDS
+from qstar.formats import key_of
+
+SUFFIXES = (".diagnostics.jsonl", ".journal.jsonl", ".jsonl", ".parquet")
+
+
+class RecordError(ValueError):
+    """A file is missing, empty, torn or foreign; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One sample.
+
+    `line` is that of `x.jsonl` (`messages` with the answer last, `finish_reason`, `metadata`, …), `diagnostics` that of
+    `x.diagnostics.jsonl`; every field is described in docs/guide.md, «Files».
+    """
+
+    line: dict[str, Any]
+    diagnostics: dict[str, Any]
+
+    @property
+    def id(self) -> str:
+        return self.diagnostics["id"]
+
+    @property
+    def tokens(self) -> dict[str, list]:
+        """Arrays with one entry a token: `id` and each of `qstar.decode.FIELDS` (null stands for −inf)."""
+        return self.diagnostics["tokens"]
+
+
+class RunFiles:
+    """The files of one run, named by any of them.
+
+    Args:
+        path: `x.jsonl`, `x.diagnostics.jsonl` or `x.parquet`.
+
+    Attributes:
+        samples, diagnostics: the two files that are read.
+        notes: one line for each thing that iterating left out.
+
+    Raises:
+        RecordError: one of the two is missing; while iterating: it holds no samples, or something else.
+    """
+
+    def __init__(self, path: str | Path):
+        path = Path(path)
+        suffix = next((s for s in SUFFIXES if path.name.endswith(s)), "")
+        stem = str(path)[: len(str(path)) - len(suffix)]
+        self.name, self._stem = Path(stem).name, stem
+        journal = Path(f"{stem}.journal.jsonl")
+        self.samples = journal if journal.exists() else Path(f"{stem}.jsonl")
+        self.diagnostics = Path(f"{stem}.diagnostics.jsonl")
+        self.notes: list[str] = []
+        if not path.is_file() and not self.samples.is_file():
+            raise RecordError(f"{path} does not exist")
+        if not self.diagnostics.is_file():
+            raise RecordError(
+                f"{self.diagnostics} does not exist; generate with --save-diagnostics, or let qstar.score make it"
+            )
+        if not self.samples.is_file():
+            raise RecordError(f"{self.samples} does not exist, which {self.diagnostics} belongs to")
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What the run was started with, by the names of the command line; empty if that is not known."""
+        try:
+            settings = json.loads(Path(f"{self._stem}.run.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return settings if isinstance(settings, dict) else {}
+
+    def __iter__(self) -> Iterator[Record]:
+        self.notes.clear()
+        samples, diagnostics = self._lines(self.samples), self._lines(self.diagnostics)
+        count = 0
+        for line, numbers in zip(samples, diagnostics, strict=False):  # the diagnostics may be one sample ahead
+            count += 1
+            if line["id"] != numbers["id"]:
+                raise RecordError(
+                    f"line {count} of {self.samples} is sample {line['id']!r} and that of {self.diagnostics} "
+                    f"{numbers['id']!r}; the files do not belong together"
+                )
+            if not numbers["tokens"]["id"]:
+                raise RecordError(f"line {count} of {self.diagnostics} has no tokens")
+            yield Record(line, numbers)
+        if not count:
+            raise RecordError(f"{self.samples} has no samples yet")
+
+    def _lines(self, path: Path) -> Iterator[dict[str, Any]]:
+        needed = ("id", "tokens") if path == self.diagnostics else ("id", "messages")
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, 1):
+                if not raw.endswith(b"\n"):
+                    self.notes.append(f"line {number} of {path} is torn and left out; start its run again to mend it")
+                    return
+                try:
+                    line = json.loads(raw)
+                    key_of(line)
+                    tokens = {name: line[name] for name in needed}.get("tokens", {})
+                    sizes = {len(tokens[name]) for name in ("id", *FIELDS)} if tokens else set()
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    sizes = {-1, -2}
+                if len(sizes) > 1:
+                    raise RecordError(f"line {number} of {path} is not what qstar.generate or qstar.score writes")
+                yield line
