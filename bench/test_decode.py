@@ -17,9 +17,15 @@ from qstar_kernels.types import Settings
 NEW_TOKENS = {"demo": 32, "given": 16}
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "which" in metafunc.fixturenames:
+        given = metafunc.config.getoption("--pair")
+        metafunc.parametrize("which", ["demo", "given"] if given else ["demo"], scope="module")
+
+
 @pytest.fixture(scope="module")
-def pair(request, device) -> Pair:
-    names = request.config.getoption("--pair") or (THETA, T)
+def pair(request, device, which) -> Pair:
+    names = (THETA, T) if which == "demo" else request.config.getoption("--pair")
     return Pair.from_pretrained(*names, device=str(device))
 
 
@@ -33,9 +39,8 @@ def first_requests(pair: Pair, count: int, new_tokens: int) -> list[Request]:
 
 
 @pytest.mark.parametrize("batch", [1, 16])
-def test_decode(benchmark, request, device, pair, batch):
-    given = request.config.getoption("--pair")
-    new_tokens = NEW_TOKENS["given" if given else "demo"]
+def test_decode(benchmark, request, device, pair, which, batch):
+    new_tokens = NEW_TOKENS[which]
     requests = first_requests(pair, batch, new_tokens)
     if pair.theta.dtype == torch.float32:  # in half precision rounding moves a token now and then
         greedy = plain_loop(pair, requests, cached=True, greedy=True).tolist()
@@ -60,23 +65,24 @@ def test_decode(benchmark, request, device, pair, batch):
         "generate, theta alone": generate(pair.theta, [r.ids_theta for r in requests]),
         "generate, t alone": generate(pair.t, [r.ids_t for r in requests]),
     }
-    if not given:  # hours with a large model
+    if which == "demo":  # hours with a large model
         functions["loop without cache, 20 bisections"] = lambda: plain_loop(pair, requests, cached=False)
     side_by_side(benchmark, functions, torch.device("cpu"))  # whole loops: by the clock on the wall
     for name in passes[0][1]:
         split[name] = [parts[name] for _, parts in passes]
     split["everything else"] = [total - sum(parts.values()) for total, parts in passes]
-    names = [Path(name).name for name in given] if given else ["demo theta", "demo t"]
+    names = ["demo theta", "demo t"]
+    if which == "given":
+        names = [Path(name).name for name in request.config.getoption("--pair")]
     benchmark.extra_info.update(
         kind="decode", batch=batch, tokens=batch * new_tokens, pair=names, vocab_size=pair.vocab_size, split=split
     )
 
 
-def test_generation(benchmark, request, device, pair):
-    """A whole data set to its samples' ends: tokens up to EOS a second, where finished rows make room for others."""
-    if request.config.getoption("--pair"):
-        pytest.skip("timed on the demo pair only: another pair's samples may not end")
-    batch, new_tokens = 16, 64
+def test_generation(benchmark, device):
+    """A whole data set to its samples' ends: tokens up to EOS a second, where finished rows make room for others. On
+    the demo pair, whose samples end."""
+    pair, batch, new_tokens = Pair.from_pretrained(THETA, T, device=str(device)), 16, 64
     requests = first_requests(pair, 4 * batch, new_tokens)
     counts: dict[str, list[int]] = {"qstar": [], "qstar, 4 drafts": [], "cached loop, 20 bisections": []}
 

@@ -1,6 +1,9 @@
 """The report on the benchmarks, from small runs made by hand."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,6 +48,17 @@ def test_a_regression_is_marked(tmp_path):
     assert "| 0.83 | faster |" in report(tmp_path, run(0.010), run(0.012))
     text = report(tmp_path, run(0.0101), run(0.010))
     assert "Nothing moved by more than the spread." in text
+
+
+def test_from_the_flag_to_the_page(tmp_path):
+    """The benchmarks run under the pinned pytest, and what they save is what the report reads."""
+    case = "bench/test_scaling.py::test_memory"
+    pytest_run = [sys.executable, "-m", "pytest", case, "--benchmark", f"--benchmark-storage=file://{tmp_path}"]
+    done = subprocess.run(pytest_run, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    (saved,) = tmp_path.glob("*/*.json")
+    assert main([str(saved), "--output", str(tmp_path / "report.md")]) == 0
+    assert "| peak memory over one float32 [B, V] |" in (tmp_path / "report.md").read_text()
 
 
 def test_ratios_and_targets(tmp_path):
