@@ -12,6 +12,7 @@ from bench.competitors import research_step
 from qstar import decode
 from qstar.decode import DecodeOptions, Request, Sample
 from qstar.pair import Pair
+from qstar.rule import Rule
 
 
 def padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -94,15 +95,16 @@ def split_times(pair: Pair) -> Iterator[dict[str, list[tuple[int, float]]]]:
 
         return wrapper
 
-    sample = decode.qstar_sample
-    decode.qstar_sample = timed("q* step", sample, lambda *args, **kwargs: 1)
+    draft, step = decode.qstar_sample, Rule.step
+    decode.qstar_sample = timed("q* step", draft, lambda *args, **kwargs: 1)
+    Rule.step = timed("q* step", step, lambda *args, **kwargs: 1)
     for name in ("theta", "t"):
         model = getattr(pair, name)
         model.forward = timed(name, model.forward, lambda input_ids, **kwargs: input_ids.shape[1])
     try:
         yield times
     finally:
-        decode.qstar_sample = sample
+        decode.qstar_sample, Rule.step = draft, step
         for model in (pair.theta, pair.t):
             del model.forward  # the class's own again
 

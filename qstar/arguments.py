@@ -1,10 +1,11 @@
-"""The command line of `python -m qstar.generate`, checked before any model is loaded."""
+"""The command lines of `qstar.generate` and `qstar.score`, checked before any model is loaded."""
 
 import argparse
 import hashlib
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any
 
 import torch
 
-from qstar.data import DataError, PromptSource, load_prompts
+from qstar.answers import DatasetAnswers, RunAnswers, is_run
+from qstar.data import PromptSource, load_prompts
 from qstar.demo import PROMPTS, THETA, T
 from qstar.output import FORMATS, Output
 from qstar.prompting import HINT_TEMPLATE, PromptFormat
+from qstar.records import RunFiles
 from qstar_kernels.types import METHODS, Settings
 
 
@@ -58,18 +61,10 @@ def number(kind: type, low: float, text: str):
     return parse
 
 
-def make_parser() -> Parser:
-    """The command line, in groups."""
-    parser = Parser(
-        prog="python -m qstar.generate",
-        usage="%(prog)s [options]",
-        description="Sample from q* ∝ π_θ^α · π_t^(1−α) between two language models. Without arguments: the demo pair "
-        "on its bundled prompts. Every option is explained in docs/guide.md.",
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-    )
-    count = number(int, 1, "a whole number of at least 1")
+COUNT = number(int, 1, "a whole number of at least 1")
 
+
+def add_models(parser: Parser) -> None:
     group = parser.add_argument_group("models")
     group.add_argument("--model-theta", help="π_θ, the policy: hub name or folder (default: the demo pair's)")
     group.add_argument("--model-t", help="π_t, the target; the same name as --model-theta shares the weights")
@@ -85,6 +80,8 @@ def make_parser() -> Parser:
     group.add_argument("--load-in-4bit", action="store_true", help="quantise both models (pip install 'qstar[4bit]')")
     group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a checkpoint")
 
+
+def add_data(parser: Parser):
     group = parser.add_argument_group("data in")
     group.add_argument(
         "--dataset", help="hub name, or JSON, JSONL, Parquet, CSV or text file (default: the demo's prompts)"
@@ -92,9 +89,11 @@ def make_parser() -> Parser:
     group.add_argument("--dataset-split", help="split of a hub dataset")
     group.add_argument("--dataset-config", help="configuration of a hub dataset")
     group.add_argument("--prompt-field", help="column that holds the prompt, where it is not recognised")
-    group.add_argument("--num-samples", type=count, help="number of prompts (default: all)")
-    group.add_argument("--samples-per-prompt", type=count, default=1, help="samples of each prompt")
+    group.add_argument("--num-samples", type=COUNT, help="number of prompts (default: all)")
+    return group
 
+
+def add_prompts(parser: Parser) -> None:
     group = parser.add_argument_group("prompts")
     for side in ("theta", "t"):
         group.add_argument(f"--{side}-chat-template", default="auto", help=f"for {side}: auto, none, or a Jinja file")
@@ -102,6 +101,9 @@ def make_parser() -> Parser:
     group.add_argument("--t-hint-field", help="column whose text only π_t sees, with the last user message")
     group.add_argument("--t-hint-template", default=HINT_TEMPLATE, help="how the hint is added")
 
+
+def add_rule(parser: Parser) -> None:
+    """α, temperature, truncation and what is forced: everything that says which q* it is."""
     defaults = Settings()
     group = parser.add_argument_group("rule for α (the weight of π_θ)")
     group.add_argument(
@@ -146,14 +148,41 @@ def make_parser() -> Parser:
         action="store_true",
         help="give special tokens π_t's probability",
     )
-    group.add_argument("--seed", type=int, default=0, help="seed of the run; each sample's own follows from it")
+
+
+def add_output(parser: Parser):
+    group = parser.add_argument_group("data out")
+    group.add_argument(
+        "--output",
+        type=Path,
+        help="file to write; an interrupted run goes on where it was (default: a new file in qstar-out/)",
+    )
+    return group
+
+
+def make_parser() -> Parser:
+    """The command line of `qstar.generate`, in groups."""
+    parser = Parser(
+        prog="python -m qstar.generate",
+        usage="%(prog)s [options]",
+        description="Sample from q* ∝ π_θ^α · π_t^(1−α) between two language models. Without arguments: the demo pair "
+        "on its bundled prompts. Every option is explained in docs/guide.md.",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    add_models(parser)
+    group = add_data(parser)
+    group.add_argument("--samples-per-prompt", type=COUNT, default=1, help="samples of each prompt")
+    add_prompts(parser)
+    add_rule(parser)
 
     group = parser.add_argument_group("decoding")
-    group.add_argument("--max-new-tokens", type=count, default=256, help="token limit of a sample")
+    group.add_argument("--seed", type=int, default=0, help="seed of the run; each sample's own follows from it")
+    group.add_argument("--max-new-tokens", type=COUNT, default=256, help="token limit of a sample")
     group.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="text that ends a sample; may be repeated"
     )
-    group.add_argument("--batch-size", type=count, default=16, help="sequences decoded together")
+    group.add_argument("--batch-size", type=COUNT, default=16, help="sequences decoded together")
     group.add_argument(
         "--speculate",
         type=lambda value: value if value == "auto" else number(int, 0, "auto or a whole number of at least 0")(value),
@@ -167,16 +196,42 @@ def make_parser() -> Parser:
         help="who drafts: theta, t, or the name or folder of a third model of that vocabulary",
     )
 
-    group = parser.add_argument_group("data out")
-    group.add_argument(
-        "--output",
-        type=Path,
-        help="file to write; an interrupted run goes on where it was (default: a new file in qstar-out/)",
-    )
+    group = add_output(parser)
     group.add_argument("--output-format", default="jsonl", choices=list(FORMATS), help="what to write")
     group.add_argument(
         "--save-diagnostics", action="store_true", help="write x.diagnostics.jsonl: every token's numbers"
     )
+    return parser
+
+
+def make_score_parser() -> Parser:
+    """The command line of `qstar.score`, in groups."""
+    parser = Parser(
+        prog="python -m qstar.score",
+        usage="%(prog)s --dataset FILE [options]",
+        description="The numbers that q* gives to answers that are there already: α, KL, ESS and the three "
+        "log-probabilities of every token, and importance weights. On the output of qstar.generate the options of that "
+        "run are the defaults. Every option is explained in docs/guide.md.",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    add_models(parser)
+    group = add_data(parser)
+    group.add_argument(
+        "--response-field", metavar="COLUMN", help="column that holds the answer, where it is not recognised"
+    )
+    group.add_argument("--no-eos", action="store_true", help="do not end answers of a dataset with the EOS token")
+    add_prompts(parser)
+    add_rule(parser)
+    group = parser.add_argument_group("scoring")
+    group.add_argument("--batch-size", type=COUNT, default=16, help="sequences that are scored together")
+    group.add_argument(
+        "--clip",
+        type=number(float, 0, "a number of at least 0"),
+        default=10.0,
+        help="bound of the clipped importance weights",
+    )
+    add_output(parser)
     return parser
 
 
@@ -188,14 +243,62 @@ class Job:
     settings: Settings
     format_theta: PromptFormat
     format_t: PromptFormat
-    prompts: PromptSource
+    prompts: PromptSource | DatasetAnswers | RunAnswers
     output: Output
 
 
 def prepare(argv: list[str] | None) -> Job:
-    """Check the command line and open the dataset, before any model is loaded; exits with one line if it is wrong."""
+    """Check the command line of `qstar.generate` and open its dataset; exits with one line if something is wrong."""
     parser = make_parser()
     args = parser.parse_args(argv)
+    if any(not stop for stop in args.stop):
+        parser.error("--stop must not be empty")
+    if args.draft not in ("theta", "t"):
+        check_folder(parser, "draft", args.draft)
+    return make_job(parser, args, lambda: open_prompts(args), args.output_format, args.save_diagnostics)
+
+
+def prepare_score(argv: list[str] | None) -> Job:
+    """Check the command line of `qstar.score` and open its dataset; exits with one line if something is wrong."""
+    parser = make_score_parser()
+    args = parser.parse_args(argv)
+    if args.dataset is None:
+        parser.error("--dataset is missing: the file with the prompts and answers to score")
+    if not is_run(args.dataset):
+        return make_job(parser, args, lambda: DatasetAnswers(open_prompts(args), args.response_field))
+    files = RunFiles(args.dataset)
+    for action in parser._actions:
+        name = action.option_strings[0]
+        if name in files.settings and action.dest in RUN_DEFAULTS:
+            parser.set_defaults(**{action.dest: files.settings[name]})
+    args = parser.parse_args(argv)
+    for name in ("prompt_field", "response_field", "t_hint_field"):
+        if getattr(args, name) is not None:
+            parser.error(f"--{name.replace('_', '-')}: the prompts and answers of a run are its own tokens")
+    return make_job(parser, args, lambda: RunAnswers(files, args.num_samples))
+
+
+# What scoring takes over from the run that made the samples: who, and which q*
+RUN_DEFAULTS = frozenset(
+    "model_theta model_t dtype load_in_4bit trust_remote_code alpha_method alpha alpha_min alpha_max tol temperature "
+    "top_k top_p min_p target_top_k target_top_p force_t_first_token force_t_special_tokens".split()
+)
+
+
+def open_prompts(args: argparse.Namespace) -> PromptSource:
+    return load_prompts(
+        args.dataset or str(PROMPTS), args.dataset_split, args.dataset_config, args.prompt_field, args.num_samples
+    )
+
+
+def make_job(
+    parser: Parser,
+    args: argparse.Namespace,
+    open_data: Callable[[], PromptSource | DatasetAnswers | RunAnswers],
+    output_format: str = "jsonl",
+    save_diagnostics: bool = True,
+) -> Job:
+    """What both commands check and open."""
     if (args.model_theta is None) != (args.model_t is None):
         missing = "--model-t" if args.model_t is None else "--model-theta"
         parser.error(f"{missing} is missing; for one model with two prompts give its name to both")
@@ -205,52 +308,35 @@ def prepare(argv: list[str] | None) -> Job:
         parser.error(f"--device {args.device}: this machine or this build of torch has no CUDA; try --device cpu")
     if args.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
         parser.error("--load-in-4bit needs bitsandbytes: pip install 'qstar[4bit]'")
-    if any(not stop for stop in args.stop):
-        parser.error("--stop must not be empty")
     if args.model_theta is None:
         args.model_theta, args.model_t = str(THETA), str(T)
     if args.output is None:
-        args.output = Path("qstar-out") / f"{datetime.now():%Y%m%d-%H%M%S}{FORMATS[args.output_format]}"
+        args.output = Path("qstar-out") / f"{datetime.now():%Y%m%d-%H%M%S}{FORMATS[output_format]}"
     if args.output.is_dir():
         parser.error(f"--output {args.output} is a folder; give a file")
-    for name in ("model_theta", "model_t", *(["draft"] if args.draft not in ("theta", "t") else [])):
-        folder = Path(getattr(args, name)).expanduser()
-        if not folder.is_dir() and (folder.is_absolute() or getattr(args, name).startswith((".", "~"))):
-            parser.error(f"--{name.replace('_', '-')} {folder} does not exist; give a model's folder or a hub name")
-        if folder.is_dir() and not (folder / "config.json").is_file():
-            parser.error(f"--{name.replace('_', '-')} {folder} has no config.json; give a model's folder or a hub name")
+    check_folder(parser, "model-theta", args.model_theta)
+    check_folder(parser, "model-t", args.model_t)
     try:
-        settings = Settings(
-            method=args.alpha_method,
-            **{
-                name: getattr(args, name)
-                for name in (
-                    [
-                        "alpha",
-                        "alpha_min",
-                        "alpha_max",
-                        "temperature",
-                        "top_k",
-                        "top_p",
-                        "min_p",
-                        "target_top_k",
-                        "target_top_p",
-                        "tol",
-                    ]
-                )
-            },
-        )
+        same = "alpha alpha_min alpha_max temperature top_k top_p min_p target_top_k target_top_p tol".split()
+        settings = Settings(method=args.alpha_method, **{name: getattr(args, name) for name in same})
         format_theta = PromptFormat(args.theta_chat_template, args.theta_system_prompt)
         format_t = PromptFormat(args.t_chat_template, args.t_system_prompt, args.t_hint_template)
-        prompts = load_prompts(
-            args.dataset or str(PROMPTS), args.dataset_split, args.dataset_config, args.prompt_field, args.num_samples
-        )
-    except (ValueError, DataError) as error:
+        data = open_data()
+    except ValueError as error:
         parser.error(str(error))
-    if args.t_hint_field is not None and args.t_hint_field not in prompts.columns:
-        parser.error(f"--t-hint-field {args.t_hint_field!r} is no column; the columns are {', '.join(prompts.columns)}")
-    output = Output(args.output, args.output_format, args.save_diagnostics, run_settings(args, prompts))
-    return Job(args, settings, format_theta, format_t, prompts, output)
+    if args.t_hint_field is not None and args.t_hint_field not in data.columns:
+        parser.error(f"--t-hint-field {args.t_hint_field!r} is no column; the columns are {', '.join(data.columns)}")
+    output = Output(args.output, output_format, save_diagnostics, run_settings(args, data))
+    return Job(args, settings, format_theta, format_t, data, output)
+
+
+def check_folder(parser: Parser, option: str, model: str) -> None:
+    """A name that must be a folder is one, and a folder holds a model."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir() and (folder.is_absolute() or model.startswith((".", "~"))):
+        parser.error(f"--{option} {folder} does not exist; give a model's folder or a hub name")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        parser.error(f"--{option} {folder} has no config.json; give a model's folder or a hub name")
 
 
 def weights_fingerprint(name: str) -> str:
@@ -270,13 +356,13 @@ def weights_fingerprint(name: str) -> str:
     return digest.hexdigest()
 
 
-def run_settings(args: argparse.Namespace, prompts: PromptSource) -> dict[str, Any]:
+def run_settings(args: argparse.Namespace, data: PromptSource | DatasetAnswers | RunAnswers) -> dict[str, Any]:
     """Everything the output depends on, by the names of the command line."""
     # where it runs, how much at once and where it writes is no part of what it writes
-    free = {"output", "device", "device_map", "batch_size", "speculate", "draft"}
+    free = {"output", "device", "device_map", "batch_size", "speculate", "draft", "clip"}
     settings = {f"--{k.replace('_', '-')}": v for k, v in vars(args).items() if k not in free}
     settings["output file"] = args.output.name
-    settings["dataset content"] = prompts.fingerprint
+    settings["dataset content"] = data.fingerprint
     settings["weights of theta"] = weights_fingerprint(args.model_theta)
     settings["weights of t"] = weights_fingerprint(args.model_t)
     for template in ("theta_chat_template", "t_chat_template"):

@@ -5,11 +5,14 @@ tokens that turn out not to belong to them.
 """
 
 import inspect
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
+
+PREFILL_COLUMNS = 1024  # of a prompt in one forward pass: a longer one takes several, so that memory does not grow
 
 
 class RoomyLayer(DynamicLayer):
@@ -46,16 +49,18 @@ class Side:
     Args:
         model: a decoder-only causal language model.
         pad_id: what padding is filled with; it is masked.
-        copies: cache rows of each sequence, beside each other; 2 where one model stands for both sides.
+        sees: whose prompts the model goes over, of `theta` and `t`; both where one model stands for both sides, which
+            then has two cache rows of each sequence, beside each other.
 
     Attributes:
+        copies: cache rows of each sequence.
         cache: keys and values of all layers, [B · copies, heads, L, head_dim] each.
         mask: int64 [B · copies, L], 1 where a cached column belongs to the row, 0 on its left padding.
         lengths: tokens cached for each row, also the position id of its next token.
     """
 
-    def __init__(self, model: torch.nn.Module, pad_id: int, copies: int = 1):
-        self.model, self.pad_id, self.copies = model, pad_id, copies
+    def __init__(self, model: torch.nn.Module, pad_id: int, sees: tuple[str, ...]):
+        self.model, self.pad_id, self.sees, self.copies = model, pad_id, sees, len(sees)
         # the class's own: a wrapper of the instance's forward, or of the whole model for adapters, hides the arguments
         wrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
         parameters = inspect.signature(type(wrapped).forward).parameters
@@ -78,16 +83,25 @@ class Side:
         ).logits[:, -keep:]
         return tuple(out[copy :: self.copies] for copy in range(self.copies))
 
+    def prompts(self, requests: Iterable) -> list[list[int]]:
+        """`ids_theta` or `ids_t` of the requests, or both of each, as this side sees them."""
+        return [getattr(request, f"ids_{name}") for request in requests for name in self.sees]
+
     def prefill(self, prompts: list[list[int]]) -> tuple["Side", tuple[Tensor, ...]]:
-        """Run prompts in a batch of their own: a `Side` that holds them, and the logits [B, 1, V] that follow."""
-        new = Side(self.model, self.pad_id, self.copies)
+        """Run prompts in a batch of their own: a `Side` that holds them, and the logits [B, 1, V] that follow, for each
+        copy."""
+        new = Side(self.model, self.pad_id, self.sees)
         width = max(map(len, prompts))
         ids = torch.tensor([[self.pad_id] * (width - len(p)) + p for p in prompts], device=self.device)
         new.lengths = [len(p) for p in prompts]
         lengths = torch.tensor(new.lengths, device=self.device)
-        new.mask = (torch.arange(width, device=self.device) >= width - lengths[:, None]).long()
-        positions = (new.mask.cumsum(-1) - 1).clamp(min=0)
-        return new, new._forward(ids, positions, 1)
+        mask = (torch.arange(width, device=self.device) >= width - lengths[:, None]).long()
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        for start in range(0, width, PREFILL_COLUMNS):
+            columns = slice(start, start + PREFILL_COLUMNS)
+            new.mask = mask[:, : columns.stop]
+            logits = new._forward(ids[:, columns], positions[:, columns], 1)
+        return new, logits
 
     def advance(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """Append tokens, int64 [B, K], to every row: the logits [B, K, V] that follow each of them, for each copy."""

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from qstar.cache import Side
+from qstar.rule import Rule
 from qstar.speculate import DraftLength, Tally, overlap
-from qstar_kernels import QStarStep, Status, qstar_logprobs, qstar_sample, qstar_stats
+from qstar_kernels import QStarStep, Status, qstar_logprobs, qstar_sample
 from qstar_kernels.types import Settings
 
 FIELDS = ("logq", "logp_theta", "logp_t", "alpha", "kl_theta", "kl_t", "ess_theta", "ess_t")
@@ -54,6 +55,26 @@ class Sample:
     status: list[int] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
 
+    def add(self, status: float, values: Iterable[float]) -> bool:
+        """Add the numbers of the next token, or the reason why it has none; whether it has."""
+        if status != Status.OK:
+            name = Status(int(status)).name.lower().replace("_", " ")
+            self.error = f"token {len(self.status)} has no distribution: {name} (status {int(status)})"
+            return False
+        self.status.append(int(status))
+        for name, value in zip(FIELDS, values, strict=True):
+            self.fields[name].append(value)
+        return True
+
+
+def numbers_of(step: QStarStep, rows: int) -> list[list[list[float]]]:
+    """Token, status and `FIELDS` of a step over `rows` times K rows of logits, as numbers [rows][K][2 + F].
+
+    One transfer from the device; token ids are exact in float64.
+    """
+    numbers = torch.stack([getattr(step, name).double() for name in ("token", "status", *FIELDS)])  # [2 + F, rows · K]
+    return numbers.T.unflatten(0, (rows, -1)).tolist()
+
 
 @dataclass(frozen=True)
 class DecodeOptions:
@@ -90,32 +111,37 @@ class Decoder:
         context: int = 1 << 30, draft="theta",
     ):  # fmt: skip
         self.models, self.context, self.draft = (theta, t), context, draft
-        self.vocab_size, self.eos_ids, self.tokenizer, self.options = vocab_size, eos_ids, tokenizer, options
-        self.special_ids = torch.tensor(sorted(special_ids))
+        self.eos_ids, self.tokenizer, self.options = eos_ids, tokenizer, options
+        self.rule = Rule(
+            vocab_size, options.settings, options.force_t_first_token, options.force_t_special_tokens, special_ids
+        )
         self.eos_tensor = torch.tensor(sorted(eos_ids), dtype=torch.int64)
+        self.pad_id = min(eos_ids, default=0)
         self.tally = Tally()
         # every token is at least one byte of text or none (special), so a window of the stop's bytes and a few more
         # always covers a stop string that the newest token completes
         self.stop_window = max((len(s.encode()) for s in options.stop), default=0) + 16
 
-    def _new_sides(self) -> tuple[list[Side], Side | None]:
-        """Empty caches: those of the two models, π_θ's before π_t's, and the one that drafts, maybe one of them."""
+    def sides(self, together: bool = True) -> list[Side]:
+        """Empty caches of the two models, π_θ's first; one for both where they are one model and go `together`."""
         theta, t = self.models
-        pad_id, speculate = min(self.eos_ids, default=0), self.options.speculate
-        one_of_them = isinstance(self.draft, str)
+        if theta is t and together:
+            return [Side(theta, self.pad_id, ("theta", "t"))]
+        return [Side(theta, self.pad_id, ("theta",)), Side(t, self.pad_id, ("t",))]
+
+    def _sides_and_drafter(self) -> tuple[list[Side], Side | None]:
+        """Empty caches of the two models, and the one that drafts, maybe one of them."""
+        speculate, one_of_them = self.options.speculate, isinstance(self.draft, str)
         # where one model stands for both sides, drafting with it costs what deciding costs, so `auto` never does
-        if theta is t and (not one_of_them or speculate in (0, "auto")):
-            sides = [Side(theta, pad_id, copies=2)]
-        else:
-            sides = [Side(theta, pad_id), Side(t, pad_id)]
+        sides = self.sides(together=not one_of_them or speculate in (0, "auto"))
         if speculate == 0 or (one_of_them and len(sides) == 1):
             return sides, None
-        return sides, sides[self.draft == "t"] if one_of_them else Side(self.draft, pad_id)
+        return sides, sides[self.draft == "t"] if one_of_them else Side(self.draft, self.pad_id, ("theta",))
 
     def run(self, requests: Iterable[Request]) -> Iterator[Sample]:
         """Generate all requests; samples come in the order in which they finish, which is the same every time."""
         source, waiting = iter(requests), deque()
-        sides, drafter = self._new_sides()
+        sides, drafter = self._sides_and_drafter()
         caches = sides if drafter is None or drafter in sides else [*sides, drafter]
         others = [side for side in sides if side is not drafter]
         length = DraftLength(self.options.speculate, drafter and drafter.model, [side.model for side in others])
@@ -129,9 +155,8 @@ class Decoder:
             if waiting and (not live or batch_size - len(live) >= max(1, batch_size // 4)):
                 samples = [Sample(request) for request in self._admit(waiting, batch_size - len(live))]
                 with torch.inference_mode():
-                    new, logits = zip(
-                        *(side.prefill(self._prompts(side, caches, samples)) for side in caches), strict=True
-                    )
+                    prompts = [side.prompts(s.request for s in samples) for side in caches]
+                    new, logits = zip(*(side.prefill(p) for side, p in zip(caches, prompts, strict=True)), strict=True)
                     logits_theta, logits_t = [x for of_side in logits for x in of_side][:2]
                     self._draw(samples, logits_theta, logits_t)
                     finished = self._drop_finished(samples, new)
@@ -146,14 +171,6 @@ class Decoder:
                     self._round(live, sides, drafter, drafts, length)
                     finished = self._drop_finished(live, caches)
                 yield from finished
-
-    def _prompts(self, side: Side, caches: list[Side], samples: list[Sample]) -> list[list[int]]:
-        """What a side's rows start with."""
-        if side.copies == 2:
-            return [ids for s in samples for ids in (s.request.ids_theta, s.request.ids_t)]
-        # π_t's is the second; a third one drafts
-        of_t = caches[0].copies == 1 and side is caches[1]
-        return [s.request.ids_t if of_t else s.request.ids_theta for s in samples]
 
     def _room(self, caches: list[Side]) -> int:
         """Tokens that can be drafted before a row outgrows the context."""
@@ -209,7 +226,7 @@ class Decoder:
         """Token `ahead` of the next one by the draft model's logits [B, V] and the token's own noise: int64 [B]."""
         settings = self.options.settings
         step = qstar_sample(
-            logits, logits, **self._noise(samples, logits, ahead), vocab_size=self.vocab_size, method="fixed",
+            logits, logits, **self._noise(samples, logits, ahead), vocab_size=self.rule.vocab_size, method="fixed",
             temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p, min_p=settings.min_p,
         )  # fmt: skip
         return step.token.clamp(min=0)  # a row that cannot be drawn from is found out when it is verified
@@ -218,10 +235,10 @@ class Decoder:
         """Add 1 − TV(q*, draft model) of the rows [B, V] of the first draft to the tally."""
         settings = vars(self.options.settings)
         log_q, _ = qstar_logprobs(
-            logits_theta, logits_t.to(logits_theta.device), vocab_size=self.vocab_size, **settings
+            logits_theta, logits_t.to(logits_theta.device), vocab_size=self.rule.vocab_size, **settings
         )
         alone = settings | {"method": "fixed", "target_top_k": 0, "target_top_p": 1.0}
-        log_p, _ = qstar_logprobs(of_drafter, of_drafter, vocab_size=self.vocab_size, **alone)
+        log_p, _ = qstar_logprobs(of_drafter, of_drafter, vocab_size=self.rule.vocab_size, **alone)
         found = overlap(log_p.to(log_q.device), log_q)
         found = found[found.isfinite()]
         self.tally.overlap += found.sum().item()
@@ -258,49 +275,17 @@ class Decoder:
         """
         count = logits_theta.shape[1]
         logits_theta, logits_t = logits_theta.flatten(0, 1), logits_t.flatten(0, 1).to(logits_theta.device)
-        settings = vars(self.options.settings)
-        if drafted is None and self.options.force_t_first_token:
-            settings = settings | {"method": "fixed", "alpha": 0.0, "alpha_min": 0.0, "alpha_max": 1.0}
-        draw = self._sample_special_from_t if self.options.force_t_special_tokens else qstar_sample
-        noise = self._noise(samples, logits_theta, count=count)
-        step = draw(logits_theta, logits_t, **noise, vocab_size=self.vocab_size, **settings)
-        # one transfer a step: token ids are exact in float64
-        numbers = torch.stack([getattr(step, name).double() for name in ("token", "status", *FIELDS)])  # [2 + F, B · K]
-        numbers = numbers.T.unflatten(0, (len(samples), count)).tolist()
+        step = self.rule.step(
+            logits_theta, logits_t, first=drafted is None, **self._noise(samples, logits_theta, count=count)
+        )
+        numbers = numbers_of(step, len(samples))
         for i, sample in enumerate(samples):
             for column, (token, status, *values) in enumerate(numbers[i]):
-                self._append(sample, int(token), int(status), values)
+                if sample.add(status, values):
+                    sample.token_ids.append(int(token))
+                self._finish(sample)
                 if sample.finish_reason or (column < count - 1 and drafted[i][column] != token):
                     break
-
-    def _append(self, sample: Sample, token: int, status: int, values: list[float]) -> None:
-        """Add a token to a sample, or the reason why there is none, and end the sample where it ends."""
-        if status != Status.OK:
-            name = Status(status).name.lower().replace("_", " ")
-            sample.error = f"token {len(sample.token_ids)} cannot be drawn: {name} (status {status})"
-        else:
-            sample.token_ids.append(token)
-            sample.status.append(status)
-            for name, value in zip(FIELDS, values, strict=True):
-                sample.fields[name].append(value)
-        self._finish(sample)
-
-    def _sample_special_from_t(
-        self, logits_theta: Tensor, logits_t: Tensor, *, seeds, positions, **settings
-    ) -> QStarStep:
-        """Draw from q* with the special tokens at π_t's own probability and the others scaled to the rest."""
-        log_q, _ = qstar_logprobs(logits_theta, logits_t, **settings)
-        temperature = settings["temperature"] or 1.0
-        special = self.special_ids.to(log_q.device)
-        log_t = (logits_t[:, : self.vocab_size].to(log_q.dtype) / temperature).log_softmax(-1)[:, special]
-        rest = log_q.index_fill(-1, special, -torch.inf).log_softmax(-1)
-        forced = rest + torch.log1p(-log_t.exp().sum(-1, keepdim=True).clamp(max=1))
-        forced[:, special] = log_t
-        greedy = {"temperature": 0.0} if settings["temperature"] == 0 else {}
-        step = qstar_sample(forced, forced, seeds=seeds, positions=positions, method="fixed", **greedy)
-        stats = qstar_stats(logits_theta, logits_t, tokens=step.token, **settings)
-        stats.logq, stats.status = step.logq, torch.maximum(stats.status, step.status)
-        return stats
 
     @staticmethod
     def _drop_finished(samples: list[Sample], sides: Iterable[Side]) -> list[Sample]:

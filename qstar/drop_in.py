@@ -57,7 +57,7 @@ class QStarLogitsProcessor(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         with torch.inference_mode():
             if self.side is None:
-                self.side, (logits_t,) = Side(self.model_t, 0).prefill(unpadded(input_ids, self.attention_mask))
+                self.side, (logits_t,) = Side(self.model_t, 0, ("t",)).prefill(unpadded(input_ids, self.attention_mask))
             elif self.seen.shape == input_ids[:, :-1].shape and torch.equal(self.seen, input_ids[:, :-1]):
                 (logits_t,) = self.side.advance(input_ids[:, -1:])
             else:

@@ -37,6 +37,11 @@ def short(values: list[float]) -> list[float | None]:
     return [float(str(x)) if np.isfinite(x) else None for x in np.asarray(values, dtype=np.float32)]
 
 
+def finite(value: float) -> float | None:
+    """The value as JSON has it: null for −inf."""
+    return float(value) if np.isfinite(value) else None
+
+
 def sample_line(done: Finished) -> dict[str, Any]:
     """The line of format `jsonl`."""
     return {
@@ -73,9 +78,7 @@ def diagnostics_line(done: Finished) -> dict[str, Any]:
         "ess_t_mean": fields["ess_t"].mean(),
         "ess_ratio_mean": ratio.mean() if len(ratio) else None,
         "ess_ratio_std": ratio.std() if len(ratio) else None,
-        "logq_sum": fields["logq"].sum(),
-        "logp_theta_sum": fields["logp_theta"].sum(),
-        "logp_t_sum": fields["logp_t"].sum(),
+        **{f"{name}_sum": finite(fields[name].sum()) for name in ("logq", "logp_theta", "logp_t")},
         **(drafts(sample.tally) if sample.tally.drafted else {}),
         "prompt_ids_theta": sample.request.ids_theta,
         "prompt_ids_t": sample.request.ids_t,

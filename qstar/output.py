@@ -215,9 +215,16 @@ def json_line(line: dict[str, Any]) -> bytes:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace a file, so that a kill leaves the old one or the new one."""
+    with replacing(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that takes the place of `path` when it is complete and on disk."""
     temporary = Path(f"{path}.tmp")
     with temporary.open("wb") as file:
-        file.write(data)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -1,0 +1,181 @@
+"""Answers that are there already: what stands beside the prompts of a dataset, or what a run wrote."""
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qstar.data import PEEK_ROWS, Prompt, PromptSource
+from qstar.records import RecordError, RunFiles
+from qstar.rows import DataError, kind
+
+# Where datasets keep the answer, in the order they are looked for; of a preference pair the better one.
+ANSWER_COLUMNS = ("completion", "response", "responses", "chosen", "answer", "solution", "output", "instances.output")
+REFERENCE = "reference_messages"  # the turns after the last user turn, see `qstar.data.Prompt`
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer to a prompt, the `sample_index`-th.
+
+    `ids`, `ids_theta` and `ids_t` are the very tokens of the answer and of both prompts where a run wrote them; None
+    where the text is still to be encoded. `finish_reason` is the run's or the row's own, None where it is not known.
+    `error` is why there is none.
+    """
+
+    prompt: Prompt
+    sample_index: int
+    text: str
+    finish_reason: str | None = None
+    ids: list[int] | None = None
+    ids_theta: list[int] | None = None
+    ids_t: list[int] | None = None
+    error: str | None = None
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.prompt.index, self.sample_index
+
+
+@dataclass(frozen=True)
+class DatasetAnswers:
+    """The answers of a dataset's rows.
+
+    Args:
+        prompts: the rows.
+        column: where the answer is, dotted where it is nested; left out, the first rows decide.
+
+    Raises:
+        DataError: there is no such column, or none that is recognised.
+    """
+
+    prompts: PromptSource
+    column: str | None = None
+    description: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        first = [p for p in itertools.islice(self.prompts, PEEK_ROWS) if p.error is None]
+        names = (REFERENCE, *ANSWER_COLUMNS) if self.column is None else (self.column,)
+        found = next((n for n in names for p in first if _under(p.metadata, n) not in (None, "", [])), None)
+        if found is None and first:
+            columns = ", ".join(f"`{c}`" for c in dict.fromkeys(c for p in first for c in p.metadata)) or "none"
+            what = "no answer recognised in" if self.column is None else f"--response-field {self.column!r} is none of"
+            raise DataError(f"{what} the columns beside the prompt: {columns}; name it with --response-field")
+        object.__setattr__(self, "column", found)
+        where = "the turn after the last user turn" if found == REFERENCE else f"`{found}`"
+        object.__setattr__(self, "description", f"{self.prompts.description}; the answer is {where}")
+
+    @property
+    def columns(self) -> list[str]:
+        return self.prompts.columns
+
+    @property
+    def fingerprint(self) -> str:
+        return self.prompts.fingerprint
+
+    def count(self) -> int | None:
+        return self.prompts.count()
+
+    def __iter__(self) -> Iterator[Answer]:
+        for prompt in self.prompts:
+            reason = prompt.metadata.get("finish_reason")
+            reason = reason if isinstance(reason, str) else None
+            try:
+                if prompt.error is not None:
+                    raise ValueError(prompt.error)
+                if prompt.later_turns:
+                    raise ValueError("has user turns that nothing answers")
+                texts = _texts(_under(prompt.metadata, self.column), self.column)
+            except ValueError as error:
+                yield Answer(prompt, 0, "", error=str(error))
+                continue
+            for index, text in enumerate(texts):
+                yield Answer(prompt, index, text, reason)
+
+
+@dataclass(frozen=True)
+class RunAnswers:
+    """The samples that a run wrote, with their tokens: nothing is encoded again."""
+
+    files: RunFiles
+    limit: int | None = None
+
+    @property
+    def description(self) -> str:
+        return f"samples of a run, with the tokens in {self.files.diagnostics}"
+
+    @property
+    def columns(self) -> list[str]:
+        return []
+
+    @property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for path in (self.files.samples, self.files.diagnostics):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+    def count(self) -> int | None:
+        return None
+
+    def __iter__(self) -> Iterator[Answer]:
+        try:
+            for record in itertools.islice(self.files, self.limit):
+                line, numbers = record.line, record.diagnostics
+                number = line["id"].removesuffix(f"-{line['sample_index']}")
+                yield Answer(
+                    Prompt(line["prompt_index"], number, line["messages"][:-1], [], line.get("metadata") or {}, None),
+                    line["sample_index"],
+                    line["messages"][-1]["content"],
+                    line["finish_reason"],
+                    numbers["tokens"]["id"],
+                    numbers["prompt_ids_theta"],
+                    numbers["prompt_ids_t"],
+                )
+        except RecordError as error:
+            raise DataError(str(error)) from error
+
+
+def is_run(dataset: str) -> bool:
+    """Whether a file is one of those that a run wrote, together with its diagnostics."""
+    try:
+        return Path(dataset).is_file() and RunFiles(dataset) is not None
+    except RecordError:
+        return False
+
+
+def _under(row: Any, path: str) -> Any:
+    """What stands under a dotted path, of a list its first entry's; None where nothing does."""
+    if isinstance(row, dict) and path in row:
+        return row[path]
+    head, dot, tail = path.partition(".")
+    if not dot or not isinstance(row, dict):
+        return None
+    inner = row.get(head)
+    return _under(inner[0] if isinstance(inner, list) and inner else inner, tail)
+
+
+def _texts(value: Any, column: str) -> list[str]:
+    """The answers in a column: text, a message or a list of messages with one answer; a list of texts has several.
+
+    Raises:
+        ValueError: it is nothing of that.
+    """
+    if isinstance(value, dict):
+        value = [value]
+    if isinstance(value, str):
+        texts = [value]
+    elif isinstance(value, list) and value and all(isinstance(text, str) for text in value):
+        texts = value
+    elif isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
+        texts = [turn.get("content", turn.get("value")) for turn in value if turn.get("role", "assistant") != "system"]
+        if len(texts) != 1 or not isinstance(texts[0], str):
+            raise ValueError(f"`{column}` is no answer of one turn")
+    else:
+        raise ValueError(f"the answer `{column}` is {kind(value)}")
+    if not all(text for text in texts):
+        raise ValueError(f"`{column}` is empty")
+    return texts

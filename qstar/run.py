@@ -1,0 +1,247 @@
+"""What a run over a dataset is, whatever it does with each prompt: blocks, order, progress, and nothing lost.
+
+Samples are worked on in blocks of a fixed number of consecutive ones, each block by itself. A resumed run does an
+unfinished block again and writes what is missing of it: the same rows then meet in the same batches, and every line
+comes out bit for bit as it would have without the interruption.
+"""
+
+import json
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from transformers.utils import logging
+
+from qstar.arguments import Job
+from qstar.data import Prompt
+from qstar.decode import DecodeOptions
+from qstar.demo import PROMPTS
+from qstar.formats import Finished, Key, sample_line
+from qstar.output import OutputError
+from qstar.pair import Pair
+from qstar.prompting import PromptError
+
+BLOCK_BATCHES = 16  # a block's length in batches: a longer one drains its last batch less often, a resume repeats more
+FAR_APART_KL = 0.5  # nats a token: above it q* lies where both models find little
+BANDS = {"ESS ratio": (0.9, 1.1), "|ΔKL|": (0.0, 0.05), "α": (0.2, 0.8)}
+
+
+@dataclass
+class Summary:
+    """Running figures over the tokens of a run."""
+
+    samples: int = 0
+    tokens: int = 0
+    alpha: float = 0.0
+    kl: float = 0.0
+    gap: float = 0.0
+    ratio: float = 0.0
+    ratio_tokens: int = 0
+    inside: dict[str, int] = field(default_factory=lambda: dict.fromkeys(BANDS, 0))
+
+    def add(self, done: Finished) -> None:
+        fields = done.sample.fields
+        self.samples += 1
+        self.tokens += len(done.sample.token_ids)
+        for alpha, kl, kl_t, ess_theta, ess_t in zip(
+            *(fields[name] for name in ("alpha", "kl_theta", "kl_t", "ess_theta", "ess_t")), strict=True
+        ):
+            self.alpha += alpha
+            self.kl += max(kl, kl_t)
+            self.gap += abs(kl - kl_t)
+            seen = {"|ΔKL|": abs(kl - kl_t), "α": alpha}
+            if ess_theta > 0 and ess_t > 0:
+                seen["ESS ratio"] = ess_theta / ess_t
+                self.ratio += ess_theta / ess_t
+                self.ratio_tokens += 1
+            for name, value in seen.items():
+                low, high = BANDS[name]
+                self.inside[name] += low <= value <= high
+
+    @property
+    def mean_kl(self) -> float:
+        return self.kl / max(1, self.tokens)
+
+    def table(self) -> Table:
+        table = Table(title=f"q* over {self.tokens} tokens of this run", title_justify="left")
+        for column in ("", "mean a token", "band", "tokens inside"):
+            table.add_column(column, justify="right" if column else "left")
+        n = max(1, self.tokens)
+        means = {"ESS ratio": self.ratio / max(1, self.ratio_tokens), "|ΔKL|": self.gap / n, "α": self.alpha / n}
+        for name, mean in means.items():
+            low, high = BANDS[name]
+            band = f"< {high:g}" if low == 0 else f"{low:g} to {high:g}"
+            table.add_row(name, f"{mean:.4g}", band, f"{self.inside[name] / n:.1%}")
+        table.add_row("KL (nats)", f"{self.mean_kl:.4g}", f"< {FAR_APART_KL:g}", "")
+        return table
+
+
+class Run(ABC):
+    """One run of a command over a loaded pair."""
+
+    def __init__(self, job: Job, pair: Pair, console: Console):
+        self.job, self.pair, self.console, self.output = job, pair, console, job.output
+        self.decoder = pair.decoder(self.options())
+        self.summary, self.shown, self.failed_prompts = Summary(), [], set()
+
+    def options(self) -> DecodeOptions:
+        """Which q* it is, and how much of it at once."""
+        args = self.job.args
+        return DecodeOptions(
+            self.job.settings,
+            args.batch_size,
+            force_t_first_token=args.force_t_first_token,
+            force_t_special_tokens=args.force_t_special_tokens,
+        )
+
+    @abstractmethod
+    def items(self) -> Iterator[Any]:
+        """All that is to be done, each with its `key` and `prompt`, in the order of the output."""
+
+    @abstractmethod
+    def finished(self, block: list[Any]) -> Iterator[tuple[Key, Finished | None]]:
+        """Do a block of items: samples as they finish, None for those that fail."""
+
+    def total(self) -> int | None:
+        """How many samples there will be, where that is known."""
+        return self.job.args.num_samples or self.job.prompts.count()
+
+    def line(self, done: Finished) -> dict[str, Any]:
+        """A sample's line in the journal."""
+        return sample_line(done)
+
+    def in_order(self, block: list[Any]) -> Iterator[Finished]:
+        """The samples of a block in its order, each as soon as all before it have finished or failed: what is written
+        depends neither on the batch size nor on drafts."""
+        order, early = deque(item.key for item in block), {}
+        for key, done in self.finished(block):
+            early[key] = done
+            while order and order[0] in early:
+                if (done := early.pop(order.popleft())) is not None:
+                    yield done
+
+    def hint(self, prompt: Prompt) -> str | None:
+        name = self.job.args.t_hint_field
+        if name is None:
+            return None
+        hint = prompt.metadata.get(name)
+        if hint is None or hint == "":
+            raise PromptError(f"the hint column {name!r} is empty")
+        return hint if isinstance(hint, str) else json.dumps(hint, ensure_ascii=False)
+
+    def fail(self, prompt: Prompt, sample_index: int | None, error: str) -> None:
+        if sample_index is None:
+            if prompt.index in self.failed_prompts:
+                return
+            self.failed_prompts.add(prompt.index)
+        self.output.write_error(prompt, sample_index, error)
+
+    def run(self) -> None:
+        start, before = time.time(), len(self.output.done)
+        if before:
+            self.console.print(f"resuming: {before} samples are on disk")
+        columns = (
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(TextColumn("samples"), *columns, console=self.console) as progress:
+            task = progress.add_task("", total=self.total(), completed=before, figures="")
+            for block in blocks(self.items(), BLOCK_BATCHES * self.job.args.batch_size):
+                if all(item.key in self.output.done for item in block):
+                    continue
+                for done in self.in_order(block):
+                    if done.key not in self.output.done:
+                        self.output.write(done, self.line(done))
+                        progress.advance(task)
+                    self.summary.add(done)
+                    # by prompt, not by who finished first: those are the short ones
+                    self.shown = sorted([*self.shown, done], key=lambda d: d.key)[:3]
+                    s, seconds = self.summary, time.time() - start
+                    figures = f"{s.tokens / seconds:.0f} tokens/s  α {s.alpha / s.tokens:.3f}  KL {s.mean_kl:.4f}"
+                    progress.update(task, figures=figures)
+            progress.update(task, total=len(self.output.done))
+        self.output.finish(Path(self.job.args.dataset or PROMPTS).stem)
+        self.report(time.time() - start, before)
+
+    def tables(self) -> Iterator[Table]:
+        """What the report shows beside the table over the tokens."""
+        yield from ()
+
+    def report(self, seconds: float, before: int) -> None:
+        say, summary, output = self.console.print, self.summary, self.output
+        if summary.tokens:
+            say(summary.table())
+            if summary.mean_kl > FAR_APART_KL:
+                say(
+                    f"[bold]Warning:[/] the pair is far apart ({summary.mean_kl:.2f} nats a token): q* spreads onto "
+                    "tokens that both models find unlikely. See «When the pair is far apart» in docs/guide.md."
+                )
+        for table in self.tables():
+            say(table)
+        for done in self.shown:
+            say(f"\n[bold]{done.id}[/]", highlight=False)
+            say(
+                f"user: {done.messages[-2]['content']}\nq*: {done.messages[-1]['content']}",
+                markup=False,
+                highlight=False,
+            )
+        new = len(output.done) - before
+        say(f"\n{new} samples in {seconds:.1f} s, {len(output.done)} in all: {output.path}")
+        if output.diagnostics_file is not None:
+            say(f"diagnostics: {output.diagnostics_file}")
+        if output.errors:
+            say(f"[bold]{len(output.errors)} failed[/]; reasons in {output.errors_file}, tried again at the next start")
+
+
+def blocks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Cut the run's items into lists of `size`."""
+    items = iter(items)
+    while block := list(islice(items, size)):
+        yield block
+
+
+def run_command(command: str, job: Job, make_run: Callable[[Job, Pair, Console], Run], draft: str = "theta") -> int:
+    """Load the pair and run; 0 if every sample is on disk, 1 with one line on stderr if something failed."""
+
+    def failed(message: str) -> int:
+        print(f"python -m {command}: error: {' '.join(message.split())}", file=sys.stderr)
+        return 1
+
+    console, args = Console(stderr=False, soft_wrap=True), job.args
+    try:
+        with job.output:
+            console.print(f"prompts: {job.prompts.description}", markup=False, highlight=False)
+            logging.disable_progress_bar()
+            pair = Pair.from_pretrained(
+                args.model_theta,
+                args.model_t,
+                draft=draft,
+                dtype=args.dtype,
+                device=args.device,
+                device_map=args.device_map,
+                attn_implementation=args.attn_implementation,
+                load_in_4bit=args.load_in_4bit,
+                trust_remote_code=args.trust_remote_code,
+            )
+            make_run(job, pair, console).run()
+            return 1 if job.output.errors else 0
+    except torch.OutOfMemoryError:
+        return failed("out of memory; start again with a smaller --batch-size, what is on disk is kept")
+    except (OutputError, ValueError, OSError, ImportError) as error:
+        return failed(str(error))
+    except KeyboardInterrupt:
+        print("interrupted; start the same command again to go on", file=sys.stderr)
+        return 130

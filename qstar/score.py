@@ -1,0 +1,160 @@
+"""`python -m qstar.score`: answers in, the numbers that q* gives them on disk.
+
+It writes what `qstar.generate --save-diagnostics` writes, `x.jsonl` and `x.diagnostics.jsonl`, and at the end
+`x.weights.jsonl` with the importance weights of every sample.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from qstar.answers import Answer
+from qstar.arguments import prepare_score
+from qstar.decode import Request, Sample
+from qstar.forced import Scorer
+from qstar.formats import Finished, Key, finite
+from qstar.output import explained, json_line, replacing
+from qstar.prompting import PromptError
+from qstar.records import RunFiles
+from qstar.run import Run, run_command
+from qstar.weights import effective_sample_size, weights
+
+SIDES = ("theta", "t")
+
+
+class Score(Run):
+    """Scores every answer of a dataset, or of a run."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.log_weights: dict[str, torch.Tensor] = {}
+
+    def items(self) -> Iterator[Answer]:
+        return iter(self.job.prompts)
+
+    def finished(self, block: list[Answer]) -> Iterator[tuple[Key, Finished | None]]:
+        samples = []
+        for answer in block:
+            try:
+                samples.append(self.to_score(answer))
+            except PromptError as error:
+                self.fail(answer.prompt, answer.sample_index, str(error))
+                yield answer.key, None
+        if self.output.done >= {sample.request.key for sample in samples}:
+            return  # only answers that fail again are missing
+        of_key = {answer.key: answer for answer in block}
+        for sample in Scorer(self.decoder).run(samples):
+            answer = of_key[sample.request.key]
+            if sample.error is not None:
+                self.fail(answer.prompt, answer.sample_index, sample.error)
+                yield answer.key, None
+            else:
+                messages = [*answer.prompt.messages, {"role": "assistant", "content": answer.text}]
+                yield answer.key, Finished(answer.prompt, answer.sample_index, messages, sample)
+
+    def to_score(self, answer: Answer) -> Sample:
+        """The answer's tokens behind its prompts.
+
+        Raises:
+            PromptError: there is no answer, or it has no room behind its prompt.
+        """
+        if answer.error is not None:
+            raise PromptError(answer.error)
+        job, pair, ids, reason = self.job, self.pair, answer.ids, answer.finish_reason or "eos"
+        if ids is not None:
+            request = Request(answer.key, answer.ids_theta, answer.ids_t, 0, len(ids))
+            if max(ids + request.ids_theta + request.ids_t) >= pair.vocab_size:
+                raise PromptError(
+                    f"a token is beyond the pair's vocabulary of {pair.vocab_size}: other models wrote it"
+                )
+        else:
+            ids = pair.tokenizer_theta(answer.text, add_special_tokens=False)["input_ids"]
+            if reason == "eos" and not job.args.no_eos and pair.tokenizer_theta.eos_token_id is not None:
+                ids = [*ids, pair.tokenizer_theta.eos_token_id]
+            elif reason == "eos":
+                reason = "length"
+            job = self.job
+            request = pair.request(
+                answer.key,
+                answer.prompt.messages,
+                0,
+                len(ids),
+                job.format_theta,
+                job.format_t,
+                self.hint(answer.prompt),
+            )
+        longest = max(len(request.ids_theta), len(request.ids_t))
+        if not ids or longest + len(ids) > pair.context:
+            raise PromptError(
+                f"the prompt has {longest} tokens, the answer {len(ids)}, and the smaller context of the pair is "
+                f"{pair.context}"
+            )
+        return Sample(request, list(ids), answer.text, reason)
+
+    def report(self, seconds: float, before: int) -> None:
+        if self.output.done:
+            self.write_weights()
+        super().report(seconds, before)
+        if self.output.done:
+            self.console.print(f"weights: {self.weights_file}")
+
+    @property
+    def weights_file(self) -> Path:
+        return Path(str(self.output.diagnostics_file).replace(".diagnostics.jsonl", ".weights.jsonl"))
+
+    def write_weights(self) -> None:
+        """Write the importance weights π/q* of all samples; null where a token is outside q*'s support, which leaves a
+        sample without a weight."""
+        files = RunFiles(self.output.path)
+        for side in SIDES:
+            log_w = torch.tensor([log_weight(record.diagnostics, side) for record in files], dtype=torch.float64)
+            self.log_weights[side] = log_w[log_w < torch.inf]
+        columns = {}
+        for side, log_w in self.log_weights.items():
+            columns[f"log_weight_{side}"] = log_w
+            columns[f"clipped_weight_{side}"] = weights(log_w, high=self.job.args.clip)
+            columns[f"normalised_weight_{side}"] = weights(log_w, normalise=True)
+        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+        with explained(self.weights_file), replacing(self.weights_file) as file:
+            for record in files:
+                numbers = record.diagnostics
+                line = {name: numbers[name] for name in ("id", "prompt_index", "sample_index", "num_tokens")}
+                values = next(rows) if numbers["logq_sum"] is not None else [-torch.inf] * len(columns)
+                file.write(json_line(line | dict(zip(columns, map(finite, values), strict=True))))
+
+    def tables(self) -> Iterator[Table]:
+        if not self.log_weights:
+            return
+        count, clip = len(self.output.done), self.job.args.clip
+        table = Table(title=f"importance weights of {count} samples, clipped at {clip:g}", title_justify="left")
+        for column in ("", "mean log weight", "clipped", "effective samples", "of all"):
+            table.add_column(column, justify="right" if column else "left")
+        for side, log_w in self.log_weights.items():
+            if len(log_w):
+                ess, clipped = effective_sample_size(log_w), (log_w.exp() > clip).double().mean().item()
+                name = "π_θ/q*" if side == "theta" else "π_t/q*"
+                table.add_row(name, f"{log_w.mean().item():.3f}", f"{clipped:.1%}", f"{ess:.1f}", f"{ess / count:.1%}")
+        yield table
+        if outside := count - len(self.log_weights["theta"]):
+            self.console.print(f"[bold]{outside} samples[/] have a token outside q*'s support, and so no weight")
+
+
+def log_weight(numbers: dict[str, Any], side: str) -> float:
+    """log π/q* of a sample by its line of the diagnostics: ∞ where q* has no such sample."""
+    if numbers["logq_sum"] is None:
+        return torch.inf
+    logp = numbers[f"logp_{side}_sum"]
+    return -torch.inf if logp is None else logp - numbers["logq_sum"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; 0 if every answer is scored, 1 if something failed, 2 for a wrong command line."""
+    return run_command("qstar.score", prepare_score(argv), Score)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""Importance weights of samples from q*, and what they leave of a data set (theory/proof.md, «ESS»).
+
+A mean under a model π is the mean under q* weighted by π/q*. The weight of a sample is a product over its tokens, so
+its logarithm is a sum, and its variance grows with the length: truncate, or weigh tokens, where sequences are long.
+"""
+
+import torch
+from torch import Tensor
+
+LEVELS = ("sequence", "token", "geometric")
+
+
+def log_weights(logp: Tensor, logq: Tensor, mask: Tensor | None = None, level: str = "sequence") -> Tensor:
+    """Logarithms of importance weights.
+
+    Args:
+        logp: log π [B, T] of each token in nats, of the model that is trained, as it is now or as it was when the
+            samples were drawn (`logp_theta` of the diagnostics).
+        logq: log q* [B, T] of the same tokens (`logq` of the diagnostics).
+        mask: bool [B, T], False on padding.
+        level: `sequence`: the sum over the tokens, the exact weight of the sample; `geometric`: their mean, a weight
+            per token of the sample, as GSPO takes it; `token`: each token's own.
+
+    Returns:
+        [B], or [B, T] for `token` with 0 on padding; the type of `logp`.
+
+    Raises:
+        ValueError: an unknown level, or shapes that differ.
+    """
+    if level not in LEVELS:
+        raise ValueError(f"level is {level!r}; it must be one of {', '.join(LEVELS)}")
+    if logp.shape != logq.shape or (mask is not None and mask.shape != logp.shape):
+        shapes = [list(x.shape) for x in (logp, logq, mask) if x is not None]
+        raise ValueError(f"logp, logq and mask have the shapes {shapes}; they must be equal")
+    ratio = logp - logq
+    mask = torch.ones_like(ratio, dtype=torch.bool) if mask is None else mask.bool()
+    ratio = torch.where(mask, ratio, 0.0)
+    if level == "token":
+        return ratio
+    total = ratio.sum(-1)
+    return total if level == "sequence" else total / mask.sum(-1).clamp(min=1)
+
+
+def weights(log_w: Tensor, *, low: float = 0.0, high: float = float("inf"), normalise: bool = False) -> Tensor:
+    """Importance weights from their logarithms, truncated or self-normalised or both.
+
+    Args:
+        log_w: logarithms in nats, any shape.
+        low, high: what the weights are clipped to: `high` alone is truncated importance sampling, `1 − ε, 1 + ε` the
+            clip of PPO.
+        normalise: divide by the mean, before the clip, so that an average weight is 1: biased, but free of the
+            normaliser's error, and finite whatever `log_w` is.
+
+    Raises:
+        ValueError: `low` is negative or above `high`.
+    """
+    if not 0 <= low <= high:
+        raise ValueError(f"low is {low} and high {high}; it must be 0 ≤ low ≤ high")
+    if normalise and log_w.numel():
+        log_w = log_w - log_w.flatten().logsumexp(0) + torch.tensor(float(log_w.numel())).log()
+    return log_w.exp().clamp(low, high)
+
+
+def effective_sample_size(log_w: Tensor) -> float:
+    """(Σw)² / Σw² of weights given by their logarithms [N]: as many equally weighted samples are worth as much."""
+    log_w = log_w.double()
+    return torch.exp(2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).item()
+
+
+def top_share(log_w: Tensor, share: float) -> float:
+    """The part of all weight that the heaviest `share` of the samples [N] carries, at least one of them."""
+    normal = log_w.double().softmax(0)
+    return normal.topk(max(1, round(share * len(normal)))).values.sum().item()
