@@ -159,13 +159,15 @@ def _under(row: Any, path: str) -> Any:
 
 
 def _texts(value: Any, column: str) -> list[str]:
-    """The answers in a column: text, a message or a list of messages with one answer; a list of texts has several.
+    """The answers in a column: text, a number, or a message, alone or as a list of one; a list of texts has several.
 
     Raises:
         ValueError: it is nothing of that.
     """
     if isinstance(value, dict):
         value = [value]
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
     if isinstance(value, str):
         texts = [value]
     elif isinstance(value, list) and value and all(isinstance(text, str) for text in value):

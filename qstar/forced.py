@@ -10,9 +10,10 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from qstar.cache import PREFILL_COLUMNS, Side
+from qstar.cache import Side
 from qstar.decode import Decoder, Sample, numbers_of
 
+CHUNK_TOKENS = 2048  # that one forward pass takes, of all rows together: enough to keep the weights busy
 CHUNK_LOGITS = 1 << 25  # logits of one model that are held at once: 128 MiB in float32
 SORTED_BATCHES = 16  # batches whose samples are sorted by length, so that few columns are padding
 
@@ -46,8 +47,8 @@ class Scorer:
         done = 1  # tokens scored of every live sample; those before the last are to be read
         while self._drop_finished(live, sides, done):
             longest = max(len(s.token_ids) for s in live)
-            rows = len(live) * self.decoder.rule.vocab_size
-            count = max(1, min(longest - done, PREFILL_COLUMNS, CHUNK_LOGITS // rows))
+            chunk = min(CHUNK_TOKENS, CHUNK_LOGITS // self.decoder.rule.vocab_size) // len(live)
+            count = max(1, min(longest - done, chunk))
             block = [s.token_ids[done - 1 : done - 1 + count] for s in live]
             block = torch.tensor([ids + [sides[0].pad_id] * (count - len(ids)) for ids in block])  # [B, count]
             self._look_up(live, [side.advance(block) for side in sides], done)

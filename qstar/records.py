@@ -6,6 +6,7 @@ complete yet is left out, and said.
 """
 
 import json
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -112,9 +113,11 @@ class RunFiles:
                     line = json.loads(raw)
                     key_of(line)
                     tokens = {name: line[name] for name in needed}.get("tokens", {})
-                    sizes = {len(tokens[name]) for name in ("id", *FIELDS)} if tokens else set()
+                    arrays = [array("d", [0.0 if x is None else x for x in tokens[name]]) for name in FIELDS if tokens]
+                    if any(len(values) != len(tokens["id"]) for values in arrays):
+                        raise ValueError("arrays of different lengths")
                 except (ValueError, KeyError, TypeError, AttributeError):
-                    sizes = {-1, -2}
-                if len(sizes) > 1:
-                    raise RecordError(f"line {number} of {path} is not what qstar.generate or qstar.score writes")
+                    raise RecordError(
+                        f"line {number} of {path} is not what qstar.generate or qstar.score writes"
+                    ) from None
                 yield line

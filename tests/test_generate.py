@@ -2,15 +2,13 @@
 
 import json
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import datasets
 import pytest
+from runs import SHARED_DATA, lines, run_through_kills
 
 import qstar.decode
 import qstar.pair
@@ -18,24 +16,8 @@ from qstar.demo import PROMPTS, THETA, T
 from qstar.generate import main
 from qstar.output import Output, OutputError
 
-SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+pytestmark = pytest.mark.usefixtures("loaded_once")
 SHORT = ["--max-new-tokens", "24"]
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-@pytest.fixture(autouse=True)
-def loaded_once(monkeypatch, demo_pair):
-    """Load the demo pair once for all runs of this file; other models load as always."""
-    load = qstar.pair.Pair.from_pretrained.__func__
-
-    def from_pretrained(cls, theta, t, **options):
-        same = (str(theta), str(t)) == (str(THETA), str(T)) and options["dtype"] == "auto"
-        return demo_pair if same else load(cls, theta, t, **options)
-
-    monkeypatch.setattr(qstar.pair.Pair, "from_pretrained", classmethod(from_pretrained))
 
 
 def run(tmp_path: Path, *argv: str, name: str = "x.jsonl") -> int:
@@ -123,41 +105,8 @@ def test_kill_at_any_moment(tmp_path):
         "3",
     ]
     assert run(tmp_path, *argv, name="whole/x.jsonl") == 0
-    seed = int(os.environ.get("QSTAR_TEST_SEED", "0"))
-    rng = random.Random(seed)
-    print(f"seed {seed}")
     written = [tmp_path / "killed" / name for name in ("x.jsonl", "x.diagnostics.jsonl")]
-
-    def size() -> int:
-        return sum(path.stat().st_size for path in written if path.exists())
-
-    kills, sizes = 0, []
-    while True:
-        child = os.fork()
-        if child == 0:
-            code = 99
-            try:
-                code = run(tmp_path, *argv, name="killed/x.jsonl")
-            finally:
-                os._exit(code)
-        if kills < 24:
-            # wait for nothing (a kill while it starts) or for a few writes, then strike somewhere between two of them
-            deadline = time.time() + 60
-            for _ in range(rng.choice((0, 1, 1, 2, 3, 6))):
-                seen = size()
-                while size() <= seen and time.time() < deadline:
-                    time.sleep(0.0005)
-            time.sleep(rng.uniform(0, 0.03))
-            os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        if os.WIFEXITED(status):
-            assert os.WEXITSTATUS(status) == 0
-            break
-        kills += 1
-        sizes.append(written[0].stat().st_size if written[0].exists() else 0)
-    print(f"{kills} kills, {sum(size > 0 for size in sizes)} of them with samples on disk")
-    assert kills >= 20
-    assert len(set(sizes)) > 5, "the kills must fall into the run, not before it"
+    run_through_kills(lambda: run(tmp_path, *argv, name="killed/x.jsonl"), written, kills=24)
     for name in ("x.jsonl", "x.diagnostics.jsonl"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 

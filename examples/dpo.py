@@ -1,0 +1,58 @@
+"""Train a policy with trl's DPOTrainer on pairs of samples of q*: of one prompt, the one with more reward is chosen.
+
+    python -m qstar.generate --model-theta ./policy --model-t ./teacher --dataset train.jsonl \\
+        --samples-per-prompt 8 --output samples.jsonl
+    python examples/dpo.py samples.jsonl ./policy ./trained
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+
+from datasets import Dataset
+from reward import reward
+from trl import DPOConfig, DPOTrainer
+
+
+def preference_pairs(path: str) -> Dataset:
+    """A pair for each prompt whose samples differ in reward, as conversations: `prompt`, `chosen`, `rejected`."""
+    of_prompt = defaultdict(list)
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        sample = json.loads(line)
+        of_prompt[sample["prompt_index"]].append(sample)
+    pairs = []
+    for samples in of_prompt.values():
+        samples.sort(key=reward)
+        worst, best = samples[0], samples[-1]
+        if reward(best) > reward(worst):
+            *prompt, chosen = best["messages"]
+            pairs.append({"prompt": prompt, "chosen": [chosen], "rejected": [worst["messages"][-1]]})
+    return Dataset.from_list(pairs)
+
+
+def main(argv: list[str] | None = None) -> DPOTrainer:
+    parser = argparse.ArgumentParser(description="Direct preference optimisation on pairs of samples of q*.")
+    parser.add_argument("samples", help="x.jsonl of qstar.generate with several samples a prompt")
+    parser.add_argument("model", help="the policy to train: a folder or a hub name")
+    parser.add_argument("output", help="folder for the trained model")
+    parser.add_argument("--learning-rate", type=float, default=1e-6)
+    parser.add_argument("--epochs", type=float, default=1)
+    args = parser.parse_args(argv)
+    config = DPOConfig(
+        args.output,
+        learning_rate=args.learning_rate,
+        num_train_epochs=args.epochs,
+        per_device_train_batch_size=16,
+        model_init_kwargs={"dtype": "float32"},
+        bf16=False,
+        report_to="none",
+    )
+    trainer = DPOTrainer(args.model, args=config, train_dataset=preference_pairs(args.samples))
+    trainer.train()
+    trainer.save_model()
+    return trainer
+
+
+if __name__ == "__main__":
+    main()

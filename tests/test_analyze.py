@@ -1,0 +1,178 @@
+"""`python -m qstar.analyze` on hand-made files with known answers, and on files that are none."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs import lines, write_lines
+
+from qstar.analyze import READ, main
+from qstar.generate import main as generate
+from qstar.records import RecordError, RunFiles
+
+# two samples of two tokens and one of one, everything a round number
+ALPHA = [[0.5, 0.7], [0.1, 0.3], [0.9]]
+ESS_THETA = [[0.5, 1.0], [0.2, 0.8], [0.4]]
+LOGQ = [[-1.0, -1.0], [-1.0, -2.0], [-0.5]]
+LOGP_THETA = [[-2.0, -1.0], [-1.0, -1.0], [-0.5]]  # log weights of the samples: −1, 1, 0
+
+
+def write_run(folder: Path, name: str = "x", settings: dict | None = None, **tokens: list[list[float | None]]) -> Path:
+    """A run's files, with `tokens` in place of the numbers above."""
+    alpha = tokens.get("alpha", ALPHA)
+    sizes = [len(sample) for sample in alpha]
+    constants = {"kl_theta": 0.2, "kl_t": 0.2, "ess_t": 0.5, "logp_t": -1.0, "logq": -1.0, "logp_theta": -1.0}
+    fields = {field: [[value] * n for n in sizes] for field, value in constants.items()}
+    if sizes == [2, 2, 1]:
+        fields |= {"ess_theta": ESS_THETA, "logq": LOGQ, "logp_theta": LOGP_THETA}
+    else:
+        fields["ess_theta"] = fields["ess_t"]
+    fields |= {"alpha": alpha} | tokens
+    numbers, samples = [], []
+    for i, n in enumerate(sizes):
+        ids = {"id": f"{i}-0", "prompt_index": i, "sample_index": 0, "num_tokens": n}
+        of_tokens = {"id": list(range(n)), "status": [0] * n} | {field: fields[field][i] for field in READ}
+        numbers.append(ids | {"tokens": of_tokens})
+        samples.append(ids | {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]})
+    write_lines(folder / f"{name}.diagnostics.jsonl", numbers)
+    if settings is not None:
+        (folder / f"{name}.run.json").write_text(json.dumps(settings))
+    return write_lines(folder / f"{name}.jsonl", samples)
+
+
+def analyzed(capsys, *files) -> list[dict]:
+    assert main([*map(str, files), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_known_answers(tmp_path, capsys):
+    (result,) = analyzed(capsys, write_run(tmp_path))
+    assert (result["file"], result["samples"], result["tokens"]) == ("x", 3, 5)
+    alpha = result["fields"]["alpha"]
+    expected = {"mean": 0.5, "std": math.sqrt(0.08), "min": 0.1, "q25": 0.3, "median": 0.5, "q75": 0.7, "max": 0.9}
+    assert alpha == pytest.approx(expected, abs=1e-6)
+    assert result["fields"]["ess_ratio"]["mean"] == pytest.approx((1 + 2 + 0.4 + 1.6 + 0.8) / 5)
+    assert result["fields"]["log_weight_theta"]["min"] == -1
+    assert result["of_samples"]["num_tokens"]["mean"] == pytest.approx(5 / 3)
+    verdicts = result["verdicts"]
+    assert verdicts["α"]["tokens_inside"] == pytest.approx(3 / 5)
+    assert verdicts["α"]["met"]
+    assert verdicts["ESS ratio"]["tokens_inside"] == pytest.approx(1 / 5)
+    assert not verdicts["ESS ratio"]["met"]
+    assert verdicts["|ΔKL|"] == {"low": 0.0, "high": 0.05, "mean": 0.0, "tokens_inside": 1.0, "met": True}
+    w = np.exp([-1.0, 1.0, 0.0])
+    weight = result["weights"]["theta"]
+    assert weight["effective_samples"] == pytest.approx(w.sum() ** 2 / (w**2).sum())
+    assert weight["top_1_percent"] == pytest.approx(w.max() / w.sum())
+    assert result["warnings"] == []
+
+
+def test_tables_of_one_file_and_of_several(tmp_path, capsys):
+    first = write_run(tmp_path, "first")
+    assert main([str(first)]) == 0
+    out = capsys.readouterr().out
+    assert "│ alpha " in out
+    assert "60.0%" in out
+    second = write_run(tmp_path, "second", kl_theta=[[0.4, 0.4], [0.4, 0.4], [0.4]])
+    assert main([str(first), str(second)]) == 0
+    out = capsys.readouterr().out
+    assert "first" in out
+    assert "second" in out
+    assert "0.4 ± 0" in out
+    assert "✗ 0.0%" in out  # |ΔKL| of the second
+
+
+def test_what_generate_wrote(demo_pair, loaded_once, tmp_path, capsys):
+    """By whichever of its names, also where Parquet came out of it."""
+    for form in ("jsonl", "parquet"):
+        output = tmp_path / f"y.{form}"
+        argv = ["--num-samples", "10", "--save-diagnostics", "--output-format", form, "--output", str(output)]
+        assert generate([*argv, "--max-new-tokens", "20"]) == 0
+        capsys.readouterr()
+        numbers = lines(tmp_path / "y.diagnostics.jsonl")
+        for path in (output, tmp_path / "y.diagnostics.jsonl"):
+            (result,) = analyzed(capsys, path)
+            tokens = [a for n in numbers for a in n["tokens"]["alpha"]]
+            assert result["fields"]["alpha"]["mean"] == pytest.approx(np.mean(tokens))
+            assert result["of_samples"]["log_weight_t"]["max"] == pytest.approx(
+                max(n["logp_t_sum"] - n["logq_sum"] for n in numbers), abs=1e-5
+            )
+        for path in tmp_path.iterdir():
+            path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "warning"),
+    [
+        ({"kl_theta": [[0.9, 0.9], [0.9, 0.9], [0.9]]}, "the pair is far apart: 0.90 nats a token, above 0.5"),
+        ({"ess_theta": [[0.05, 0.05], [0.05, 0.05], [0.05]]}, "ESS_theta is 0.050 a token on average, below 0.1"),
+        ({"alpha": [[0.0, 0.7], [0.1, 0.3], [0.9]]}, "α is at its bound 0 (--alpha-min) at 20.0% of the tokens"),
+        (
+            {"alpha": [[0.5, 0.7], [0.5, 0.5], [0.6]], "settings": {"--alpha-max": 0.7}},
+            "α is at its bound 0.7 (--alpha-max) at 20.0% of the tokens",
+        ),
+        ({"logq": [[-1.0, None], [-1.0, -2.0], [-0.5]]}, "1 samples have a token outside q*'s support"),
+        (
+            {"alpha": [[0.5]] * 200, "logp_theta": [[9.0]] + [[-1.0]] * 199},
+            "1% of the samples carry 99% of the weight π_theta/q*",
+        ),
+    ],
+)
+def test_warnings(change, warning, tmp_path, capsys):
+    path = write_run(tmp_path, **change)
+    (result,) = analyzed(capsys, path)
+    assert any(warning in line for line in result["warnings"]), result["warnings"]
+    assert main([str(path)]) == 0
+    assert warning in capsys.readouterr().out
+
+
+def test_no_alpha_warning_where_it_was_given(tmp_path, capsys):
+    path = write_run(tmp_path, alpha=[[1.0, 1.0]], settings={"--alpha-method": "fixed", "--alpha": 1.0})
+    assert analyzed(capsys, path)[0]["warnings"] == []
+
+
+def test_a_torn_last_line_is_left_out_and_said(tmp_path, capsys):
+    path = write_run(tmp_path)
+    path.write_bytes(path.read_bytes()[:-9])
+    (result,) = analyzed(capsys, path)
+    assert result["samples"] == 2
+    assert len(result["warnings"]) == 1
+    assert "line 3" in result["warnings"][0]
+    assert "is torn and left out" in result["warnings"][0]
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda p, d: p.write_text(""), "has no samples yet"),
+        (lambda p, d: (p.unlink(), d.unlink()), "does not exist"),
+        (lambda p, d: d.unlink(), "generate with --save-diagnostics"),
+        (lambda p, d: d.write_text("a,b\n1,2\n"), "line 1 of"),
+        (lambda p, d: p.write_text('{"prompt": "Hi."}\n'), "is not what qstar.generate or qstar.score writes"),
+        (lambda p, d: p.write_text("{torn\n" + p.read_text()), "line 1 of"),
+        (lambda p, d: write_lines(p, lines(p)[1:]), "the files do not belong together"),
+        (lambda p, d: d.write_text(d.read_text().replace("[0, 1]", "[0]", 1)), "line 1 of"),
+        (lambda p, d: d.write_text(d.read_text().replace("0.7", '"a"', 1)), "line 1 of"),
+        (lambda p, d: p.write_bytes(b"\xff\xfe\n"), "line 1 of"),
+    ],
+)
+def test_files_that_are_none_get_one_line(break_it, message, tmp_path, capsys):
+    path = write_run(tmp_path)
+    break_it(path, tmp_path / "x.diagnostics.jsonl")
+    assert main([str(path)]) == 1
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_records(tmp_path):
+    path = write_run(tmp_path)
+    records = list(RunFiles(path))
+    assert [r.id for r in records] == ["0-0", "1-0", "2-0"]
+    assert records[1].tokens["alpha"] == [0.1, 0.3]
+    assert RunFiles(path).settings == {}
+    with pytest.raises(RecordError, match=r"y\.jsonl does not exist"):
+        RunFiles(tmp_path / "y.jsonl")

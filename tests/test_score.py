@@ -1,0 +1,305 @@
+"""`python -m qstar.score`: generate's own numbers again, answers of every schema, long sequences, resume, refusals."""
+
+import copy
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from runs import SHARED_DATA, lines, run_through_kills, write_lines
+from test_decode import CONFIGS, random_model
+
+import qstar.cache
+import qstar.forced
+from qstar import Pair
+from qstar.decode import FIELDS, DecodeOptions, Request, Sample
+from qstar.demo import PROMPTS, THETA
+from qstar.forced import Scorer
+from qstar.generate import main as generate
+from qstar.score import main as score
+from qstar.weights import effective_sample_size, log_weights, top_share, weights
+from qstar_kernels import qstar_stats
+from qstar_kernels.types import Settings
+
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
+WAYS = {
+    "plain": [],
+    "tempered and truncated": ["--temperature", "0.7", "--top-p", "0.9", "--top-k", "50", "--min-p", "0.01"],
+    "within π_t's support": ["--target-top-k", "20", "--target-top-p", "0.95", "--alpha-method", "ess_balance"],
+    "clamped": ["--alpha-method", "reverse_kl_symmetry", "--alpha-max", "0.5"],
+    "forced": ["--force-t-first-token", "--force-t-special-tokens", "--stop", "has"],
+    "greedy": ["--temperature", "0"],
+    "a hint": ["--model-theta", str(THETA), "--model-t", str(THETA), "--t-hint-field", "solution"],
+    "speculative": ["--speculate", "4"],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_generate_scored_gives_its_own_numbers(way, tmp_path):
+    """With the run's options as the defaults, whatever they were."""
+    options = ["--num-samples", "12", "--samples-per-prompt", "2", "--max-new-tokens", "40"]
+    made, scored = tmp_path / "made.jsonl", tmp_path / "scored.jsonl"
+    assert generate([*options, "--save-diagnostics", "--output", str(made), *WAYS[way]]) == 0
+    assert score(["--dataset", str(made), "--batch-size", "7", "--output", str(scored)]) == 0
+    assert scored.read_text() == made.read_text()
+    before, after = (lines(path.with_suffix(".diagnostics.jsonl")) for path in (made, scored))
+    for x, y in zip(before, after, strict=True):
+        assert x["tokens"]["id"] == y["tokens"]["id"]
+        assert x["prompt_ids_t"] == y["prompt_ids_t"]
+        for name in FIELDS:
+            a, b = (np.array([-math.inf if v is None else v for v in z["tokens"][name]]) for z in (x, y))
+            np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4, err_msg=name)
+
+
+def test_weights_of_a_file(tmp_path):
+    made, scored = tmp_path / "made.jsonl", tmp_path / "scored.jsonl"
+    generate(["--num-samples", "30", "--save-diagnostics", "--output", str(made)])
+    assert score(["--dataset", str(made), "--clip", "2", "--output", str(scored)]) == 0
+    found, numbers = lines(tmp_path / "scored.weights.jsonl"), lines(tmp_path / "scored.diagnostics.jsonl")
+    assert [w["id"] for w in found] == [n["id"] for n in numbers]
+    for side in ("theta", "t"):
+        log_w = np.array([n[f"logp_{side}_sum"] - n["logq_sum"] for n in numbers])
+        np.testing.assert_allclose([w[f"log_weight_{side}"] for w in found], log_w)
+        np.testing.assert_allclose([w[f"clipped_weight_{side}"] for w in found], np.minimum(np.exp(log_w), 2))
+        normal = np.exp(log_w) / np.exp(log_w).mean()
+        np.testing.assert_allclose([w[f"normalised_weight_{side}"] for w in found], normal)
+    assert max(w["clipped_weight_theta"] for w in found) == 2
+
+
+def test_outside_the_support(tmp_path, capsys):
+    """Scored under a narrower q* than the one that drew them, some samples are impossible: null, and said."""
+    made, scored = tmp_path / "made.jsonl", tmp_path / "scored.jsonl"
+    generate(["--num-samples", "30", "--save-diagnostics", "--temperature", "1.5", "--output", str(made)])
+    capsys.readouterr()
+    assert score(["--dataset", str(made), "--top-k", "2", "--temperature", "1", "--output", str(scored)]) == 0
+    numbers = lines(tmp_path / "scored.diagnostics.jsonl")
+    outside = sum(n["logq_sum"] is None for n in numbers)
+    assert 0 < outside < len(numbers)
+    assert all((n["logq_sum"] is None) == (None in n["tokens"]["logq"]) for n in numbers)
+    assert sum(w["log_weight_theta"] is None for w in lines(tmp_path / "scored.weights.jsonl")) == outside
+    assert f"{outside} samples have a token outside q*'s support" in capsys.readouterr().out
+
+
+DATASETS = {
+    "messages": {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "5"}]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "5"}]},
+    "prompt and completion": {"prompt": "Hi.", "completion": "5"},
+    "conversational": {
+        "prompt": [{"role": "user", "content": "Hi."}], "completion": [{"role": "assistant", "content": "5"}],
+    },
+    "preference": {
+        "prompt": [{"role": "user", "content": "Hi."}],
+        "chosen": [{"role": "assistant", "content": "5"}], "rejected": [{"role": "assistant", "content": "6"}],
+    },
+    "alpaca": {"instruction": "Hi.", "input": "", "output": "5"},
+    "question": {"question": "Hi.", "answer": "5"},
+    "a number": {"problem": "Hi.", "answer": 5},
+    "several answers": {"problem": "Hi.", "responses": ["5"]},
+    "named": {"prompt": "Hi.", "body": {"text": "5"}},
+}  # fmt: skip
+
+
+def test_answers_of_every_schema(tmp_path, capsys):
+    """The same prompt and answer from every schema: the same numbers."""
+    sums = set()
+    for schema, row in DATASETS.items():
+        data = write_lines(tmp_path / "data.jsonl", [row])
+        output = tmp_path / schema / "x.jsonl"
+        extra = ["--response-field", "body.text"] if schema == "named" else []
+        assert score(["--dataset", str(data), *extra, "--output", str(output)]) == 0, schema
+        assert "the answer is" in capsys.readouterr().out
+        (line,), (numbers,) = lines(output), lines(output.with_suffix(".diagnostics.jsonl"))
+        assert line["messages"] == [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "5"}], schema
+        assert line["finish_reason"] == "eos"
+        assert numbers["num_tokens"] == 2
+        sums.add(numbers["logq_sum"])
+    assert len(sums) == 1
+
+
+def test_several_answers_and_no_eos(tmp_path):
+    rows = [{"prompt": "Hi.", "responses": ["5", "6", "7"]}]
+    rows += [{"prompt": "Yes?", "responses": ["8"], "finish_reason": "length"}]
+    data = str(write_lines(tmp_path / "data.jsonl", rows))
+    assert score(["--dataset", data, "--output", str(tmp_path / "x.jsonl")]) == 0
+    assert [line["id"] for line in lines(tmp_path / "x.jsonl")] == ["0-0", "0-1", "0-2", "1-0"]
+    assert [n["num_tokens"] for n in lines(tmp_path / "x.diagnostics.jsonl")] == [2, 2, 2, 1]
+    assert score(["--dataset", data, "--no-eos", "--output", str(tmp_path / "y.jsonl")]) == 0
+    assert [n["num_tokens"] for n in lines(tmp_path / "y.diagnostics.jsonl")] == [1, 1, 1, 1]
+
+
+NO_ANSWERS = {
+    f"{name}.jsonl"
+    for name in ("ifeval_input_data", "mt_bench_question", "trl_prompt_only", "trl_prompt_only_conversational")
+}
+NAMED = {"HumanEval.jsonl.gz": "canonical_solution", "torchtune_stack_exchange_paired_tiny.json": "response_j"}
+
+
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"{SHARED_DATA} is not there")
+def test_every_real_file(tmp_path, capsys):
+    """Every prompt file with answers; those without say so in one line."""
+    scored = 0
+    for path in sorted(p for p in SHARED_DATA.iterdir() if ".json" in p.name):
+        extra = ["--response-field", NAMED[path.name]] if path.name in NAMED else []
+        output = tmp_path / path.name.split(".")[0] / "x.jsonl"
+        capsys.readouterr()
+        argv = ["--dataset", str(path), *extra, "--num-samples", "3", "--output", str(output)]
+        if path.name in NO_ANSWERS:
+            with pytest.raises(SystemExit) as exit:
+                score(argv)
+            error = capsys.readouterr().err
+            assert exit.value.code == 2
+            assert "no answer recognised in the columns beside the prompt" in error
+            assert error.count("\n") == 1
+            continue
+        code, errors = score(argv), output.with_suffix(".errors.jsonl")
+        reasons = {line["error"] for line in lines(errors)} if errors.exists() else set()
+        assert code == bool(reasons)
+        assert all("the smaller context of the pair is" in r for r in reasons), (path.name, reasons)
+        scored += 1
+    print(f"{scored} files scored")
+    assert scored >= 14
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_chunks_give_the_numbers_of_one_pass(name, monkeypatch, demo_pair):
+    """Against a plain float64 pass without cache over the whole sequence, for every architecture, with chunks so short
+    that prompts and answers take many, rows of different lengths, and one pair of equal models."""
+    monkeypatch.setattr(qstar.forced, "CHUNK_TOKENS", 12)
+    monkeypatch.setattr(qstar.cache, "PREFILL_COLUMNS", 5)
+    theta = random_model(copy.deepcopy(CONFIGS[name]), seed=3)
+    t = random_model(copy.deepcopy(CONFIGS[name]), seed=4)
+    tokenizer, generator = demo_pair.tokenizer_theta, torch.Generator().manual_seed(5)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(2048, (count,), generator=generator).tolist()
+
+    for other in (t, theta):
+        pair = Pair(theta, other, tokenizer, tokenizer)
+        sizes = [(3, 4, 1), (17, 2, 9), (5, 12, 30), (1, 1, 2), (9, 9, 17)]
+        samples = [Sample(Request(i, ids(a), ids(b), 0, n), ids(n)) for i, (a, b, n) in enumerate(sizes)]
+        settings = Settings(temperature=0.8)
+        scored = list(Scorer(pair.decoder(DecodeOptions(settings, batch_size=3))).run(samples))
+        assert {s.request.key for s in scored} == set(range(len(sizes)))
+        for sample in scored:
+            rows = []
+            for model, prompt in ((theta, sample.request.ids_theta), (other, sample.request.ids_t)):
+                with torch.inference_mode():
+                    logits = copy.deepcopy(model).double()(torch.tensor([prompt + sample.token_ids])).logits[0]
+                rows.append(logits[len(prompt) - 1 : -1, : pair.vocab_size])
+            step = qstar_stats(*rows, tokens=torch.tensor(sample.token_ids), impl="reference", **vars(settings))
+            for field in FIELDS:
+                np.testing.assert_allclose(
+                    sample.fields[field], getattr(step, field), atol=2e-4, rtol=1e-3, err_msg=field
+                )
+
+
+def test_memory_does_not_follow_the_length(tmp_path):
+    """8 times the tokens take no more memory, but for what the KV caches and activations of these tokens are: far less
+    than the logits of one sequence. In a process of its own, for its peak."""
+    peaks = {n: peak_memory(n) for n in (1024, 8192)}
+    print({n: f"{peak / 2**20:.0f} MiB" for n, peak in peaks.items()})
+    logits = 2 * 8192 * 32000 * 4
+    assert peaks[8192] - peaks[1024] < 0.1 * logits
+
+
+def peak_memory(tokens: int) -> int:
+    """Bytes that scoring one answer of so many tokens takes at its peak, beyond the models."""
+    root = Path(__file__).parents[1]
+    code = f"from bench.memory import score_peak; print(score_peak({tokens}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def test_kill_at_any_moment(tmp_path):
+    argv = ["--dataset", str(PROMPTS), "--response-field", "solution", "--batch-size", "2"]
+    assert score([*argv, "--output", str(tmp_path / "whole.jsonl")]) == 0
+    written = [tmp_path / "x.jsonl", tmp_path / "x.diagnostics.jsonl"]
+    run_through_kills(lambda: score([*argv, "--output", str(written[0])]), written, kills=10)
+    for name in ("jsonl", "diagnostics.jsonl", "weights.jsonl"):
+        assert (tmp_path / f"x.{name}").read_bytes() == (tmp_path / f"whole.{name}").read_bytes()
+
+
+def test_failures_are_recorded_and_the_others_scored(tmp_path, capsys):
+    answers = ["5", True, None, "", "long " * 600]
+    rows = [{"prompt": "Hi.", "answer": answer} for answer in answers] + [{"prompt": "", "answer": "5"}]
+    data = str(write_lines(tmp_path / "data.jsonl", rows))
+    wanted = ("of type bool", "missing", "is empty", "the smaller context", "is empty")
+    for _ in range(2):  # they fail again at the next start, and nothing is doubled
+        assert score(["--dataset", data, "--output", str(tmp_path / "x.jsonl")]) == 1
+        assert [line["id"] for line in lines(tmp_path / "x.jsonl")] == ["0-0"]
+        errors = sorted(lines(tmp_path / "x.errors.jsonl"), key=lambda line: line["prompt_index"])
+        assert all(part in line["error"] for part, line in zip(wanted, errors, strict=True)), errors
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        ([], "--dataset is missing"),
+        (["--dataset", "nowhere.jsonl"], "no such file"),
+        (["--dataset", "rows.jsonl"], "no answer recognised in the columns beside the prompt: `score`"),
+        (["--dataset", "rows.jsonl", "--response-field", "x"], "--response-field 'x' is none of the columns"),
+        (["--dataset", "made.jsonl", "--response-field", "x"], "are its own tokens"),
+        (["--dataset", "made.jsonl", "--clip", "-1"], "--clip"),
+    ],
+)
+def test_wrong_arguments_get_one_line(argv, named, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"prompt": "Hi.", "score": 1}\n')
+    generate(["--num-samples", "1", "--save-diagnostics", "--output", "made.jsonl"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        score(argv)
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert named in error
+    assert error.count("\n") == 1
+
+
+def test_tokens_of_another_vocabulary(tmp_path, capsys):
+    generate(["--num-samples", "2", "--save-diagnostics", "--output", str(tmp_path / "made.jsonl")])
+    path = tmp_path / "made.diagnostics.jsonl"
+    changed = lines(path)
+    changed[1]["tokens"]["id"][0] = 99999
+    write_lines(path, changed)
+    assert score(["--dataset", str(tmp_path / "made.jsonl"), "--output", str(tmp_path / "x.jsonl")]) == 1
+    (error,) = lines(tmp_path / "x.errors.jsonl")
+    assert "beyond the pair's vocabulary of 2048" in error["error"]
+    path.write_text(path.read_text() + "{}\n")
+    Path(tmp_path / "made.jsonl").write_text((tmp_path / "made.jsonl").read_text() + "{}\n")
+    assert score(["--dataset", str(tmp_path / "made.jsonl"), "--output", str(tmp_path / "y.jsonl")]) == 1
+    assert "is not what qstar.generate or qstar.score writes" in capsys.readouterr().err
+
+
+def test_log_weights():
+    logp, logq = (
+        torch.tensor([[-1.0, -2.0, -9.0], [-0.5, 0.0, 0.0]]),
+        torch.tensor([[-2.0, -1.0, 0.0], [-1.0, 5.0, 5.0]]),
+    )
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    assert log_weights(logp, logq, mask).tolist() == [0.0, 0.5]
+    assert log_weights(logp, logq, mask, "geometric").tolist() == [0.0, 0.5]
+    assert log_weights(logp, logq, mask, "token").tolist() == [[1.0, -1.0, 0.0], [0.5, 0.0, 0.0]]
+    assert log_weights(logp, logq).tolist() == [-9.0, -9.5]
+    with pytest.raises(ValueError, match="level is 'word'"):
+        log_weights(logp, logq, level="word")
+    with pytest.raises(ValueError, match="must be equal"):
+        log_weights(logp, logq[:1])
+
+
+def test_truncated_and_normalised_weights():
+    log_w = torch.tensor([1.0, 3.0, 0.0], dtype=torch.float64).log()
+    assert weights(log_w).tolist() == pytest.approx([1, 3, 0])
+    assert weights(log_w, high=2.0).tolist() == pytest.approx([1, 2, 0])
+    assert weights(log_w, low=0.8, high=1.2).tolist() == pytest.approx([1, 1.2, 0.8])
+    assert weights(log_w, normalise=True).tolist() == pytest.approx([0.75, 2.25, 0])
+    assert weights(log_w + 800, normalise=True).tolist() == pytest.approx([0.75, 2.25, 0])  # e^800 is no number
+    assert effective_sample_size(log_w) == pytest.approx(16 / 10)
+    assert effective_sample_size(torch.zeros(50) - 900) == pytest.approx(50)
+    assert top_share(log_w, 0.01) == pytest.approx(0.75)
+    assert top_share(torch.zeros(100), 0.1) == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="0 ≤ low ≤ high"):
+        weights(log_w, low=2.0, high=1.0)
