@@ -15,12 +15,23 @@ from qstar_kernels.noise import GROUP_SIZE
 MAX_DRAFT = 15
 PROBE_EVERY = 16  # rounds without drafts after which one token is drafted, to see whether it pays by now
 PRIOR_ACCEPTANCE, PRIOR_DRAFTS = 0.8, 4  # what a sequence is believed to accept before it has been tried
-# What a forward pass costs, in reads of one parameter: each layer's fixed cost, and the tokens that cost as much
-# arithmetic as the parameters cost to read. Rough on purpose; a measurement would make K, and so the last digits of the
-# diagnostics, differ from run to run. The CPU's were measured, the others estimated.
-LAYER_COST = {"cpu": 2e6}
-BALANCE = {"cpu": 6.0}
-OTHER_LAYER_COST, OTHER_BALANCE = 1e8, 200.0
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What decoding costs on a device, in reads of one parameter.
+
+    Rough on purpose: a measurement would make K, and so the last digits of the diagnostics, differ from run to run.
+    """
+
+    layer: float  # fixed, of each layer in a forward pass
+    balance: float  # tokens whose arithmetic costs as much as reading the parameters
+    draw: float  # fixed, of a draw with all that is around it
+    logit: float  # of each logit that is drawn from
+
+
+CPU_COSTS = Costs(layer=2e6, balance=6.0, draw=2e6, logit=35.0)  # measured
+OTHER_COSTS = Costs(layer=1e8, balance=200.0, draw=1e8, logit=1.0)  # estimated for a GPU
 
 
 @dataclass
@@ -56,11 +67,20 @@ class Tally:
 
 def pass_cost(model: torch.nn.Module, rows: int, tokens: int) -> float:
     """Rough cost of one forward pass of `tokens` tokens in each of `rows` rows, in reads of one parameter."""
-    device = model.device.type
+    costs = costs_on(model.device)
     parameters = sum(p.numel() for p in model.parameters())
     layers = model.config.get_text_config().num_hidden_layers
-    arithmetic = rows * tokens / BALANCE.get(device, OTHER_BALANCE)
-    return layers * LAYER_COST.get(device, OTHER_LAYER_COST) + parameters * (1 + arithmetic)
+    return layers * costs.layer + parameters * (1 + rows * tokens / costs.balance)
+
+
+def draw_cost(model: torch.nn.Module, rows: int) -> float:
+    """Rough cost of a draw from `rows` rows of the model's vocabulary, in reads of one parameter."""
+    costs = costs_on(model.device)
+    return costs.draw + rows * model.config.get_text_config().vocab_size * costs.logit
+
+
+def costs_on(device: torch.device) -> Costs:
+    return CPU_COSTS if device.type == "cpu" else OTHER_COSTS
 
 
 class DraftLength:
@@ -81,8 +101,9 @@ class DraftLength:
         """Rough cost of a round."""
         key = rows, drafts
         if key not in self._costs:
-            once_a_token = (drafts + 1) * pass_cost(self.draft, rows, 1)
-            self._costs[key] = once_a_token + sum(pass_cost(model, rows, drafts + 1) for model in self.verify)
+            drafting = (drafts + 1) * pass_cost(self.draft, rows, 1) + drafts * draw_cost(self.draft, rows)
+            verifying = sum(pass_cost(model, rows, drafts + 1) for model in self.verify)
+            self._costs[key] = drafting + verifying + draw_cost(self.draft, rows * (drafts + 1))
         return self._costs[key]
 
     def choose(self, sequences: Sequence[Tally]) -> int:
