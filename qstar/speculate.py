@@ -65,22 +65,22 @@ class Tally:
         return (sum(self.accepted) + prior * weight) / (sum(self.drafted) + weight)
 
 
-def pass_cost(model: torch.nn.Module, rows: int, tokens: int) -> float:
-    """Rough cost of one forward pass of `tokens` tokens in each of `rows` rows, in reads of one parameter."""
-    costs = costs_on(model.device)
-    parameters = sum(p.numel() for p in model.parameters())
-    layers = model.config.get_text_config().num_hidden_layers
-    return layers * costs.layer + parameters * (1 + rows * tokens / costs.balance)
+class ModelCosts:
+    """Rough cost of a model's forward pass and of a draw from its logits, in reads of one parameter."""
 
+    def __init__(self, model: torch.nn.Module):
+        costs, config = CPU_COSTS if model.device.type == "cpu" else OTHER_COSTS, model.config.get_text_config()
+        parameters = sum(p.numel() for p in model.parameters())
+        self.fixed, self.token = config.num_hidden_layers * costs.layer + parameters, parameters / costs.balance
+        self.fixed_draw, self.row = costs.draw, config.vocab_size * costs.logit
 
-def draw_cost(model: torch.nn.Module, rows: int) -> float:
-    """Rough cost of a draw from `rows` rows of the model's vocabulary, in reads of one parameter."""
-    costs = costs_on(model.device)
-    return costs.draw + rows * model.config.get_text_config().vocab_size * costs.logit
+    def forward(self, rows: int, tokens: int) -> float:
+        """Of one pass over `tokens` tokens in each of `rows` rows."""
+        return self.fixed + self.token * rows * tokens
 
-
-def costs_on(device: torch.device) -> Costs:
-    return CPU_COSTS if device.type == "cpu" else OTHER_COSTS
+    def draw(self, rows: int) -> float:
+        """Of one draw from `rows` rows of logits."""
+        return self.fixed_draw + self.row * rows
 
 
 class DraftLength:
@@ -93,18 +93,15 @@ class DraftLength:
     """
 
     def __init__(self, speculate: int | str, draft: torch.nn.Module | None, verify: Sequence[torch.nn.Module]):
-        self.speculate, self.draft, self.verify = speculate, draft, verify
+        self.speculate, self.draft = speculate, draft and ModelCosts(draft)
+        self.verify = [ModelCosts(model) for model in verify] if draft else []
         self.total, self.rounds, self.rounds_without = Tally(), 0, 0
-        self._costs: dict[tuple[int, int], float] = {}
 
     def cost(self, rows: int, drafts: int) -> float:
         """Rough cost of a round."""
-        key = rows, drafts
-        if key not in self._costs:
-            drafting = (drafts + 1) * pass_cost(self.draft, rows, 1) + drafts * draw_cost(self.draft, rows)
-            verifying = sum(pass_cost(model, rows, drafts + 1) for model in self.verify)
-            self._costs[key] = drafting + verifying + draw_cost(self.draft, rows * (drafts + 1))
-        return self._costs[key]
+        drafting = (drafts + 1) * self.draft.forward(rows, 1) + drafts * self.draft.draw(rows)
+        verifying = sum(model.forward(rows, drafts + 1) for model in self.verify)
+        return drafting + verifying + self.draft.draw(rows * (drafts + 1))
 
     def choose(self, sequences: Sequence[Tally]) -> int:
         """Tokens to draft for these live sequences."""
@@ -114,12 +111,13 @@ class DraftLength:
         if self.speculate != "auto":
             return int(self.speculate)
         common = self.total.acceptance(PRIOR_ACCEPTANCE, PRIOR_DRAFTS)
-        rates = torch.tensor([tally.acceptance(common, PRIOR_DRAFTS) for tally in sequences], dtype=torch.float64)
-        rows = len(sequences)
-        best, best_rate, expected, power = 0, 0.0, torch.zeros_like(rates), torch.ones_like(rates)
+        rates = [tally.acceptance(common, PRIOR_DRAFTS) for tally in sequences]
+        rows, powers, expected = len(rates), [1.0] * len(rates), 0.0
+        best, best_rate = 0, 0.0
         for drafts in range(MAX_DRAFT + 1):
-            expected, power = expected + power, power * rates
-            rate = expected.sum().item() / self.cost(rows, drafts)
+            expected += sum(powers)
+            powers = [power * rate for power, rate in zip(powers, rates, strict=True)]
+            rate = expected / self.cost(rows, drafts)
             if rate > best_rate:
                 best, best_rate = drafts, rate
         self.rounds_without = 0 if best else self.rounds_without + 1

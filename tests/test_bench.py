@@ -64,7 +64,7 @@ def test_from_the_flag_to_the_page(tmp_path):
 def test_ratios_and_targets(tmp_path):
     text = report(tmp_path, run(0.0124), run(0.0124))
     assert "**0.40**" in text  # of ordinary sampling
-    assert "| [8, 131072]: ours over ordinary sampling | 0.4 | at most 0.8 | yes |" in text
+    assert "| [8, 131072]: ours over ordinary sampling | 0.404 | at most 0.8 | yes |" in text
     assert "| [8, 131072]: research code over ours | 24.2 | at least 11 | yes |" in text
     assert "| at most 0.8 | **no** |" in report(tmp_path, run(0.030), run(0.030))
 
