@@ -39,7 +39,11 @@ setup(
     extras_require={
         "4bit": ["bitsandbytes>=0.45"],
         "dev": ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8", "scipy>=1.11", "ruff>=0.9"],
+        "vllm": ["vllm>=0.32,<0.33"],
         "demo-training": ["chatterbot-corpus>=1.2", "pyyaml>=6"],
     },
-    entry_points={"console_scripts": ["qstar-generate=qstar.generate:main"]},
+    entry_points={
+        "console_scripts": ["qstar-generate=qstar.generate:main"],
+        "vllm.general_plugins": ["qstar=qstar.vllm:register"],
+    },
 )

@@ -88,6 +88,50 @@ class DecodeOptions:
     force_t_special_tokens: bool = False
 
 
+class Ending:
+    """When a sequence ends, and the text that it then has.
+
+    Args:
+        eos_ids: ids that end a sequence, of both models.
+        tokenizer: turns ids into text; None leaves the text empty.
+        stop: strings that end a sequence.
+    """
+
+    def __init__(self, eos_ids: set[int], tokenizer, stop: tuple[str, ...]):
+        self.eos_ids, self.tokenizer, self.stop = eos_ids, tokenizer, stop
+        # every token is at least one byte of text or none (special), so a window of the stop's bytes and a few more
+        # always covers a stop string that the newest token completes
+        self.window = max((len(s.encode()) for s in stop), default=0) + 16
+
+    def finish(self, sample: Sample) -> None:
+        """Set the finish reason and the text if the newest token ends the sequence."""
+        ids = sample.token_ids
+        stopped = False
+        if sample.error is not None:
+            sample.finish_reason = "error"
+        elif ids[-1] in self.eos_ids:
+            sample.finish_reason = "eos"
+        elif self.stops(ids):
+            sample.finish_reason, stopped = "stop", True
+        elif len(ids) >= sample.request.max_new_tokens:
+            sample.finish_reason = "length"
+        else:
+            return
+        sample.text = self._text(ids[:-1] if sample.finish_reason == "eos" else ids)
+        if stopped:
+            sample.text = sample.text[: min(self._stops_in(sample.text), default=len(sample.text))]
+
+    def stops(self, ids: list[int]) -> bool:
+        """Whether the newest token completes a stop string."""
+        return bool(self.stop and self._stops_in(self._text(ids[-self.window :])))
+
+    def _text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True) if self.tokenizer else ""
+
+    def _stops_in(self, text: str) -> list[int]:
+        return [text.index(stop) for stop in self.stop if stop in text]
+
+
 class Decoder:
     """Draws sequences from q* of a pair; `run` is the loop.
 
@@ -111,16 +155,14 @@ class Decoder:
         context: int = 1 << 30, draft="theta",
     ):  # fmt: skip
         self.models, self.context, self.draft = (theta, t), context, draft
-        self.eos_ids, self.tokenizer, self.options = eos_ids, tokenizer, options
+        self.options = options
         self.rule = Rule(
             vocab_size, options.settings, options.force_t_first_token, options.force_t_special_tokens, special_ids
         )
         self.eos_tensor = torch.tensor(sorted(eos_ids), dtype=torch.int64)
         self.pad_id = min(eos_ids, default=0)
         self.tally = Tally()
-        # every token is at least one byte of text or none (special), so a window of the stop's bytes and a few more
-        # always covers a stop string that the newest token completes
-        self.stop_window = max((len(s.encode()) for s in options.stop), default=0) + 16
+        self.ending = Ending(eos_ids, tokenizer, options.stop)
 
     def sides(self, together: bool = True) -> list[Side]:
         """Empty caches of the two models, π_θ's first; one for both where they are one model and go `together`."""
@@ -283,7 +325,7 @@ class Decoder:
             for column, (token, status, *values) in enumerate(numbers[i]):
                 if sample.add(status, values):
                     sample.token_ids.append(int(token))
-                self._finish(sample)
+                self.ending.finish(sample)
                 if sample.finish_reason or (column < count - 1 and drafted[i][column] != token):
                     break
 
@@ -297,27 +339,3 @@ class Decoder:
             for side in sides:
                 side.keep(rows)
         return finished
-
-    def _finish(self, sample: Sample) -> None:
-        """Set the finish reason and the text if the sequence has ended."""
-        ids = sample.token_ids
-        stopped = False
-        if sample.error is not None:
-            sample.finish_reason = "error"
-        elif ids[-1] in self.eos_ids:
-            sample.finish_reason = "eos"
-        elif self.options.stop and self._stops_in(self._text(ids[-self.stop_window :])):
-            sample.finish_reason, stopped = "stop", True
-        elif len(ids) >= sample.request.max_new_tokens:
-            sample.finish_reason = "length"
-        else:
-            return
-        sample.text = self._text(ids[:-1] if sample.finish_reason == "eos" else ids)
-        if stopped:
-            sample.text = sample.text[: min(self._stops_in(sample.text), default=len(sample.text))]
-
-    def _text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True) if self.tokenizer else ""
-
-    def _stops_in(self, text: str) -> list[int]:
-        return [text.index(stop) for stop in self.options.stop if stop in text]

@@ -36,10 +36,7 @@ class Rule:
             first: the rows are those of the first tokens of their sequences.
             **what: `seeds` and `positions`, int64 [B], to draw; `tokens`, int64 [B], to look up.
         """
-        settings = self.settings
-        if first and self.force_t_first_token:
-            settings = replace(settings, method="fixed", alpha=0.0, alpha_min=0.0, alpha_max=1.0)
-        options = vars(settings) | {"vocab_size": self.vocab_size}
+        options = self._options(first)
         if not self.force_t_special_tokens:
             return (qstar_stats if "tokens" in what else qstar_sample)(logits_theta, logits_t, **what, **options)
         forced = self._special_from_t(logits_theta, logits_t, options)
@@ -51,6 +48,19 @@ class Rule:
         stats = qstar_stats(logits_theta, logits_t, tokens=step.token, **options)
         stats.logq, stats.status = step.logq, torch.maximum(stats.status, step.status)
         return stats
+
+    def log_q(self, logits_theta: Tensor, logits_t: Tensor, *, first: bool = False) -> Tensor:
+        """The whole distribution that `step` draws from: log-probabilities [B, vocab_size], −inf where cut."""
+        options = self._options(first)
+        if self.force_t_special_tokens:
+            return self._special_from_t(logits_theta, logits_t, options)
+        return qstar_logprobs(logits_theta, logits_t, **options)[0]
+
+    def _options(self, first: bool) -> dict:
+        settings = self.settings
+        if first and self.force_t_first_token:
+            settings = replace(settings, method="fixed", alpha=0.0, alpha_min=0.0, alpha_max=1.0)
+        return vars(settings) | {"vocab_size": self.vocab_size}
 
     def _special_from_t(self, logits_theta: Tensor, logits_t: Tensor, options: dict) -> Tensor:
         """log q* [B, V] with the special tokens at π_t's own probability and the others scaled to the rest."""

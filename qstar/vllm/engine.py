@@ -1,0 +1,222 @@
+"""A vLLM engine that holds a pair, behind the interface of the transformers backend."""
+
+import os
+from collections.abc import Iterable, Iterator
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from qstar.decode import DecodeOptions, Ending, Request, Sample
+from qstar.output import OutputError
+from qstar.pair import Pair
+from qstar.speculate import Tally
+from qstar.vllm import ARCHITECTURE, register
+from qstar.vllm.params import rule_text
+
+DUAL_PROMPTS = "with --backend vllm both models see one prompt; use --backend transformers for prompts that differ"
+
+# vLLM reads these when it is imported. The V2 runner has hooks of its own, which were never run with a pair.
+os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+def description(name: str | Path, trust_remote_code: bool):
+    """A model without its weights, and its tokenizer: all that is to be known of it outside the engine.
+
+    Raises:
+        OSError: it cannot be found.
+    """
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(name)
+    except OSError:
+        pass  # made from the config, as transformers does
+    return model, AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
+class EnginePair(Pair):
+    """A pair whose weights are in a vLLM engine; `request`, `stream` and `generate` are as ever.
+
+    Args:
+        theta, t: hub names or local folders.
+        dtype: of both models: `float32`, `bfloat16`, `float16`, or `auto`: π_θ's checkpoint's, float32 on a CPU.
+        max_num_seqs: sequences that are decoded together.
+        trust_remote_code: run code that a checkpoint brings along.
+        options: further arguments of `vllm.EngineArgs`.
+
+    Raises:
+        ValueError: the models do not form a pair, or vLLM refuses an option or a model.
+        OSError: a model cannot be found.
+    """
+
+    def __init__(
+        self,
+        theta: str | Path,
+        t: str | Path,
+        *,
+        dtype: str = "auto",
+        max_num_seqs: int = 256,
+        trust_remote_code: bool = False,
+        options: dict[str, Any] | None = None,
+    ):
+        (model_theta, tokenizer_theta), (model_t, tokenizer_t) = (description(x, trust_remote_code) for x in (theta, t))
+        super().__init__(model_theta, model_t, tokenizer_theta, tokenizer_t)
+        self.names = str(theta), str(t)
+        self.engine_options = engine_options(self, dtype) | {"max_num_seqs": max_num_seqs}
+        self.engine_options |= {"trust_remote_code": trust_remote_code} | (options or {})
+        self.engine = None
+
+    def start(self) -> None:
+        """Start the engine, which loads the weights; `decoder` does it where it has not been done.
+
+        Raises:
+            ValueError: vLLM refuses an option or a model; the message is its own.
+        """
+        from vllm import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        register()
+        own = {"skip_tokenizer_init": True, "disable_log_stats": True}
+        try:
+            self.engine = LLMEngine.from_engine_args(EngineArgs(**own | self.engine_options))
+        except (TypeError, RuntimeError, AssertionError) as error:
+            raise ValueError(f"vLLM does not start: {error}") from error
+
+    def decoder(self, options: DecodeOptions) -> "EngineDecoder":
+        if self.engine is None:
+            self.start()
+        return EngineDecoder(self, options)
+
+
+def engine_options(pair: Pair, dtype: str = "auto") -> dict[str, Any]:
+    """Arguments of `vllm.EngineArgs` that make its model the pair."""
+    from vllm.platforms import current_platform
+
+    eos_ids, special_ids = sorted(pair.eos_ids), sorted(pair.special_ids)
+    theta, t = pair.names
+    told = {"model_t": t, "vocab_size": pair.vocab_size, "eos_ids": eos_ids, "special_ids": special_ids}
+    return {
+        "model": theta,
+        "dtype": "float32" if dtype == "auto" and current_platform.is_cpu() else dtype,
+        "max_model_len": pair.context,
+        "hf_overrides": {"architectures": [ARCHITECTURE], "vocab_size": pair.vocab_size, "qstar": told},
+        "worker_cls": "qstar.vllm.worker.PairWorker",
+        "logits_processors": ["qstar.vllm.params:PairParams"],
+        "generation_config": "vllm",
+    }
+
+
+class EngineDecoder:
+    """What `qstar.decode.Decoder` is, by a vLLM engine: `run` draws sequences.
+
+    Args:
+        pair: with a running engine.
+        options: how to draw; `batch_size` of them and as many waiting are in flight.
+    """
+
+    names = count()
+
+    def __init__(self, pair: EnginePair, options: DecodeOptions):
+        if options.speculate:
+            raise ValueError("a vLLM engine draws without drafts: speculate must be 0")
+        self.engine, self.options, self.tally = pair.engine, options, Tally()
+        self.ending = Ending(pair.eos_ids, pair.tokenizer_theta, options.stop)
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Sample]:
+        """Generate all requests; samples come as they finish.
+
+        Raises:
+            ValueError: a request has two prompts.
+            OutputError: the engine died.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        source, live = iter(requests), {}
+        try:
+            while True:
+                for request in islice(source, 2 * self.options.batch_size - len(live)):
+                    sample = Sample(request)
+                    try:
+                        live[self._add(request)] = sample, []
+                    except ValueError as error:
+                        if request.ids_theta != request.ids_t:
+                            raise
+                        sample.error = str(error)
+                        self.ending.finish(sample)
+                        yield sample
+                if not live:
+                    return
+                ended = self._step(live)
+                numbers = self._numbers(ended)
+                for name in ended:
+                    sample, _ = live.pop(name)
+                    self._fill(sample, numbers.get(name, {}).get(0, []))
+                    yield sample
+        except EngineDeadError as error:
+            raise OutputError(f"the vLLM engine died, what is on disk is kept: {error}") from error
+        finally:
+            if live:  # the caller wants no more
+                self.engine.abort_request(list(live))
+                self._numbers(list(live))
+
+    def _add(self, request: Request) -> str:
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        if request.ids_theta != request.ids_t:
+            raise ValueError(DUAL_PROMPTS)
+        name, options = f"qstar-{next(self.names)}", self.options
+        rule = rule_text(vars(options.settings), options.force_t_first_token, options.force_t_special_tokens)
+        params = SamplingParams(
+            temperature=0.0,  # vLLM's own, whose sampler draws nothing here
+            max_tokens=request.max_new_tokens,
+            stop_token_ids=sorted(self.ending.eos_ids),
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA if options.stop else RequestOutputKind.FINAL_ONLY,
+            extra_args={"qstar_seed": request.seed, "qstar_rule": rule, "qstar_key": name},
+        )
+        self.engine.add_request(name, TokensPrompt(prompt_token_ids=request.ids_theta), params)
+        return name
+
+    def _step(self, live: dict[str, tuple[Sample, list[int]]]) -> list[str]:
+        """One step of the engine: the names of the requests that have ended."""
+        ended, stopped = [], []
+        for output in self.engine.step():
+            if output.request_id not in live:
+                continue
+            _, ids = live[output.request_id]
+            done = output.finished
+            for token in output.outputs[0].token_ids if self.options.stop and not done else ():
+                ids.append(token)
+                if self.ending.stops(ids):
+                    stopped.append(output.request_id)
+                    done = True
+                    break
+            if done:
+                ended.append(output.request_id)
+        if stopped:
+            self.engine.abort_request(stopped)
+        return ended
+
+    def _numbers(self, names: list[str]) -> dict[str, dict[int, list[list[float]]]]:
+        """Token, status and `FIELDS` of every token of these requests."""
+        if not names:
+            return {}
+        # the ranks of a group have drawn the same; ranks that hold other layers none
+        return next((found for found in self.engine.collective_rpc("pop_numbers", args=(names,)) if found), {})
+
+    def _fill(self, sample: Sample, numbers: list[list[float]]) -> None:
+        for token, status, *values in numbers:
+            if sample.add(status, values):
+                sample.token_ids.append(int(token))
+            self.ending.finish(sample)
+            if sample.finish_reason:
+                return
+        sample.error = f"vLLM ended the request after {len(numbers)} of {sample.request.max_new_tokens} tokens"
+        self.ending.finish(sample)
