@@ -160,6 +160,27 @@ def add_output(parser: Parser):
     return group
 
 
+def json_object(value: str) -> dict[str, Any]:
+    """An argparse type: a JSON object."""
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise argparse.ArgumentTypeError(f"{value!r} must be a JSON object")
+    return parsed
+
+
+def add_vllm_options(group) -> None:
+    group.add_argument(
+        "--vllm-options",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help='arguments of vLLM\'s engine, e.g. {"tensor_parallel_size": 2, "gpu_memory_utilization": 0.8}',
+    )
+
+
 def make_parser() -> Parser:
     """The command line of `qstar.generate`, in groups."""
     parser = Parser(
@@ -182,7 +203,16 @@ def make_parser() -> Parser:
     group.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="text that ends a sample; may be repeated"
     )
-    group.add_argument("--batch-size", type=COUNT, default=16, help="sequences decoded together")
+    group.add_argument(
+        "--backend",
+        default="transformers",
+        choices=["transformers", "vllm"],
+        help="what runs the models: vllm is for thousands of prompts (pip install 'qstar[vllm]')",
+    )
+    group.add_argument(
+        "--batch-size", type=COUNT, help="sequences decoded together (default: 16 with transformers, 256 with vllm)"
+    )
+    add_vllm_options(group)
     group.add_argument(
         "--speculate",
         type=lambda value: value if value == "auto" else number(int, 0, "auto or a whole number of at least 0")(value),
@@ -255,7 +285,29 @@ def prepare(argv: list[str] | None) -> Job:
         parser.error("--stop must not be empty")
     if args.draft not in ("theta", "t"):
         check_folder(parser, "draft", args.draft)
+    if args.backend == "vllm":
+        check_vllm(parser, args)
+    elif args.vllm_options:
+        parser.error("--vllm-options needs --backend vllm")
+    if args.batch_size is None:
+        args.batch_size = 16 if args.backend == "transformers" else 256
     return make_job(parser, args, lambda: open_prompts(args), args.output_format, args.save_diagnostics)
+
+
+def check_vllm(parser: Parser, args: argparse.Namespace) -> None:
+    """Refuse what an engine of vLLM does not do, and what is left to `--vllm-options`."""
+    if importlib.util.find_spec("vllm") is None:
+        parser.error("--backend vllm needs vLLM: pip install 'qstar[vllm]'")
+    only = "with --backend vllm both models see one prompt; use --backend transformers"
+    if args.t_hint_field is not None:
+        parser.error(f"--t-hint-field: {only}")
+    if args.theta_system_prompt != args.t_system_prompt:
+        parser.error(f"--theta-system-prompt and --t-system-prompt differ: {only}")
+    if args.speculate:
+        parser.error("--speculate is of --backend transformers; vllm draws without drafts")
+    for name in ("device", "device_map", "attn_implementation", "load_in_4bit"):
+        if getattr(args, name):
+            parser.error(f"--{name.replace('_', '-')} is of --backend transformers; vLLM's are in --vllm-options")
 
 
 def prepare_score(argv: list[str] | None) -> Job:
@@ -359,7 +411,7 @@ def weights_fingerprint(name: str) -> str:
 def run_settings(args: argparse.Namespace, data: PromptSource | DatasetAnswers | RunAnswers) -> dict[str, Any]:
     """Everything the output depends on, by the names of the command line."""
     # where it runs, how much at once and where it writes is no part of what it writes
-    free = {"output", "device", "device_map", "batch_size", "speculate", "draft", "clip"}
+    free = {"output", "device", "device_map", "batch_size", "backend", "vllm_options", "speculate", "draft", "clip"}
     settings = {f"--{k.replace('_', '-')}": v for k, v in vars(args).items() if k not in free}
     settings["output file"] = args.output.name
     settings["dataset content"] = data.fingerprint

@@ -43,7 +43,7 @@ class Rule:
         if "tokens" in what:
             step = qstar_stats(forced, forced, **what, method="fixed")
         else:
-            greedy = {"temperature": 0.0} if settings.temperature == 0 else {}
+            greedy = {"temperature": 0.0} if options["temperature"] == 0 else {}
             step = qstar_sample(forced, forced, **what, method="fixed", **greedy)
         stats = qstar_stats(logits_theta, logits_t, tokens=step.token, **options)
         stats.logq, stats.status = step.logq, torch.maximum(stats.status, step.status)

@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from abc import ABC, abstractmethod
+from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -213,7 +214,27 @@ def blocks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield block
 
 
-def run_command(command: str, job: Job, make_run: Callable[[Job, Pair, Console], Run], draft: str = "theta") -> int:
+def load_pair(args: Namespace, draft: str = "theta") -> Pair:
+    """The pair that a command line names, loaded by transformers."""
+    return Pair.from_pretrained(
+        args.model_theta,
+        args.model_t,
+        draft=draft,
+        dtype=args.dtype,
+        device=args.device,
+        device_map=args.device_map,
+        attn_implementation=args.attn_implementation,
+        load_in_4bit=args.load_in_4bit,
+        trust_remote_code=args.trust_remote_code,
+    )
+
+
+def run_command(
+    command: str,
+    job: Job,
+    make_run: Callable[[Job, Pair, Console], Run],
+    load: Callable[[Namespace], Pair] = load_pair,
+) -> int:
     """Load the pair and run; 0 if every sample is on disk, 1 with one line on stderr if something failed."""
 
     def failed(message: str) -> int:
@@ -225,18 +246,7 @@ def run_command(command: str, job: Job, make_run: Callable[[Job, Pair, Console],
         with job.output:
             console.print(f"prompts: {job.prompts.description}", markup=False, highlight=False)
             logging.disable_progress_bar()
-            pair = Pair.from_pretrained(
-                args.model_theta,
-                args.model_t,
-                draft=draft,
-                dtype=args.dtype,
-                device=args.device,
-                device_map=args.device_map,
-                attn_implementation=args.attn_implementation,
-                load_in_4bit=args.load_in_4bit,
-                trust_remote_code=args.trust_remote_code,
-            )
-            make_run(job, pair, console).run()
+            make_run(job, load(args), console).run()
             return 1 if job.output.errors else 0
     except torch.OutOfMemoryError:
         return failed("out of memory; start again with a smaller --batch-size, what is on disk is kept")

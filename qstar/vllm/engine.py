@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from qstar.vllm.params import rule_text
 
 DUAL_PROMPTS = "with --backend vllm both models see one prompt; use --backend transformers for prompts that differ"
 
-# vLLM reads these when it is imported. The V2 runner has hooks of its own, which were never run with a pair.
+CPU_CACHE_BYTES = 2 << 30  # for both KV caches: on a CPU vLLM's own default is nearly all of the memory
+
+# What vLLM reads from its environment. Its V2 model runner has no place for a sampler that was ever run with a pair.
 os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 
@@ -33,10 +36,8 @@ def description(name: str | Path, trust_remote_code: bool):
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    try:
+    with suppress(OSError):  # then it is made from the config, as transformers does
         model.generation_config = GenerationConfig.from_pretrained(name)
-    except OSError:
-        pass  # made from the config, as transformers does
     return model, AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
@@ -82,7 +83,9 @@ class EnginePair(Pair):
         from vllm.v1.engine.llm_engine import LLMEngine
 
         register()
-        own = {"skip_tokenizer_init": True, "disable_log_stats": True}
+        # in this process: it starts sooner, dies with the command, and what goes wrong can be said
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        own = {"skip_tokenizer_init": True, "disable_log_stats": True, "use_tqdm_on_load": False}
         try:
             self.engine = LLMEngine.from_engine_args(EngineArgs(**own | self.engine_options))
         except (TypeError, RuntimeError, AssertionError) as error:
@@ -98,18 +101,19 @@ def engine_options(pair: Pair, dtype: str = "auto") -> dict[str, Any]:
     """Arguments of `vllm.EngineArgs` that make its model the pair."""
     from vllm.platforms import current_platform
 
+    on_cpu = current_platform.is_cpu()
     eos_ids, special_ids = sorted(pair.eos_ids), sorted(pair.special_ids)
     theta, t = pair.names
     told = {"model_t": t, "vocab_size": pair.vocab_size, "eos_ids": eos_ids, "special_ids": special_ids}
     return {
         "model": theta,
-        "dtype": "float32" if dtype == "auto" and current_platform.is_cpu() else dtype,
+        "dtype": "float32" if dtype == "auto" and on_cpu else dtype,
         "max_model_len": pair.context,
         "hf_overrides": {"architectures": [ARCHITECTURE], "vocab_size": pair.vocab_size, "qstar": told},
         "worker_cls": "qstar.vllm.worker.PairWorker",
         "logits_processors": ["qstar.vllm.params:PairParams"],
         "generation_config": "vllm",
-    }
+    } | ({"kv_cache_memory_bytes": CPU_CACHE_BYTES} if on_cpu else {})
 
 
 class EngineDecoder:

@@ -37,9 +37,7 @@ class QStarPairForCausalLM(nn.Module):
         for name, folder in zip(SIDES, (model.model, pair["model_t"]), strict=True):
             config = get_config(folder, model.trust_remote_code)
             with set_model_tag(name):
-                sub_model = init_vllm_registered_model(
-                    vllm_config, hf_config=config, prefix=maybe_prefix(prefix, name)
-                )
+                sub_model = init_vllm_registered_model(vllm_config, hf_config=config, prefix=maybe_prefix(prefix, name))
             setattr(self, name, sub_model)
         self.width_theta = self.theta.config.get_text_config().hidden_size
 
