@@ -91,6 +91,15 @@ class EnginePair(Pair):
         except (TypeError, RuntimeError, AssertionError) as error:
             raise ValueError(f"vLLM does not start: {error}") from error
 
+    def stop(self) -> None:
+        """Give the engine's memory back; another one can then be started in this process."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        if self.engine is not None:
+            self.engine.engine_core.shutdown()
+            self.engine = None
+            cleanup_dist_env_and_memory()
+
     def decoder(self, options: DecodeOptions) -> "EngineDecoder":
         if self.engine is None:
             self.start()
@@ -113,7 +122,7 @@ def engine_options(pair: Pair, dtype: str = "auto") -> dict[str, Any]:
         "worker_cls": "qstar.vllm.worker.PairWorker",
         "logits_processors": ["qstar.vllm.params:PairParams"],
         "generation_config": "vllm",
-    } | ({"kv_cache_memory_bytes": CPU_CACHE_BYTES} if on_cpu else {})
+    } | ({"kv_cache_memory_bytes": CPU_CACHE_BYTES, "enforce_eager": True} if on_cpu else {})
 
 
 class EngineDecoder:

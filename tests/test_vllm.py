@@ -1,0 +1,336 @@
+"""The vLLM backend against the transformers backend: tokens, numbers, draws, the command line."""
+
+import json
+import os
+import random
+
+import pytest
+import torch
+
+pytest.importorskip(
+    "vllm", reason="vLLM is not installed (pip install 'qstar[vllm]'); .ci/run tests it in its own environment"
+)
+
+from runs import lines, write_lines
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
+from vllm.v1.core.sched.scheduler import Scheduler
+
+import qstar.vllm.engine
+from qstar import Pair
+from qstar.decode import FIELDS, DecodeOptions, Request
+from qstar.demo import PROMPTS, THETA, T
+from qstar.generate import main
+from qstar.pair import sample_seed
+from qstar.vllm.engine import EnginePair
+from qstar_kernels import METHODS, qstar_logprobs
+from qstar_kernels.types import Settings
+
+SEED = int(os.environ.get("QSTAR_TEST_SEED", "0"))
+QUESTIONS = [json.loads(line)["question"] for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
+SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
+SMALL |= {"num_key_value_heads": 1, "head_dim": 32}
+LARGE = {"num_hidden_layers": 3, "hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4}
+LARGE |= {"num_key_value_heads": 2, "head_dim": 64}
+PAIRS = {
+    "other depth, width and head_dim": ((LlamaConfig, SMALL, 2048), (LlamaConfig, LARGE, 2048)),
+    "Llama and Qwen2": ((LlamaConfig, SMALL, 2048), (Qwen2Config, SMALL | {"num_hidden_layers": 4}, 2048)),
+    "vocabularies padded differently": ((LlamaConfig, LARGE, 2112), (LlamaConfig, SMALL, 2304)),
+}
+
+
+def write_model(folder, config_class, sizes, vocab_size, seed):
+    """A random model with the demo pair's tokenizer, sharp enough that greedy tokens do not hang on rounding."""
+    torch.manual_seed(seed)
+    config = config_class(
+        **sizes, vocab_size=vocab_size, initializer_range=0.2, max_position_embeddings=512, eos_token_id=0, bos_token_id=0,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    # the class that is taken for Qwen2 would add an unknown token of its own
+    AutoTokenizer.from_pretrained(THETA, unk_token="<|end|>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def started():
+    """Starts engines, one at a time, and stops the last."""
+    running = []
+
+    def start(theta, t, **options) -> EnginePair:
+        while running:
+            running.pop().stop()
+        running.append(EnginePair(theta, t, options={"kv_cache_memory_bytes": 256 << 20} | options))
+        running[0].start()
+        return running[0]
+
+    yield start
+    while running:
+        running.pop().stop()
+
+
+def requests(count: int, new_tokens: int, seed: int = SEED) -> list[Request]:
+    """Prompts of the most various lengths, some with a long common start."""
+    rng = random.Random(seed)
+    print(f"seed {seed}")
+    start = [rng.randrange(1, 2048) for _ in range(150)]
+    made = []
+    for i in range(count):
+        own = [rng.randrange(1, 2048) for _ in range(rng.choice((1, 2, 7, 31, 90)))]
+        made.append(Request(i, start + own if i % 2 else own, [], rng.getrandbits(63), new_tokens))
+    return [Request(r.key, r.ids_theta, r.ids_theta, r.seed, r.max_new_tokens) for r in made]
+
+
+def draw(pair: Pair, todo: list[Request], batch_size: int = 64, **options) -> dict:
+    """Finished samples by key."""
+    decoding = {k: options.pop(k) for k in ("stop", "force_t_first_token", "force_t_special_tokens") if k in options}
+    decoder = pair.decoder(DecodeOptions(Settings(**options), batch_size, **decoding))
+    return {sample.request.key: sample for sample in decoder.run(todo)}
+
+
+def check_equal(got: dict, expected: dict) -> None:
+    """Tokens, text, end and all numbers of the samples."""
+    assert got.keys() == expected.keys()
+    for key, sample in got.items():
+        other = expected[key]
+        assert (sample.token_ids, sample.text, sample.error) == (other.token_ids, other.text, other.error)
+        assert (sample.finish_reason, sample.status) == (other.finish_reason, other.status)
+        for name in FIELDS:
+            torch.testing.assert_close(
+                torch.tensor(sample.fields[name]), torch.tensor(other.fields[name]), rtol=1e-4, atol=1e-4
+            )
+
+
+def check_greedy_and_drawn(engine: Pair, reference: Pair) -> None:
+    todo = requests(10, 12)
+    for temperature in (0.0, 1.0):
+        check_equal(draw(engine, todo, temperature=temperature), draw(reference, todo, temperature=temperature))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs_of_unlike_models(tmp_path, started, name):
+    folders = [write_model(tmp_path / str(i), *what, seed=i) for i, what in enumerate(PAIRS[name])]
+    check_greedy_and_drawn(started(*folders), Pair.from_pretrained(*folders, device="cpu"))
+
+
+class Counter:
+    """How often a method of vLLM's was called."""
+
+    def __init__(self, monkeypatch, owner: type, name: str):
+        self.calls, method = 0, getattr(owner, name)
+
+        def counted(*args, **kwargs):
+            self.calls += 1
+            return method(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+
+
+def test_chunked_prefill_and_prefix_cache(tmp_path, started, demo_pair):
+    """Prompts longer than a step's tokens, a common start of many, and everything a second time."""
+    engine = started(THETA, T, max_num_batched_tokens=64, max_num_seqs=32)
+    todo, cached = requests(16, 12), []
+    expected = draw(demo_pair, todo)
+    step = engine.engine.step
+    engine.engine.step = lambda: [cached.append(o.num_cached_tokens) or o for o in step()]
+    for _ in range(2):
+        check_equal(draw(engine, todo), expected)
+    assert max(len(r.ids_theta) for r in todo) > 2 * 64
+    assert sum(n > 100 for n in cached) > len(todo) // 2
+
+
+def test_preemption_under_a_small_cache(started, demo_pair, monkeypatch):
+    preempted = Counter(monkeypatch, Scheduler, "_preempt_request")
+    engine = started(THETA, T, num_gpu_blocks_override=8, block_size=32, max_model_len=256, enable_prefix_caching=False)
+    todo = [Request(i, r.ids_theta[:20], r.ids_theta[:20], r.seed, 60) for i, r in enumerate(requests(12, 60))]
+    check_equal(draw(engine, todo), draw(demo_pair, todo))
+    print(f"{preempted.calls} preemptions")
+    assert preempted.calls > 0
+
+
+@pytest.fixture(scope="module")
+def demo_engine():
+    pair = EnginePair(THETA, T, max_num_seqs=256, options={"kv_cache_memory_bytes": 256 << 20})
+    pair.start()
+    yield pair
+    pair.stop()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_rule_for_alpha(demo_engine, demo_pair, method):
+    todo = requests(8, 12)
+    for temperature in (0.0, 0.8):
+        settings = {"method": method, "alpha": 0.3, "temperature": temperature}
+        check_equal(draw(demo_engine, todo, **settings), draw(demo_pair, todo, **settings))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_k": 5, "temperature": 0.0},
+        {"top_p": 0.8, "min_p": 0.05, "temperature": 1.3},
+        {"target_top_k": 20, "target_top_p": 0.9},
+        {"alpha_min": 0.6, "alpha_max": 0.7},
+        {"force_t_first_token": True},
+        {"force_t_special_tokens": True},
+        {"stop": ("####", " how", "e")},
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_every_other_option(demo_engine, demo_pair, options):
+    prompts = [[{"role": "user", "content": question}] for question in QUESTIONS[:8]]
+    ids = [demo_pair.tokenizer_theta.apply_chat_template(p, add_generation_prompt=True)["input_ids"] for p in prompts]
+    todo = [Request(i, x, x, sample_seed(SEED, i, 0), 24) for i, x in enumerate(ids)]
+    got, expected = draw(demo_engine, todo, **options), draw(demo_pair, todo, **options)
+    check_equal(got, expected)
+    if "stop" in options:
+        assert {"stop"} <= {sample.finish_reason for sample in got.values()}
+        assert not any("####" in sample.text for sample in got.values())
+
+
+def test_a_sample_does_not_depend_on_its_neighbours(demo_engine):
+    todo = requests(40, 16)
+    crowd = draw(demo_engine, todo)
+    for request in todo[:4]:
+        check_equal(draw(demo_engine, [request], batch_size=1), {request.key: crowd[request.key]})
+    mixed = draw(demo_engine, random.Random(SEED).sample(todo, 30), batch_size=7, temperature=1.0)
+    check_equal(mixed, {key: crowd[key] for key in mixed})
+
+
+def test_distribution_of_a_token(demo_engine, demo_pair):
+    """χ² of 20,000 first tokens against q* of the models' own logits; false alarms: 1 in 10,000."""
+    from scipy.stats import chisquare
+
+    prompt, count, rng = requests(2, 1)[1].ids_theta, 20_000, random.Random(SEED)
+    with torch.inference_mode():
+        logits = [m(torch.tensor([prompt])).logits[:, -1] for m in (demo_pair.theta, demo_pair.t)]
+    expected = qstar_logprobs(*(x.double() for x in logits))[0][0].exp() * count
+    todo = [Request(i, prompt, prompt, rng.getrandbits(63), 1) for i in range(count)]
+    found = draw(demo_engine, todo, batch_size=2048)
+    tokens = torch.tensor([sample.token_ids[0] for sample in found.values()])
+    seen = torch.bincount(tokens, minlength=len(expected)).double()
+    often = expected >= 10
+    seen, expected = (torch.cat([x[often], x[~often].sum()[None]]) for x in (seen, expected))
+    p = chisquare(seen.numpy(), expected.numpy()).pvalue
+    print(f"{len(seen)} classes, p = {p:.4f}")
+    assert len(seen) > 20
+    assert p > 1e-4
+
+
+def test_a_model_that_gives_nan_fails_its_own_samples_only(tmp_path, started):
+    """Rows without a distribution end at once and say why; the others go on."""
+    folders = [write_model(tmp_path / str(i), LlamaConfig, SMALL, 2048, seed=i) for i in range(2)]
+    broken = AutoModelForCausalLM.from_pretrained(folders[1])
+    broken.model.embed_tokens.weight.data[7] = torch.nan
+    broken.save_pretrained(folders[1])
+    good, bad = [5, 6, 8], [5, 7, 8]
+    todo = [Request(i, ids, ids, i, 6) for i, ids in enumerate((good, bad, good))]
+    got = draw(started(*folders, enable_prefix_caching=False), todo)
+    expected = draw(Pair.from_pretrained(*folders, device="cpu"), todo, batch_size=1)
+    check_equal({i: got[i] for i in (0, 2)}, {i: expected[i] for i in (0, 2)})
+    assert got[1].error == expected[1].error
+    assert "has no distribution: nan" in got[1].error
+
+
+class TestCommand:
+    """`python -m qstar.generate --backend vllm`, with one engine for all of it."""
+
+    @pytest.fixture(autouse=True)
+    def _one_engine(self, demo_engine, monkeypatch, tmp_path):
+        monkeypatch.setattr(qstar.vllm.engine, "EnginePair", lambda *args, **options: demo_engine)
+        monkeypatch.chdir(tmp_path)
+
+    @staticmethod
+    def run(*argv: str, backend: str = "vllm") -> int:
+        return main(["--backend", backend, "--max-new-tokens", "24", "--save-diagnostics", *argv])
+
+    @pytest.mark.parametrize("output_format", ["jsonl", "openai-batch", "verl"])
+    def test_writes_what_the_other_backend_writes(self, tmp_path, output_format):
+        argv = ["--num-samples", "12", "--samples-per-prompt", "2", "--output-format", output_format]
+        for backend in ("vllm", "transformers"):
+            assert self.run("--output", f"{backend}/x", *argv, backend=backend) == 0
+        journal = "x.journal.jsonl" if output_format == "verl" else "x"
+        for name in (journal, "x.diagnostics.jsonl"):
+            ours, others = (lines(tmp_path / backend / name) for backend in ("vllm", "transformers"))
+            assert len(ours) == len(others) == 24
+            for our, other in zip(ours, others, strict=True):
+                assert our == approximately(other)
+
+    def test_resume_and_later_turns(self, tmp_path):
+        data = [{"turns": ["Hi.", "And now?"]}, {"prompt": 1}, *({"turns": [q, "Why?"]} for q in QUESTIONS[:8])]
+        write_lines(tmp_path / "turns.jsonl", data)
+        argv = ["--dataset", "turns.jsonl", "--batch-size", "2", "--output", "x.jsonl"]
+        assert self.run(*argv) == 1  # the row without turns fails, the others do not
+        whole = [(tmp_path / name).read_bytes() for name in ("x.jsonl", "x.diagnostics.jsonl")]
+        assert [line["prompt_index"] for line in lines(tmp_path / "x.errors.jsonl")] == [1]
+        (tmp_path / "x.jsonl").write_bytes(whole[0][: len(whole[0]) // 2])
+        assert self.run(*argv) == 1
+        assert (tmp_path / "x.jsonl").read_bytes() == whole[0]
+        assert json.loads(whole[0].splitlines()[0])["messages"][2]["content"] == "And now?"
+
+    @pytest.mark.parametrize(
+        ("argv", "said"),
+        [
+            (["--speculate", "4"], "--speculate is of --backend transformers"),
+            (["--t-hint-field", "solution"], "use --backend transformers"),
+            (["--t-system-prompt", "Be exact."], "use --backend transformers"),
+            (["--device-map", "auto"], "--device-map is of --backend transformers"),
+            (["--load-in-4bit"], "--load-in-4bit is of --backend transformers"),
+            (["--vllm-options", "[1]"], "must be a JSON object"),
+        ],
+    )
+    def test_refuses_in_one_line(self, argv, said, capsys):
+        with pytest.raises(SystemExit) as stopped:
+            self.run(*argv)
+        assert stopped.value.code == 2
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.count("\n") == 1
+
+    def test_refuses_prompts_that_differ(self, capsys, tmp_path):
+        (tmp_path / "other.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+        assert self.run("--t-chat-template", "other.jinja", "--output", "x.jsonl") == 1
+        error = capsys.readouterr().err
+        assert "use --backend transformers for prompts that differ" in error
+        assert error.count("\n") == 1
+
+
+def approximately(value):
+    """The value with its floats within 1e-4."""
+    if isinstance(value, dict):
+        return {key: approximately(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [approximately(v) for v in value]
+    return pytest.approx(value, rel=1e-4, abs=1e-4) if isinstance(value, float) else value
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"no_such_option": 1}, "no_such_option"),
+        ({"worker_cls": "auto"}, "worker_cls"),
+        ({"max_model_len": 100_000}, "max_model_len"),
+    ],
+)
+def test_what_vllm_refuses_is_said_in_one_line(options, said):
+    pair = EnginePair(THETA, T, options=options)
+    with pytest.raises(ValueError, match=said):
+        pair.start()
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"logit_bias": {3: 1.0}}, "logit_bias"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs"),
+        ({"extra_args": {"qstar_rule": '{"settings": {"method": "best"}}'}}, "method is 'best'"),
+        ({"extra_args": {"qstar_rule": "{}"}}, "qstar_rule"),
+    ],
+)
+def test_requests_that_would_be_misunderstood_are_refused(demo_engine, params, said):
+    from vllm import SamplingParams, TokensPrompt
+
+    with pytest.raises(ValueError, match=said):
+        demo_engine.engine.add_request(
+            "x", TokensPrompt(prompt_token_ids=[5]), SamplingParams(detokenize=False, **params)
+        )
