@@ -13,6 +13,8 @@ pytest.importorskip(
 
 from runs import lines, write_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
+from vllm import SamplingParams, TokensPrompt
+from vllm.exceptions import VLLMValidationError
 from vllm.v1.core.sched.scheduler import Scheduler
 
 import qstar.vllm.engine
@@ -42,8 +44,8 @@ def write_model(folder, config_class, sizes, vocab_size, seed):
     """A random model with the demo pair's tokenizer, sharp enough that greedy tokens do not hang on rounding."""
     torch.manual_seed(seed)
     config = config_class(
-        **sizes, vocab_size=vocab_size, initializer_range=0.2, max_position_embeddings=512, eos_token_id=0, bos_token_id=0,
-        tie_word_embeddings=False,
+        **sizes, vocab_size=vocab_size, initializer_range=0.2, max_position_embeddings=512, eos_token_id=0,
+        bos_token_id=0, tie_word_embeddings=False,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     # the class that is taken for Qwen2 would add an unknown token of its own
@@ -51,21 +53,31 @@ def write_model(folder, config_class, sizes, vocab_size, seed):
     return folder
 
 
-@pytest.fixture
-def started():
-    """Starts engines, one at a time, and stops the last."""
-    running = []
+@pytest.fixture(scope="module")
+def engines():
+    """Starts engines, one at a time: another is stopped first, the same one again goes on."""
+    running: dict[str, EnginePair] = {}
+
+    def stop() -> None:
+        for pair in running.values():
+            pair.stop()
+        running.clear()
 
     def start(theta, t, **options) -> EnginePair:
-        while running:
-            running.pop().stop()
-        running.append(EnginePair(theta, t, options={"kv_cache_memory_bytes": 256 << 20} | options))
-        running[0].start()
-        return running[0]
+        what = repr((theta, t, options))
+        if what not in running:
+            stop()
+            running[what] = EnginePair(theta, t, options={"kv_cache_memory_bytes": 256 << 20} | options)
+            running[what].start()
+        return running[what]
 
     yield start
-    while running:
-        running.pop().stop()
+    stop()
+
+
+@pytest.fixture
+def demo_engine(engines):
+    return engines(THETA, T)
 
 
 def requests(count: int, new_tokens: int, seed: int = SEED) -> list[Request]:
@@ -107,9 +119,9 @@ def check_greedy_and_drawn(engine: Pair, reference: Pair) -> None:
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_pairs_of_unlike_models(tmp_path, started, name):
+def test_pairs_of_unlike_models(tmp_path, engines, name):
     folders = [write_model(tmp_path / str(i), *what, seed=i) for i, what in enumerate(PAIRS[name])]
-    check_greedy_and_drawn(started(*folders), Pair.from_pretrained(*folders, device="cpu"))
+    check_greedy_and_drawn(engines(*folders), Pair.from_pretrained(*folders, device="cpu"))
 
 
 class Counter:
@@ -125,9 +137,9 @@ class Counter:
         monkeypatch.setattr(owner, name, counted)
 
 
-def test_chunked_prefill_and_prefix_cache(tmp_path, started, demo_pair):
+def test_chunked_prefill_and_prefix_cache(tmp_path, engines, demo_pair):
     """Prompts longer than a step's tokens, a common start of many, and everything a second time."""
-    engine = started(THETA, T, max_num_batched_tokens=64, max_num_seqs=32)
+    engine = engines(THETA, T, max_num_batched_tokens=64, max_num_seqs=32)
     todo, cached = requests(16, 12), []
     expected = draw(demo_pair, todo)
     step = engine.engine.step
@@ -138,21 +150,15 @@ def test_chunked_prefill_and_prefix_cache(tmp_path, started, demo_pair):
     assert sum(n > 100 for n in cached) > len(todo) // 2
 
 
-def test_preemption_under_a_small_cache(started, demo_pair, monkeypatch):
+def test_preemption_under_a_small_cache(tmp_path, engines, monkeypatch):
+    """Eleven blocks of 32 tokens for twelve sequences of three blocks each."""
     preempted = Counter(monkeypatch, Scheduler, "_preempt_request")
-    engine = started(THETA, T, num_gpu_blocks_override=8, block_size=32, max_model_len=256, enable_prefix_caching=False)
-    todo = [Request(i, r.ids_theta[:20], r.ids_theta[:20], r.seed, 60) for i, r in enumerate(requests(12, 60))]
-    check_equal(draw(engine, todo), draw(demo_pair, todo))
+    folders = [write_model(tmp_path / str(i), LlamaConfig, SMALL, 2048, seed=i) for i in range(2)]
+    engine = engines(*folders, num_gpu_blocks_override=12, block_size=32, max_model_len=256)
+    todo = [Request(i, [i + 1] * 20, [i + 1] * 20, i, 60) for i in range(12)]
+    check_equal(draw(engine, todo), draw(Pair.from_pretrained(*folders, device="cpu"), todo))
     print(f"{preempted.calls} preemptions")
     assert preempted.calls > 0
-
-
-@pytest.fixture(scope="module")
-def demo_engine():
-    pair = EnginePair(THETA, T, max_num_seqs=256, options={"kv_cache_memory_bytes": 256 << 20})
-    pair.start()
-    yield pair
-    pair.stop()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -216,7 +222,7 @@ def test_distribution_of_a_token(demo_engine, demo_pair):
     assert p > 1e-4
 
 
-def test_a_model_that_gives_nan_fails_its_own_samples_only(tmp_path, started):
+def test_a_model_that_gives_nan_fails_its_own_samples_only(tmp_path, engines):
     """Rows without a distribution end at once and say why; the others go on."""
     folders = [write_model(tmp_path / str(i), LlamaConfig, SMALL, 2048, seed=i) for i in range(2)]
     broken = AutoModelForCausalLM.from_pretrained(folders[1])
@@ -224,7 +230,7 @@ def test_a_model_that_gives_nan_fails_its_own_samples_only(tmp_path, started):
     broken.save_pretrained(folders[1])
     good, bad = [5, 6, 8], [5, 7, 8]
     todo = [Request(i, ids, ids, i, 6) for i, ids in enumerate((good, bad, good))]
-    got = draw(started(*folders, enable_prefix_caching=False), todo)
+    got = draw(engines(*folders, enable_prefix_caching=False), todo)
     expected = draw(Pair.from_pretrained(*folders, device="cpu"), todo, batch_size=1)
     check_equal({i: got[i] for i in (0, 2)}, {i: expected[i] for i in (0, 2)})
     assert got[1].error == expected[1].error
@@ -328,9 +334,6 @@ def test_what_vllm_refuses_is_said_in_one_line(options, said):
     ],
 )
 def test_requests_that_would_be_misunderstood_are_refused(demo_engine, params, said):
-    from vllm import SamplingParams, TokensPrompt
-
-    with pytest.raises(ValueError, match=said):
-        demo_engine.engine.add_request(
-            "x", TokensPrompt(prompt_token_ids=[5]), SamplingParams(detokenize=False, **params)
-        )
+    params = SamplingParams(detokenize=False, **params)
+    with pytest.raises(VLLMValidationError, match=said):
+        demo_engine.engine.add_request("x", TokensPrompt(prompt_token_ids=[5]), params)

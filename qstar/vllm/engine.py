@@ -148,6 +148,7 @@ class EngineDecoder:
             ValueError: a request has two prompts.
             OutputError: the engine died.
         """
+        from vllm.exceptions import VLLMValidationError
         from vllm.v1.engine.exceptions import EngineDeadError
 
         source, live = iter(requests), {}
@@ -155,11 +156,11 @@ class EngineDecoder:
             while True:
                 for request in islice(source, 2 * self.options.batch_size - len(live)):
                     sample = Sample(request)
+                    if request.ids_theta != request.ids_t:
+                        raise ValueError(DUAL_PROMPTS)
                     try:
                         live[self._add(request)] = sample, []
-                    except ValueError as error:
-                        if request.ids_theta != request.ids_t:
-                            raise
+                    except (ValueError, VLLMValidationError) as error:
                         sample.error = str(error)
                         self.ending.finish(sample)
                         yield sample
@@ -182,8 +183,6 @@ class EngineDecoder:
         from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
-        if request.ids_theta != request.ids_t:
-            raise ValueError(DUAL_PROMPTS)
         name, options = f"qstar-{next(self.names)}", self.options
         rule = rule_text(vars(options.settings), options.force_t_first_token, options.force_t_special_tokens)
         params = SamplingParams(
