@@ -38,8 +38,15 @@ setup(
     ],
     extras_require={
         "4bit": ["bitsandbytes>=0.45"],
-        "dev": ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8", "scipy>=1.11", "ruff>=0.9"],
+        "report": ["matplotlib>=3.8"],
+        "dev": ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8", "scipy>=1.11", "trl>=1.16", "ruff>=0.9"],
         "demo-training": ["chatterbot-corpus>=1.2", "pyyaml>=6"],
     },
-    entry_points={"console_scripts": ["qstar-generate=qstar.generate:main"]},
+    entry_points={
+        "console_scripts": [
+            "qstar-generate=qstar.generate:main",
+            "qstar-score=qstar.score:main",
+            "qstar-analyze=qstar.analyze:main",
+        ]
+    },
 )

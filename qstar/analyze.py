@@ -200,8 +200,8 @@ def show(results: list[dict[str, Any]], console: Console) -> None:
             console.print(warning, markup=False, highlight=False)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Print the analysis; 0, or 1 with one line on stderr if a file cannot be read."""
+def make_parser() -> Parser:
+    """The command line."""
     parser = Parser(
         prog="python -m qstar.analyze",
         description="What the numbers of generated or scored samples say: statistics, verdicts and warnings.",
@@ -210,7 +210,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("files", nargs="+", metavar="FILE", help="x.jsonl that was written with its diagnostics")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw the plots there, as PNG")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the analysis; 0, or 1 with one line on stderr if a file cannot be read."""
+    args = make_parser().parse_args(argv)
     try:
         numbers = [read_numbers(path) for path in args.files]
         results = [analysis(n) for n in numbers]
