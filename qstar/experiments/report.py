@@ -1,0 +1,2 @@
+def write(name, found, folder):
+    pass

@@ -1,0 +1,278 @@
+"""Training π_θ on samples with trl, and what comes of it.
+
+The objective is maximum likelihood of the drawn tokens, each weighted by w: −Σ w log π_θ'(token) / number of tokens. With
+w = 1 it is plain fine-tuning, which moves π_θ' towards the rule that drew. With w = π_t/q of the token it is, on average
+over the draws, the gradient of the forward KL(π_t‖π_θ') on the prefixes that the rule visits.
+"""
+
+import copy
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback, TrainerCallback
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from qstar import Pair
+from qstar.decode import DecodeOptions, Sample
+from qstar.experiments.data import RULES, answers, held_out, right
+from qstar.forced import Scorer
+from qstar.weights import effective_sample_size, log_weights, weights
+from qstar_kernels.types import Settings
+
+BATCH_SIZE = 16  # answers in a step
+LEARNING_RATE, DPO_LEARNING_RATE = 1e-4, 3e-5  # the best of three each on the demo pair, of π_t's answers and of pairs
+CLIP = 10.0
+GRADIENT_BATCHES = 12  # batches whose gradients are compared
+
+
+class WeightedTrainer(SFTTrainer):
+    """trl's SFTTrainer on tokenised answers with a weight for every token of them."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        ids, token_weights = inputs["input_ids"], inputs["weights"][:, 1:]
+        first = int(inputs["answered"].nonzero()[:, 1].min()) - 1  # logits of the prompts are not needed
+        keep = torch.arange(first, ids.shape[1] - 1, device=ids.device)
+        outputs = model(input_ids=ids, attention_mask=inputs["attention_mask"], logits_to_keep=keep, use_cache=False)
+        logp = outputs.logits.float().log_softmax(-1).gather(-1, ids[:, keep + 1, None])[..., 0]
+        loss = -(token_weights[:, keep] * logp).sum() / inputs["answered"].sum()
+        return (loss, outputs) if return_outputs else loss
+
+
+def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """Prompts and answers padded on the right: [B, L] each."""
+    batch = {"input_ids": [], "attention_mask": [], "answered": [], "weights": []}
+    for row in rows:
+        prompt, answer = row["prompt_ids"], row["answer_ids"]
+        batch["input_ids"].append(torch.tensor(prompt + answer))
+        batch["attention_mask"].append(torch.ones(len(prompt) + len(answer), dtype=torch.int64))
+        batch["answered"].append(torch.tensor([False] * len(prompt) + [True] * len(answer)))
+        batch["weights"].append(torch.tensor([0.0] * len(prompt) + row["weights"]))
+    return {name: torch.nn.utils.rnn.pad_sequence(values, batch_first=True) for name, values in batch.items()}
+
+
+def token_log_weights(samples: list[Sample]) -> list[torch.Tensor]:
+    """log π_t/q of the tokens of each sample, by what was written when they were drawn."""
+    return [
+        log_weights(torch.tensor(s.fields["logp_t"])[None], torch.tensor(s.fields["logq"])[None], level="token")[0]
+        for s in samples
+    ]
+
+
+def token_weights(samples: list[Sample], weighting: str) -> list[list[float]]:
+    """A weight for every token of every sample.
+
+    Args:
+        weighting: `none`: 1; `raw`: π_t/q of the token; `clipped`: at most 10; `normalised`: 1 on average over all
+            tokens; `answers`: π_t/q of the whole answer for each of its tokens, at most 10.
+    """
+    log_w = token_log_weights(samples)
+    lengths = [len(x) for x in log_w]
+    if weighting == "answers":
+        return [[float(weights(x.sum(), high=CLIP))] * len(x) for x in log_w]
+    flat = torch.cat(log_w)
+    if weighting == "none":
+        flat = torch.ones_like(flat)
+    else:
+        flat = weights(flat, high=CLIP if weighting == "clipped" else torch.inf, normalise=weighting == "normalised")
+    return [x.tolist() for x in flat.split(lengths)]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Held-out measures against π_t of a pair, the same texts and noise for every trained policy.
+
+    Args:
+        pair: π_θ before training and π_t.
+        problems: number of held-out problems.
+    """
+
+    pair: Pair
+    problems: int
+    texts: list[Sample]
+
+    @classmethod
+    def on(cls, pair: Pair, problems: int) -> "Measure":
+        """With one text drawn from π_t for each problem."""
+        questions = [p.question for p in held_out(problems)]
+        return cls(pair, problems, answers(pair, questions, 0, RULES["off-policy"]))
+
+    def beside_t(self, theta) -> Pair:
+        return Pair(theta, self.pair.t, self.pair.tokenizer_theta, self.pair.tokenizer_t)
+
+    def kl(self, theta) -> float:
+        """KL(π_t‖π_θ') in nats a token, over the whole vocabulary at every token of the held-out texts of π_t."""
+        options = DecodeOptions(Settings(method="fixed", alpha=0.0), batch_size=self.problems)
+        scored = Scorer(self.beside_t(theta).decoder(options)).run(
+            Sample(s.request, list(s.token_ids)) for s in self.texts
+        )
+        return float(np.mean(np.concatenate([s.fields["kl_theta"] for s in scored])))
+
+    def all(self, theta) -> dict[str, float]:
+        """`kl`; `reverse_kl`, KL(π_θ'‖π_t) a token on π_θ'’s own texts; the shares of right answers, drawn and greedy."""
+        pair, problems = self.beside_t(theta), held_out(self.problems)
+        questions = [p.question for p in problems]
+        drawn = answers(pair, questions, 0, RULES["on-policy"])
+        greedy = answers(self.beside_itself(theta), questions, 0, RULES["on-policy"] | {"temperature": 0.0})
+        return {
+            "kl": self.kl(theta),
+            "reverse_kl": float(np.mean(np.concatenate([s.fields["kl_t"] for s in drawn]))),
+            "sampled_accuracy": float(np.mean([right(s.text, p) for s, p in zip(drawn, problems, strict=True)])),
+            "greedy_accuracy": float(np.mean([right(s.text, p) for s, p in zip(greedy, problems, strict=True)])),
+        }
+
+    def beside_itself(self, theta) -> Pair:
+        return Pair(theta, theta, self.pair.tokenizer_theta, self.pair.tokenizer_theta)
+
+
+class At(TrainerCallback):
+    """Calls a function with the model after the given steps, and keeps what it returns."""
+
+    def __init__(self, steps: set[int], function: Callable):
+        self.steps, self.function, self.found = steps, function, {}
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step in self.steps:
+            model.eval()
+            self.found[state.global_step] = self.function(model)
+            model.train()
+
+
+def rows_of(samples: list[Sample], weighting: str) -> list[dict]:
+    """What `sft` trains on."""
+    return [
+        {"prompt_ids": s.request.ids_theta, "answer_ids": s.token_ids, "weights": w}
+        for s, w in zip(samples, token_weights(samples, weighting), strict=True)
+    ]
+
+
+def sft(tokenizer, rows: list[dict], seed: int, learning_rate: float = LEARNING_RATE) -> Callable:
+    """Makes a trainer of a model on weighted answers, given the model and a folder."""
+    return lambda model, folder: WeightedTrainer(
+        model,
+        args=SFTConfig(
+            folder,
+            **trainer_options(seed, learning_rate),
+            dataset_kwargs={"skip_prepare_dataset": True},
+            remove_unused_columns=False,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        data_collator=collate,
+        processing_class=tokenizer,
+    )
+
+
+def dpo(tokenizer, pairs: list[dict], seed: int) -> Callable:
+    """Makes a trainer of a model on preference pairs, the model as it is as the reference."""
+    return lambda model, folder: DPOTrainer(
+        model,
+        args=DPOConfig(folder, **trainer_options(seed, DPO_LEARNING_RATE)),
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=tokenizer,
+    )
+
+
+def settings() -> dict[str, float]:
+    """What every training has in common."""
+    return {
+        "answers_a_step": BATCH_SIZE,
+        "learning_rate": LEARNING_RATE,
+        "learning_rate_dpo": DPO_LEARNING_RATE,
+        "clip": CLIP,
+        "gradient_batches": GRADIENT_BATCHES,
+    }
+
+
+def trainer_options(seed: int, learning_rate: float) -> dict:
+    """One pass over the data at a constant learning rate, so that every step is the end of a run of that budget."""
+    return {
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "constant",
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": BATCH_SIZE,
+        "max_grad_norm": 0.0,
+        "weight_decay": 0.0,
+        "seed": seed,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+
+
+def gradient_variance(trainer) -> float | None:
+    """tr Cov of the gradient of a batch over its squared mean, at the parameters as they are; None of a single batch.
+
+    The mean's own square is freed of the noise that is in it: ‖ḡ‖² − tr Cov/n is unbiased for ‖E g‖². Where that is not
+    above 0 the gradient is nothing but noise, and there is no ratio: None.
+    """
+    parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+    count, total, squares = 0, None, 0.0
+    trainer.model.train()
+    for batch in trainer.get_train_dataloader():
+        trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch)).backward()
+        gradient = torch.cat([p.grad.flatten() for p in parameters]).double()
+        trainer.model.zero_grad()
+        total = gradient if total is None else total + gradient
+        squares += gradient.square().sum().item()
+        count += 1
+        if count == GRADIENT_BATCHES:
+            break
+    return noise_to_signal(total, squares, count)
+
+
+def noise_to_signal(total: torch.Tensor, squares: float, count: int) -> float | None:
+    """The ratio of `gradient_variance` from the sum of the gradients and the sum of their squared norms."""
+    if count < 2:
+        return None
+    mean = (total / count).square().sum().item()
+    variance = (squares - count * mean) / (count - 1)
+    signal = mean - variance / count
+    return variance / signal if signal > 0 else None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained policy and its held-out KL by the share of the data that was seen."""
+
+    model: torch.nn.Module
+    curve: list[tuple[float, float]]
+    gradient_variance: float | None
+
+
+def train(
+    model, make: Callable, measure: Measure | None = None, points: int | list[int] = 0, noise: bool = False
+) -> Trained:
+    """Train a copy of a model once over the data.
+
+    Args:
+        make: what `sft` or `dpo` gave.
+        measure: gives the held-out KL on the way.
+        points: that many points of the curve, evenly, or the numbers of steps to look at.
+        noise: measure the variance of the gradient before the first step.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make(copy.deepcopy(model), folder)
+        variance = gradient_variance(trainer) if noise else None
+        steps = -(-len(trainer.train_dataset) // BATCH_SIZE)
+        at = {round(steps * i / points) for i in range(1, points + 1)} if isinstance(points, int) else set(points)
+        watch = At(at - {0}, measure and measure.kl)
+        trainer.add_callback(watch)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        # The trainer wraps its model's forward so that a copy of it would go on computing with the old weights.
+        trained = copy.deepcopy(model)
+        trained.load_state_dict(trainer.model.state_dict())
+    return Trained(trained, [(step / steps, kl) for step, kl in sorted(watch.found.items())], variance)
+
+
+def ess_of(samples: list[Sample]) -> float:
+    """(Σw)²/Σw² over the number of tokens, w = π_t/q: what share of the tokens is as good as drawn from π_t."""
+    log_w = torch.cat(token_log_weights(samples))
+    return effective_sample_size(log_w) / len(log_w)
