@@ -32,7 +32,7 @@ class Sizes:
     main_tokens: int = 6000
     ablation_tokens: int = 4000
     held_out: int = 128
-    curve_points: int = 6
+    curve_points: int = 5
     budget_steps: tuple[int, ...] = (1, 3, 10, 30, 100)
     small_widths: tuple[int, ...] = (32, 64)
     small_problems: int = 4800  # that π_θ of a small pair learns from; π_t goes on with half as many
@@ -128,7 +128,7 @@ class Studies:
             "gradient_variance": result.gradient_variance,
             "curve": curve,
             "tokens_needed": tokens_needed(curve, GOAL * self.kl_before),
-        } | self.measure.all(result.model)
+        } | self.measure.all(result.model, curve[-1][1])
 
     def ablation(self) -> Cells:
         """q* with one thing changed at a time; clipped weights where nothing else is said."""

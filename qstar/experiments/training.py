@@ -7,7 +7,7 @@ over the draws, the gradient of the forward KL(π_t‖π_θ') on the prefixes th
 
 import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,11 +17,9 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from qstar import Pair
-from qstar.decode import DecodeOptions, Sample
+from qstar.decode import Sample
 from qstar.experiments.data import RULES, answers, held_out, right
-from qstar.forced import Scorer
 from qstar.weights import effective_sample_size, log_weights, weights
-from qstar_kernels.types import Settings
 
 BATCH_SIZE = 16  # answers in a step
 LEARNING_RATE, DPO_LEARNING_RATE = 1e-4, 3e-5  # the best of three each on the demo pair, of π_t's answers and of pairs
@@ -81,6 +79,19 @@ def token_weights(samples: list[Sample], weighting: str) -> list[list[float]]:
     return [x.tolist() for x in flat.split(lengths)]
 
 
+@torch.inference_mode()
+def answer_logprobs(model, samples: list[Sample], side: str, vocab_size: int) -> Iterator[torch.Tensor]:
+    """Log-probabilities [tokens, V] at the tokens of the answers behind the prompts of `side`, 32 answers at a time."""
+    for start in range(0, len(samples), 32):
+        rows = [
+            {"prompt_ids": getattr(s.request, f"ids_{side}"), "answer_ids": s.token_ids, "weights": [1.0] * len(s.token_ids)}
+            for s in samples[start : start + 32]
+        ]
+        batch = collate(rows)
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        yield logits[:, :-1][batch["answered"][:, 1:]][:, :vocab_size].float().log_softmax(-1)
+
+
 @dataclass(frozen=True)
 class Measure:
     """Held-out measures against π_t of a pair, the same texts and noise for every trained policy.
@@ -88,37 +99,39 @@ class Measure:
     Args:
         pair: π_θ before training and π_t.
         problems: number of held-out problems.
+        texts: an answer of π_t to each.
+        log_t: π_t's log-probabilities at their tokens, as `answer_logprobs` gives them.
     """
 
     pair: Pair
     problems: int
     texts: list[Sample]
+    log_t: list[torch.Tensor]
 
     @classmethod
     def on(cls, pair: Pair, problems: int) -> "Measure":
-        """With one text drawn from π_t for each problem."""
-        questions = [p.question for p in held_out(problems)]
-        return cls(pair, problems, answers(pair, questions, 0, RULES["off-policy"]))
+        """On the first `problems` of the held-out ones."""
+        texts = answers(pair, [p.question for p in held_out(problems)], 0, RULES["off-policy"])
+        return cls(pair, problems, texts, list(answer_logprobs(pair.t, texts, "t", pair.vocab_size)))
 
     def beside_t(self, theta) -> Pair:
         return Pair(theta, self.pair.t, self.pair.tokenizer_theta, self.pair.tokenizer_t)
 
     def kl(self, theta) -> float:
         """KL(π_t‖π_θ') in nats a token, over the whole vocabulary at every token of the held-out texts of π_t."""
-        options = DecodeOptions(Settings(method="fixed", alpha=0.0), batch_size=self.problems)
-        scored = Scorer(self.beside_t(theta).decoder(options)).run(
-            Sample(s.request, list(s.token_ids)) for s in self.texts
-        )
-        return float(np.mean(np.concatenate([s.fields["kl_theta"] for s in scored])))
+        of_theta = answer_logprobs(theta, self.texts, "theta", self.pair.vocab_size)
+        kl = [(t.exp() * (t - x)).sum(-1) for t, x in zip(self.log_t, of_theta, strict=True)]
+        return torch.cat(kl).double().mean().item()
 
-    def all(self, theta) -> dict[str, float]:
-        """`kl`; `reverse_kl`, KL(π_θ'‖π_t) a token on π_θ'’s own texts; the shares of right answers, drawn and greedy."""
+    def all(self, theta, kl: float | None = None) -> dict[str, float]:
+        """`kl`, where it is not known yet; `reverse_kl`, KL(π_θ'‖π_t) a token on texts of π_θ'; the shares of right
+        answers, drawn and greedy."""
         pair, problems = self.beside_t(theta), held_out(self.problems)
         questions = [p.question for p in problems]
         drawn = answers(pair, questions, 0, RULES["on-policy"])
         greedy = answers(self.beside_itself(theta), questions, 0, RULES["on-policy"] | {"temperature": 0.0})
         return {
-            "kl": self.kl(theta),
+            "kl": self.kl(theta) if kl is None else kl,
             "reverse_kl": float(np.mean(np.concatenate([s.fields["kl_t"] for s in drawn]))),
             "sampled_accuracy": float(np.mean([right(s.text, p) for s, p in zip(drawn, problems, strict=True)])),
             "greedy_accuracy": float(np.mean([right(s.text, p) for s, p in zip(greedy, problems, strict=True)])),
