@@ -5,6 +5,7 @@ import importlib.util
 import os
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,8 +19,8 @@ EXPERIMENTS = ("main", "ablation", "scaling", "speculation", "long_run")
 def make_parser() -> Parser:
     parser = Parser(
         prog="python -m qstar.experiments",
-        description="Train a policy on data from q* and from its rivals, on a CPU, and measure what comes of it. Without "
-        "arguments: all five experiments on the demo pair. What was found is in qstar/experiments/README.md.",
+        description="Train a policy on data from q* and from its rivals, on a CPU, and measure what comes of it. "
+        "Without arguments: all five experiments on the demo pair. What was found is in qstar/experiments/README.md.",
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
@@ -28,12 +29,14 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--model-theta", help="π_θ: hub name or folder (default: the demo pair's)")
     parser.add_argument("--model-t", help="π_t, the target")
-    parser.add_argument("--quick", action="store_true", help="everything very small: shows that it runs, measures little")
-    parser.add_argument("--seeds", type=COUNT, default=3, help="repetitions of every cell")
+    parser.add_argument("--quick", action="store_true", help="very small: shows that it runs, measures little")
+    parser.add_argument("--seeds", type=COUNT, help="repetitions of every cell (default: 3, with --quick 1)")
     parser.add_argument(
-        "--output", type=Path, default=Path("qstar-out/experiments"), help="folder of the results; a run that was killed "
-        "goes on there",
-    )  # fmt: skip
+        "--output",
+        type=Path,
+        default=Path("qstar-out/experiments"),
+        help="folder of the results; a run that was killed goes on there",
+    )
     return parser
 
 
@@ -71,19 +74,20 @@ def main(argv: list[str] | None = None) -> int:
     logging.disable_progress_bar()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     sizes = QUICK if args.quick else Sizes()
-    # the demo pair ships with the package: where that lies is no setting
-    names = {"theta": "demo" if args.model_theta is None else theta, "t": "demo" if args.model_t is None else t}
+    # the demo pair comes with the package: where that lies is no setting
+    pair = {"theta": (args.model_theta, theta), "t": (args.model_t, t)}
     settings = {
-        "pair": {name: {"name": names[name], "weights": weights_fingerprint(m)} for name, m in (("theta", theta), ("t", t))},
+        "pair": {k: {"name": given or "demo", "weights": weights_fingerprint(m)} for k, (given, m) in pair.items()},
         "sizes": dataclasses.asdict(sizes),
         "training": training.settings(),
     }
+    seeds = args.seeds or (1 if args.quick else 3)
     try:
         args.output.mkdir(parents=True, exist_ok=True)
         studies = Studies(Pair.from_pretrained(theta, t, device="cpu"), sizes)
         for name in args.experiments or EXPERIMENTS:
-            cells = studies.cells(name)
-            found = results.run(args.output / f"{name}.json", cells, args.seeds, settings, lambda line: print(line, flush=True))
+            path = args.output / f"{name}.json"
+            found = results.run(path, studies.cells(name), seeds, settings, partial(print, flush=True))
             report.write(name, found, args.output)
     except (OSError, ValueError, OutputError) as error:
         print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -78,7 +78,7 @@ def decoder_of(pair: Pair, rule: dict | None, batch_size: int = BLOCK, speculate
     return decoder
 
 
-def answers(pair: Pair, questions: list[str], seed: int, rule: dict | None | Decoder) -> list[Sample]:
+def answers(pair: Pair, questions: list[str], seed: int, rule: dict | Decoder | None) -> list[Sample]:
     """One answer to each question, in their order.
 
     Args:
@@ -116,8 +116,10 @@ def within(samples: list[Sample], budget: int) -> int:
 
 
 def draw(pair: Pair, rule: dict | None, seed: int, budget: int) -> tuple[list[Problem], list[Sample]]:
-    """Answers of one rule to fresh problems, whole answers within `budget` tokens; the problems of one seed are the same
-    for every rule."""
+    """Answers of one rule to fresh problems, whole answers within `budget` tokens, one at least.
+
+    The problems of one seed are the same for every rule.
+    """
     source, asked, samples, block = problems(1000 + seed), [], [], 0
     while sum(len(s.token_ids) for s in samples) < budget:
         new = list(islice(source, min(BLOCK, 1 + budget // 8)))
@@ -129,13 +131,18 @@ def draw(pair: Pair, rule: dict | None, seed: int, budget: int) -> tuple[list[Pr
 
 
 def kept_right(drawn: tuple[list[Problem], list[Sample]]) -> list[Sample]:
-    """Rejection sampling as in reward-ranked fine-tuning: of the answers drawn, those with the right result; all of them
-    where none is right."""
+    """Rejection sampling, as reward-ranked fine-tuning has it: those of the answers drawn whose result is right.
+
+    Where none is, all of them.
+    """
     return [s for p, s in zip(*drawn, strict=True) if right(s.text, p)] or drawn[1]
 
 
 def preferences(pair: Pair, seed: int, budget: int) -> list[dict]:
-    """Pairs for DPO as conversations: π_t's answer chosen, π_θ's rejected; `budget` tokens of both together."""
+    """Pairs for DPO: π_t's answer chosen, π_θ's rejected; `budget` tokens of both together.
+
+    As conversations, as plain text where the tokenizer has no chat template.
+    """
     asked, chosen = draw(pair, RULES["off-policy"], seed, budget)
     questions = [p.question for p in asked]
     rejected = answers(pair, questions, sample_seed(seed, 0, 1), RULES["on-policy"])
@@ -145,6 +152,8 @@ def preferences(pair: Pair, seed: int, budget: int) -> list[dict]:
         if spent > budget and pairs:
             break
         if good.text != bad.text:
-            roles = (("prompt", "user", question), ("chosen", "assistant", good.text), ("rejected", "assistant", bad.text))
-            pairs.append({name: [{"role": role, "content": text}] for name, role, text in roles})
-    return pairs
+            pairs.append({"prompt": question, "chosen": good.text, "rejected": bad.text})
+    if not pair.tokenizer_theta.chat_template:
+        return pairs
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    return [{name: [{"role": roles[name], "content": text}] for name, text in p.items()} for p in pairs]

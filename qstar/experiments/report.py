@@ -38,14 +38,19 @@ COUNT = [("tokens", "tokens", 0)]
 
 # Tables: the experiment, which of its cells, the first column's title, the other columns
 TABLES = {
-    "main": ("main", "", "data, weights", TRAINED + [("tokens needed", "tokens_needed", 0), *NOISE]),
+    "main": ("main", "", "data, weights", [*TRAINED, ("tokens needed", "tokens_needed", 0), *NOISE]),
     "main data": ("main", "(?!.*clipped).*, none", "data, weights", COUNT + DRAWN),
     "ablation": ("ablation", "", "q* but", TRAINED + NOISE),
     "ablation data": (
         "ablation",
         "(?!weights)",
         "q* but",
-        DRAWN + [("mean gap of the KLs", "gap_mean", 6), ("largest", "gap_max", 4), ("same answers", "same_answers", 3)],
+        [
+            *DRAWN,
+            ("mean gap of the KLs", "gap_mean", 6),
+            ("largest", "gap_max", 4),
+            ("same answers", "same_answers", 3),
+        ],
     ),
     "pairs": (
         "scaling",
@@ -170,8 +175,9 @@ def write(experiment: str, results: Results, folder: Path) -> None:
     machine = results["machine"]
     text = [
         f"# {experiment.replace('_', ' ').capitalize()}",
-        f"Mean ± standard deviation of {seeds} seeds; KL in nats a token. {seconds / 60:.1f} minutes on {machine['cpu']}, "
-        f"{machine['threads']} thread(s), torch {machine['versions']['torch']}, trl {machine['versions']['trl']}.",
+        f"Mean ± standard deviation over {seeds} seed(s); KL in nats a token. {seconds / 60:.1f} minutes on "
+        f"{machine['cpu']}, {machine['threads']} thread(s), torch {machine['versions']['torch']}, "
+        f"trl {machine['versions']['trl']}.",
         *(table(name, results) for name in tables_of(experiment)),
         f"![{experiment}]({experiment}.png)",
     ]
@@ -240,7 +246,11 @@ def scaling_picture(results: Results) -> Figure:
     figure = Figure(figsize=(15, 5), layout="constrained")
     sizes, budgets, cost = figure.subplots(1, 3)
     _, parameters, _ = column(results, "pair", "parameters")
-    for key, label in (("pair_kl", "before"), ("kl_off_policy", "after π_t's text"), ("kl_qstar", "after q*'s, clipped")):
+    for key, label in (
+        ("pair_kl", "before"),
+        ("kl_off_policy", "after π_t's text"),
+        ("kl_qstar", "after q*'s, clipped"),
+    ):
         _, means, stds = column(results, "pair", key)
         sizes.errorbar(parameters, means, yerr=stds, marker="o", capsize=3, label=label)
     sizes.set(xscale="log", xlabel="parameters of each model", ylabel="held-out KL(π_t‖π_θ') (nats a token)")
@@ -271,7 +281,9 @@ def speculation_picture(results: Results) -> Figure:
             row[0].errorbar(drafts, means, yerr=stds, marker="o", capsize=3, label=f"{times} as costly")
         _, kls, _ = column(results, "distance", "pair_kl")
         _, means, stds = column(results, "distance", key)
-        row[1].errorbar(kls, means, yerr=stds, marker="o", capsize=3, color="C2", label="K = 4, π_t moved away from π_θ")
+        row[1].errorbar(
+            kls, means, yerr=stds, marker="o", capsize=3, color="C2", label="K = 4, π_t moved away from π_θ"
+        )
         row[0].set(xlabel="drafts a round, K", ylabel=title)
         row[1].set(xlabel="KL(π_t‖π_θ) of the pair (nats a token)", ylabel=title, xscale="log")
     for ax in axes.flat:

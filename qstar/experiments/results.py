@@ -57,7 +57,11 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def run(
-    path: Path, cells: dict[str, Callable[[int], dict]], seeds: int, settings: dict[str, Any], say: Callable[[str], None]
+    path: Path,
+    cells: dict[str, Callable[[int], dict]],
+    seeds: int,
+    settings: dict[str, Any],
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Run the cells that the file does not have yet, seed by seed, and return all of its results.
 

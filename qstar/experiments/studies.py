@@ -16,12 +16,13 @@ from qstar import Pair
 from qstar.decode import Sample
 from qstar.demo.problems import Problem
 from qstar.experiments.data import RULES, answers, decoder_of, draw, held_out, kept_right, preferences, problems
-from qstar.experiments.training import Measure, dpo, ess_of, rows_of, sft, train
+from qstar.experiments.training import Measure, dpo, ess_of, row, rows_of, sft, train
+from qstar.prompting import PromptFormat
 from qstar_kernels import qstar_sample
 
 GOAL = 2 / 3  # of the held-out KL at first: what the tokens needed are counted to
 
-Numbers = dict[str, float | int | None | list]
+Numbers = dict[str, float | int | list | None]
 Cells = dict[str, Callable[[int], Numbers]]
 
 
@@ -167,8 +168,8 @@ class Studies:
 
     def small_pair(self, width: int, seed: int) -> Numbers:
         """A pair made from nothing: π_θ learns 30% worked solutions, π_t goes on with 90%."""
-        tokenizer, torch_seed = self.pair.tokenizer_theta, seed + 1
-        torch.manual_seed(torch_seed)
+        tokenizer = self.pair.tokenizer_theta
+        torch.manual_seed(seed + 1)
         config = LlamaConfig(
             vocab_size=self.pair.vocab_size,
             hidden_size=width,
@@ -191,14 +192,11 @@ class Studies:
         pair = Pair(*models, tokenizer, tokenizer)
         return self.of_pair(pair, Measure.on(pair, self.sizes.held_out), seed)
 
-    def lesson(self, problem: Problem, worked: bool) -> dict:
-        """A problem and its answer in token ids, as `training.rows_of` has them."""
-        tokenizer = self.pair.tokenizer_theta
-        prompt = [{"role": "user", "content": problem.question}]
-        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
-        text = problem.solution if worked else problem.sentence
-        answer = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        return {"prompt_ids": list(ids), "answer_ids": answer, "weights": [1.0] * len(answer)}
+    def lesson(self, problem: Problem, worked: bool) -> dict[str, list]:
+        """A problem to learn from, its answer worked or in a sentence."""
+        tokenizer, text = self.pair.tokenizer_theta, problem.solution if worked else problem.sentence
+        prompt = PromptFormat().encode(tokenizer, [{"role": "user", "content": problem.question}])
+        return row(prompt, [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id])
 
     def of_pair(self, pair: Pair, measure: Measure, seed: int) -> Numbers:
         """A pair, its q*, and what training on q* and on π_t does to it."""
@@ -240,13 +238,16 @@ class Studies:
         return {name: statistics.median(values) for name, values in times.items()}
 
     def speculation(self) -> Cells:
-        """Drafts by π_θ: their number, and the distance of the pair."""
+        """Drafts by π_θ: their number, and the distance of the pair, where the two models are of one shape."""
+        theta, t, sizes = self.pair.theta, self.pair.t, self.sizes
+        enlargements = sizes.enlargements if isinstance(t, LlamaForCausalLM) else (1,)
+        distances = sizes.distances if shapes(theta) == shapes(t) else (1.0,)
         cells: Cells = {}
-        for times in self.sizes.enlargements:
-            for drafts in self.sizes.drafts:
+        for times in enlargements:
+            for drafts in sizes.drafts:
                 cells[f"π_t {times}×, K = {drafts}"] = partial(self.drafting, times, 1.0, drafts)
-        for distance in self.sizes.distances:
-            cells[f"distance {distance}"] = partial(self.drafting, self.sizes.enlargements[-1], distance, 4)
+        for distance in distances:
+            cells[f"distance {distance}"] = partial(self.drafting, enlargements[-1], distance, 4)
         return cells
 
     def drafting(self, times: int, distance: float, drafts: int, seed: int) -> Numbers:
@@ -320,22 +321,19 @@ def described(samples: list[Sample]) -> Numbers:
     }
 
 
-def moved(theta: torch.nn.Module, t: torch.nn.Module, distance: float) -> torch.nn.Module:
-    """π_θ + distance · (π_t − π_θ), parameter by parameter.
+def shapes(model: torch.nn.Module) -> dict[str, torch.Size]:
+    return {name: x.shape for name, x in model.state_dict().items()}
 
-    Raises:
-        ValueError: the models differ in shape.
-    """
+
+def moved(theta: torch.nn.Module, t: torch.nn.Module, distance: float) -> torch.nn.Module:
+    """π_θ + distance · (π_t − π_θ), parameter by parameter, of two models of one shape."""
     model, of_theta = copy.deepcopy(t), theta.state_dict()
-    shapes = [{name: x.shape for name, x in m.state_dict().items()} for m in (theta, t)]
-    if shapes[0] != shapes[1]:
-        raise ValueError("the models of the pair differ in shape: the distance of the pair cannot be varied")
     model.load_state_dict({n: of_theta[n] + distance * (x - of_theta[n]) for n, x in t.state_dict().items()})
     return model
 
 
 def enlarged(model: torch.nn.Module, times: int) -> torch.nn.Module:
-    """A model that computes the same and costs `times` as much: the new layers add nothing to the residual stream."""
+    """A Llama that computes the same and costs `times` as much: the new layers add nothing to the residual stream."""
     config = copy.deepcopy(model.config)
     layers = config.num_hidden_layers
     config.num_hidden_layers = layers * times

@@ -1,8 +1,8 @@
 """Training π_θ on samples with trl, and what comes of it.
 
-The objective is maximum likelihood of the drawn tokens, each weighted by w: −Σ w log π_θ'(token) / number of tokens. With
-w = 1 it is plain fine-tuning, which moves π_θ' towards the rule that drew. With w = π_t/q of the token it is, on average
-over the draws, the gradient of the forward KL(π_t‖π_θ') on the prefixes that the rule visits.
+The objective is maximum likelihood of the drawn tokens, each with its weight w: −Σ w log π_θ'(token) / number of
+tokens. With w = 1 it is plain fine-tuning, which moves π_θ' towards the rule that drew. With w = π_t/q of the token its
+gradient is, on average over the draws, that of the forward KL(π_t‖π_θ') on the prefixes that the rule visits.
 """
 
 import copy
@@ -22,7 +22,8 @@ from qstar.experiments.data import RULES, answers, held_out, right
 from qstar.weights import effective_sample_size, log_weights, weights
 
 BATCH_SIZE = 16  # answers in a step
-LEARNING_RATE, DPO_LEARNING_RATE = 1e-4, 3e-5  # the best of three each on the demo pair, of π_t's answers and of pairs
+# Of a few powers those that lowered the held-out KL most, on π_t's answers and on preference pairs of the demo pair
+LEARNING_RATE, DPO_LEARNING_RATE = 1e-4, 3e-5
 CLIP = 10.0
 GRADIENT_BATCHES = 12  # batches whose gradients are compared
 
@@ -40,15 +41,20 @@ class WeightedTrainer(SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
+def row(prompt_ids: list[int], answer_ids: list[int], weights: list[float] | None = None) -> dict[str, list]:
+    """What is trained on: an answer behind its prompt, every token of it with a weight, 1 by default."""
+    return {"prompt_ids": prompt_ids, "answer_ids": answer_ids, "weights": weights or [1.0] * len(answer_ids)}
+
+
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
     """Prompts and answers padded on the right: [B, L] each."""
     batch = {"input_ids": [], "attention_mask": [], "answered": [], "weights": []}
-    for row in rows:
-        prompt, answer = row["prompt_ids"], row["answer_ids"]
+    for of_answer in rows:
+        prompt, answer = of_answer["prompt_ids"], of_answer["answer_ids"]
         batch["input_ids"].append(torch.tensor(prompt + answer))
         batch["attention_mask"].append(torch.ones(len(prompt) + len(answer), dtype=torch.int64))
         batch["answered"].append(torch.tensor([False] * len(prompt) + [True] * len(answer)))
-        batch["weights"].append(torch.tensor([0.0] * len(prompt) + row["weights"]))
+        batch["weights"].append(torch.tensor([0.0] * len(prompt) + of_answer["weights"]))
     return {name: torch.nn.utils.rnn.pad_sequence(values, batch_first=True) for name, values in batch.items()}
 
 
@@ -83,11 +89,8 @@ def token_weights(samples: list[Sample], weighting: str) -> list[list[float]]:
 def answer_logprobs(model, samples: list[Sample], side: str, vocab_size: int) -> Iterator[torch.Tensor]:
     """Log-probabilities [tokens, V] at the tokens of the answers behind the prompts of `side`, 32 answers at a time."""
     for start in range(0, len(samples), 32):
-        rows = [
-            {"prompt_ids": getattr(s.request, f"ids_{side}"), "answer_ids": s.token_ids, "weights": [1.0] * len(s.token_ids)}
-            for s in samples[start : start + 32]
-        ]
-        batch = collate(rows)
+        chunk = samples[start : start + 32]
+        batch = collate([row(getattr(s.request, f"ids_{side}"), s.token_ids) for s in chunk])
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
         yield logits[:, :-1][batch["answered"][:, 1:]][:, :vocab_size].float().log_softmax(-1)
 
@@ -154,12 +157,10 @@ class At(TrainerCallback):
             model.train()
 
 
-def rows_of(samples: list[Sample], weighting: str) -> list[dict]:
+def rows_of(samples: list[Sample], weighting: str) -> list[dict[str, list]]:
     """What `sft` trains on."""
-    return [
-        {"prompt_ids": s.request.ids_theta, "answer_ids": s.token_ids, "weights": w}
-        for s, w in zip(samples, token_weights(samples, weighting), strict=True)
-    ]
+    of_samples = token_weights(samples, weighting)
+    return [row(s.request.ids_theta, s.token_ids, w) for s, w in zip(samples, of_samples, strict=True)]
 
 
 def sft(tokenizer, rows: list[dict], seed: int, learning_rate: float = LEARNING_RATE) -> Callable:
