@@ -39,6 +39,7 @@ setup(
     extras_require={
         "4bit": ["bitsandbytes>=0.45"],
         "report": ["matplotlib>=3.8"],
+        "experiments": ["trl>=1.16", "matplotlib>=3.8"],
         "dev": ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8", "scipy>=1.11", "trl>=1.16", "ruff>=0.9"],
         "demo-training": ["chatterbot-corpus>=1.2", "pyyaml>=6"],
     },

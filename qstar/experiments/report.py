@@ -246,13 +246,10 @@ def scaling_picture(results: Results) -> Figure:
     figure = Figure(figsize=(15, 5), layout="constrained")
     sizes, budgets, cost = figure.subplots(1, 3)
     _, parameters, _ = column(results, "pair", "parameters")
-    for key, label in (
-        ("pair_kl", "before"),
-        ("kl_off_policy", "after π_t's text"),
-        ("kl_qstar", "after q*'s, clipped"),
-    ):
+    series = {"pair_kl": "before", "kl_off_policy": "after π_t's text", "kl_qstar": "after q*'s, clipped"}
+    for beside, (key, label) in zip((0.95, 1.0, 1.05), series.items(), strict=True):
         _, means, stds = column(results, "pair", key)
-        sizes.errorbar(parameters, means, yerr=stds, marker="o", capsize=3, label=label)
+        sizes.errorbar([beside * n for n in parameters], means, yerr=stds, marker="o", capsize=3, label=label)
     sizes.set(xscale="log", xlabel="parameters of each model", ylabel="held-out KL(π_t‖π_θ') (nats a token)")
     for name, numbers, _ in chosen(results, "budget"):
         points = numbers["curve"]
@@ -275,10 +272,14 @@ def speculation_picture(results: Results) -> Figure:
     axes = figure.subplots(2, 2)
     titles = {"acceptance": "drafts that were right (share)", "speedup": "speed-up over plain decoding"}
     for row, (key, title) in zip(axes, titles.items(), strict=True):
-        for times in dict.fromkeys(name.split(",")[0] for name, _, _ in chosen(results, "π_t")):
+        for i, times in enumerate(dict.fromkeys(name.split(",")[0] for name, _, _ in chosen(results, "π_t"))):
             names, means, stds = column(results, re.escape(times) + ",", key)
             drafts = [int(name.split()[-1]) for name in names]
-            row[0].errorbar(drafts, means, yerr=stds, marker="o", capsize=3, label=f"{times} as costly")
+            # the drafts that are right do not depend on the cost: the later points lie on the earlier, larger ones
+            size = max(4, 10 - 5 * i)
+            row[0].errorbar(
+                drafts, means, yerr=stds, marker="o", markersize=size, capsize=size, label=f"{times} as costly"
+            )
         _, kls, _ = column(results, "distance", "pair_kl")
         _, means, stds = column(results, "distance", key)
         row[1].errorbar(
@@ -298,13 +299,15 @@ def long_run_picture(results: Results) -> Figure:
     axes = figure.subplots(2, 2)
     measures = {
         "kl": "held-out KL(π_t‖π_θ') (nats a token)",
-        "alpha": "mean α of the draw",
+        "alpha": "mean α of the draw (q* only)",
         "draw_kl_theta": "KL(q‖π_θ) of the draw (nats a token)",
         "ess_t": "mean ESS_t of the draw (share)",
     }
     for ax, (key, title) in zip(axes.flat, measures.items(), strict=True):
-        for name, numbers, _ in chosen(results, ""):
-            curve(ax, list(range(1, len(numbers[key]) + 1)), numbers[key], name)
+        for i, (name, numbers, _) in enumerate(chosen(results, "")):
+            if key == "alpha" and not name.startswith("q*"):
+                continue  # 1 and 0 by definition
+            curve(ax, list(range(1, len(numbers[key]) + 1)), numbers[key], name, color=f"C{i}")
         ax.set(xlabel="round", ylabel=title)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)

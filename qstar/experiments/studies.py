@@ -1,6 +1,5 @@
 """The five experiments: which cells each has, and what a cell does."""
 
-import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from qstar import Pair
 from qstar.decode import Sample
 from qstar.demo.problems import Problem
 from qstar.experiments.data import RULES, answers, decoder_of, draw, held_out, kept_right, preferences, problems
+from qstar.experiments.pairs import enlarged, moved, shapes
 from qstar.experiments.training import Measure, dpo, ess_of, row, rows_of, sft, train
 from qstar.prompting import PromptFormat
 from qstar_kernels import qstar_sample
@@ -136,9 +136,7 @@ class Studies:
         budget = self.sizes.ablation_tokens
 
         def cell(rule: dict, weighting: str, seed: int) -> Numbers:
-            start = time.perf_counter()
             _, samples = self.drawn(rule, seed, budget)
-            seconds = time.perf_counter() - start
             _, plain = self.drawn({}, seed, budget)
             result = train(self.pair.theta, self.sft(samples, weighting, seed), noise=True)
             same = [a.token_ids == b.token_ids for a, b in zip(samples, plain, strict=False)]
@@ -146,7 +144,7 @@ class Studies:
             return (
                 described(samples)
                 | {"same_answers": float(np.mean(same)), "gap_mean": float(gap.mean()), "gap_max": float(gap.max())}
-                | {"draw_seconds": seconds, "gradient_variance": result.gradient_variance}
+                | {"gradient_variance": result.gradient_variance}
                 | self.measure.all(result.model)
             )
 
@@ -319,28 +317,3 @@ def described(samples: list[Sample]) -> Numbers:
         "ess_t": float(field(samples, "ess_t").mean()),
         "ess": ess_of(samples),
     }
-
-
-def shapes(model: torch.nn.Module) -> dict[str, torch.Size]:
-    return {name: x.shape for name, x in model.state_dict().items()}
-
-
-def moved(theta: torch.nn.Module, t: torch.nn.Module, distance: float) -> torch.nn.Module:
-    """π_θ + distance · (π_t − π_θ), parameter by parameter, of two models of one shape."""
-    model, of_theta = copy.deepcopy(t), theta.state_dict()
-    model.load_state_dict({n: of_theta[n] + distance * (x - of_theta[n]) for n, x in t.state_dict().items()})
-    return model
-
-
-def enlarged(model: torch.nn.Module, times: int) -> torch.nn.Module:
-    """A Llama that computes the same and costs `times` as much: the new layers add nothing to the residual stream."""
-    config = copy.deepcopy(model.config)
-    layers = config.num_hidden_layers
-    config.num_hidden_layers = layers * times
-    large = type(model)(config).eval().to(model.device, model.dtype)
-    large.load_state_dict(model.state_dict(), strict=False)
-    for layer in large.model.layers[layers:]:
-        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
-        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
-    large.generation_config = model.generation_config
-    return large
