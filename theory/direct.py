@@ -13,6 +13,7 @@ from scipy.special import logsumexp
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """log π [B, V], −inf where the logit is."""
+    logits = logits - logits.max(axis=-1, keepdims=True)  # a large offset would cost digits of the difference
     return logits - logsumexp(logits, axis=-1, keepdims=True)
 
 
@@ -114,7 +115,7 @@ def gaussian_log_integral(theta: Gaussian, t: Gaussian, alpha: float) -> float:
 
 
 def gaussian_q(theta: Gaussian, t: Gaussian, alpha: float) -> Gaussian:
-    """q_α for α in [0, 1]: the precisions mix as the exponents do, and so do the precision-weighted means."""
+    """q_α where its integral is finite: precisions and precision-weighted means mix as the exponents do."""
     precision = alpha * theta.precision + (1 - alpha) * t.precision
     shift = alpha * theta.precision @ theta.mean + (1 - alpha) * t.precision @ t.mean
     return Gaussian(np.linalg.solve(precision, shift), np.linalg.inv(precision))

@@ -45,7 +45,7 @@ GAUSSIANS = {
     "far apart": (Gaussian(np.array([-4.0, 0.0]), ROUND), Gaussian(np.array([4.0, 0.0]), 1.2 * ROUND)),
 }
 REACH = 18.0  # the grid goes from −REACH to REACH on both axes
-STEP = 0.3
+STEP = 0.45
 
 
 def grid() -> np.ndarray:
@@ -75,14 +75,14 @@ def sharp(rows: int, vocab_size: int, height: float, seed: int) -> tuple[np.ndar
 def families() -> tuple[Family, ...]:
     """Pairs with equal supports."""
     g = np.random.default_rng(1)
-    random = 2 * g.normal(size=(2, 40, 50))
-    bernoulli = np.zeros((2, 60, 2))
-    bernoulli[:, :, 1] = 3 * g.normal(size=(2, 60))
-    near = g.normal(size=(20, 30))
+    random = 2 * g.normal(size=(2, 20, 50))
+    bernoulli = np.zeros((2, 30, 2))
+    bernoulli[:, :, 1] = 3 * g.normal(size=(2, 30))
+    near = g.normal(size=(10, 30))
     lead = [zipf_pair(1, 4000, noise, seed) for seed, noise in enumerate((0.1, 0.5, 1.0, 2.0, 4.0, 8.0))]
-    one_hot = [sharp(4, 40, height, seed) for seed, height in enumerate((5.0, 20.0, 100.0))]
+    one_hot = [sharp(3, 40, height, seed) for seed, height in enumerate((5.0, 20.0, 100.0))]
     offset = g.normal(size=(2, 10, 30)) + np.array([3e6, -2e6])[:, None, None]
-    tied = np.round(g.normal(size=(2, 20, 12)))
+    tied = np.round(g.normal(size=(2, 10, 12)))
     row = g.normal(size=(3, 25))
     return (
         Family("random", *random),

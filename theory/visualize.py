@@ -28,10 +28,11 @@ PROMPTS = 8  # of the demo pair's problems; the row shown is the one on which th
 
 # Okabe and Ito's colours, which all kinds of colour vision tell apart
 THETA, T, Q, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+PI_THETA, PI_T, Q_ALPHA = r"$\pi_\theta$", r"$\pi_t$", r"$q_\alpha$"
 RULES = {
-    "kl_symmetry": ("KL symmetry (q*)", "*", Q, 340),
+    "kl_symmetry": ("KL symmetry, q*", "*", Q, 340),
     "ess_balance": ("ESS balance", "D", "#CC79A7", 80),
-    "reverse_kl_symmetry": ("reverse KL symmetry", "^", "#E69F00", 110),
+    "reverse_kl_symmetry": ("reverse KL", "^", "#E69F00", 110),
     "entropy": ("entropy rule", "s", "#56B4E9", 80),
     "fixed": ("α = ½", "o", "black", 60),
 }
@@ -71,18 +72,18 @@ def of_gaussians(name: str) -> Subject:
         return Numbers(direct.gaussian_log_integral(theta, t, alpha), q.kl(theta), q.kl(t), *ess)
 
     def draw(axes: Axes, alpha: float) -> None:
-        shown = ((theta, THETA, "-", "π_θ"), (t, T, "--", "π_t"), (direct.gaussian_q(theta, t, alpha), Q, "-", "q*"))
+        q = direct.gaussian_q(theta, t, alpha)
+        shown = ((q, Q, "-", "q*", 4.0), (theta, THETA, "-", PI_THETA, 1.8), (t, T, "--", PI_T, 1.8))
         means = np.stack([g.mean for g, *_ in shown])
         reach = 2.4 * max(np.sqrt(np.linalg.eigvalsh(g.cov).max()) for g, *_ in shown)
         low, high = means.min(0) - reach, means.max(0) + reach
         x = np.stack(np.meshgrid(*(np.linspace(low[i], high[i], 240) for i in (0, 1)), indexing="ij"), -1)
-        for g, colour, style, label in shown:
+        for g, colour, style, label, width in shown:
             away = -2 * (g.log_density(x) - g.log_density(g.mean))
-            width = 2.8 if label == "q*" else 1.8
             axes.contour(x[..., 0], x[..., 1], away, levels=[1, 4], colors=colour, linestyles=style, linewidths=width)
             axes.plot([], [], color=colour, linestyle=style, linewidth=width, label=label)
-        axes.set(aspect="equal", xlabel="x, standard units", ylabel="y, standard units", title="contours at 1σ and 2σ")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False)
+        axes.set_aspect("equal", adjustable="datalim")
+        axes.set(xlabel="x, units of σ = 1", ylabel="y, units of σ = 1", title="Contours at 1σ and 2σ")
 
     return Subject(f"Two Gaussians, {name}", gaussians().theta[row], gaussians().t[row], at, draw)
 
@@ -102,11 +103,12 @@ def of_demo_row() -> Subject:
     def draw(axes: Axes, alpha: float) -> None:
         log_q = log_softmax(alpha * log_theta + (1 - alpha) * log_t)
         top = np.argsort(-np.maximum(log_theta, log_t))[:8]
-        for i, (log_p, colour, label) in enumerate(((log_theta, THETA, "π_θ"), (log_q, Q, "q*"), (log_t, T, "π_t"))):
+        shown = ((log_theta, THETA, PI_THETA), (log_q, Q, "q*"), (log_t, T, PI_T))
+        for i, (log_p, colour, label) in enumerate(shown):
             axes.bar(np.arange(len(top)) + 0.27 * (i - 1), np.exp(log_p[top]), 0.25, color=colour, label=label)
-        axes.set_xticks(range(len(top)), [repr(rows.tokens[i])[1:-1].replace(" ", "␣") for i in top], rotation=30)
-        axes.set(xlabel="token", ylabel="probability", title="the eight likeliest tokens")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.26), ncols=3, frameon=False)
+        names = [repr(rows.tokens[i].strip())[1:-1] for i in top]
+        axes.set_xticks(range(len(top)), names, rotation=30, fontsize=11)
+        axes.set(xlabel="token", ylabel="probability", title="The eight likeliest tokens")
 
     return Subject(f"The demo pair after “{rows.contexts[most]}”", theta, t, at, draw)
 
@@ -119,43 +121,58 @@ def library(theta: np.ndarray, t: np.ndarray, **settings):
 def draw_curve(axes: Axes, alphas: np.ndarray, f: np.ndarray, alpha: float, c: float) -> None:
     """F with its secant and the tangent at α*, which are parallel and c apart."""
     axes.plot(alphas, f, color="black", linewidth=2.4, label="F")
-    axes.plot([0, 1], [f[0], f[-1]], color=GREY, linestyle="--", label="secant, slope s")
-    axes.plot([0, 1], [-c, -c], color=Q, linestyle="-.", label="tangent at α*, slope s")
+    axes.plot([0, 1], [f[0], f[-1]], color=GREY, linestyle="--", label="secant")
+    axes.plot([0, 1], [-c, -c], color=Q, linestyle="-.", label="tangent at α*")
     axes.plot([alpha], [-c], marker="*", color=Q, markersize=17, linestyle="")
     depth = max(c, 0.05)
     if c > 1e-6:
         axes.annotate("", (alpha, 0), (alpha, -c), arrowprops={"arrowstyle": "<->", "color": GREY})
-        axes.text(alpha + 0.02, -0.35 * c, f"c = {c:.3g} nats", color="black")
-    axes.set(ylim=(-1.2 * depth, 0.25 * depth), title="log-partition curve of the normalised pair")
-    axes.set(xlabel="α, weight of π_θ", ylabel="F(α), nats")
+    axes.set(ylim=(-1.2 * depth, 0.25 * depth), title=f"F of the normalised pair: c = {abs(c):.3g} nats")
+    axes.set(xlabel=f"α, weight of {PI_THETA}", ylabel="F(α), nats")
 
 
 def draw_frontier(axes: Axes, subject: Subject, numbers: list[Numbers], marks: dict[str, Numbers]) -> None:
     """The family in the plane of both KLs, the mixtures for comparison, the rules."""
     x, y = ([getattr(n, name) for n in numbers] for name in ("kl_theta", "kl_t"))
-    axes.plot(x, y, color="black", linewidth=2.4, label="q_α, the Pareto frontier")
+    axes.plot(x, y, color="black", linewidth=2.4, label=f"{Q_ALPHA}, the frontier")
     log_theta, log_t = log_softmax(subject.theta), log_softmax(subject.t)
     mixtures = [np.logaddexp(log_theta + np.log(w), log_t + np.log1p(-w)) for w in np.linspace(1e-6, 1 - 1e-6, 201)]
-    axes.plot(
-        [kl(m, log_theta) for m in mixtures], [kl(m, log_t) for m in mixtures],
-        color=GREY, linestyle=":", linewidth=2, label="mixtures wπ_θ + (1−w)π_t",
-    )  # fmt: skip
-    top = 1.08 * max(*x, *y, 0.05)
-    axes.plot([0, top], [0, top], color=GREY, linewidth=0.8, linestyle="--", label="equal KLs")
-    for method, at in marks.items():
+    of_mixtures = [[kl(m, log_p) for m in mixtures] for log_p in (log_theta, log_t)]
+    axes.plot(*of_mixtures, color=GREY, linestyle=":", linewidth=2, label="mixtures")
+    right, top = (1.06 * max(*side, 0.05) for side in (x, y))
+    axes.plot([0, min(right, top)], [0, min(right, top)], color=GREY, linewidth=0.8, linestyle="--", label="equal KLs")
+    for method, at in reversed(marks.items()):  # q* on top
         _, marker, colour, size = RULES[method]
-        axes.scatter(at.kl_theta, at.kl_t, size, colour, marker, edgecolors="black", zorder=3, clip_on=False)
-    axes.set(xlim=(0, top), ylim=(0, top), xlabel="KL(q‖π_θ), nats", ylabel="KL(q‖π_t), nats")
-    axes.set(title="both divergences at once")
+        axes.scatter(at.kl_theta, at.kl_t, size, colour, marker=marker, edgecolors="black", zorder=3, clip_on=False)
+    axes.set(xlim=(-0.04 * right, right), ylim=(-0.04 * top, top), title="Both divergences")
+    axes.set(xlabel=f"KL(q‖{PI_THETA}), nats", ylabel=f"KL(q‖{PI_T}), nats")
 
 
-def draw_sides(axes: Axes, alphas: np.ndarray, theta: list[float], t: list[float], lines: list[tuple]) -> None:
-    """A quantity of both models against α, with dotted verticals at (α, colour)."""
-    axes.plot(alphas, theta, color=THETA, linewidth=2.4)
-    axes.plot(alphas, t, color=T, linewidth=2.4, linestyle="--")
-    for alpha, colour in lines:
-        axes.axvline(alpha, color=colour, linestyle=":", linewidth=2.2)
-    axes.set(xlim=(0, 1), xlabel="α, weight of π_θ")
+def draw_sides(axes: Axes, alphas: np.ndarray, theta: list[float], t: list[float], alpha_of: dict[str, float]) -> None:
+    """A quantity of both models against α, and where KL symmetry and ESS balance are."""
+    axes.plot(alphas, theta, color=THETA, linewidth=2.4, label=f"of {PI_THETA}")
+    axes.plot(alphas, t, color=T, linewidth=2.4, linestyle="--", label=f"of {PI_T}")
+    for method, style in (("kl_symmetry", ":"), ("ess_balance", "-.")):
+        label, _, colour, _ = RULES[method]
+        axes.axvline(alpha_of[method], color=colour, linestyle=style, linewidth=2, label=label.split(",")[0])
+    axes.set(xlim=(0, 1), xlabel=f"α, weight of {PI_THETA}")
+
+
+def draw_table(axes: Axes, alpha_of: dict[str, float], marks: dict[str, Numbers]) -> None:
+    """The rules with their markers and numbers."""
+    axes.axis("off")
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    right = (0.53, 0.66, 0.79, 0.93, 1.07)
+    for x, head in zip(right, ("α", r"KL$_\theta$", r"KL$_t$", r"ESS$_\theta$", r"ESS$_t$"), strict=True):
+        axes.text(x, 0.9, head, va="center", ha="right", fontsize=12)
+    for i, (method, alpha) in enumerate(alpha_of.items()):
+        y, n = 0.77 - 0.13 * i, marks[method]
+        label, marker, colour, size = RULES[method]
+        axes.scatter(-0.07, y, size, colour, marker=marker, edgecolors="black", clip_on=False)
+        axes.text(-0.03, y, label, va="center", fontsize=12)
+        for x, value in zip(right, (alpha, n.kl_theta, n.kl_t, n.ess_theta, n.ess_t), strict=True):
+            cell = "0" if abs(value) < 1e-12 else f"{value:.3f}" if value >= 1e-3 else f"{value:.0e}"
+            axes.text(x, y, cell, va="center", ha="right", fontsize=12)
 
 
 def picture(subject: Subject, path: Path) -> None:
@@ -164,55 +181,29 @@ def picture(subject: Subject, path: Path) -> None:
     numbers = [subject.at(float(alpha)) for alpha in alphas]
     alpha_of = {method: library(subject.theta, subject.t, method=method).alpha.item() for method in RULES}
     marks = {method: subject.at(alpha) for method, alpha in alpha_of.items()}
-    alpha, c = alpha_of["kl_symmetry"], marks["kl_symmetry"].kl_t
-    lines = [(alpha_of[method], RULES[method][2]) for method in ("kl_symmetry", "ess_balance")]
     with plt.rc_context(PLOT):
         figure, ((pair, curve, frontier), (kls, ess, table)) = plt.subplots(2, 3, figsize=(16, 9), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
         figure.suptitle(subject.title, fontsize=18)
-        subject.draw(pair, alpha)
-        draw_curve(curve, alphas, np.array([n.f for n in numbers]), alpha, c)
+        subject.draw(pair, alpha_of["kl_symmetry"])
+        draw_curve(curve, alphas, np.array([n.f for n in numbers]), alpha_of["kl_symmetry"], marks["kl_symmetry"].kl_t)
         draw_frontier(frontier, subject, numbers, marks)
-        draw_sides(kls, alphas, [n.kl_theta for n in numbers], [n.kl_t for n in numbers], lines)
-        kls.set(ylabel="KL, nats", ylim=(0, None), title="KL(q_α‖π)")
-        kls.set_ylim(0, max(0.05, kls.get_ylim()[1]))
-        esses = [[n.ess_theta for n in numbers], [n.ess_t for n in numbers]]
-        draw_sides(ess, alphas, *esses, lines)
-        if 0 < np.maximum(*esses).min() < 0.02:
-            ess.set(yscale="log", ylim=(max(1e-20, np.minimum(*esses).min()), 3))
+        draw_sides(kls, alphas, [n.kl_theta for n in numbers], [n.kl_t for n in numbers], alpha_of)
+        kls.set(ylim=(0, max(0.05, kls.get_ylim()[1])), ylabel="KL, nats", title=f"KL({Q_ALPHA}‖π)")
+        of_theta, of_t = [n.ess_theta for n in numbers], [n.ess_t for n in numbers]
+        draw_sides(ess, alphas, of_theta, of_t, alpha_of)
+        if 0 < np.minimum(of_theta, of_t).max() < 0.02:
+            ess.set(yscale="log", ylim=(1e-3 * np.minimum(of_theta, of_t).max(), 3))
         else:
             ess.set(ylim=(0, 1.05))
-        ess.set(ylabel="ESS per draw", title="ESS = 1/Σ π²/q_α")
+        ess.set(ylabel="ESS per draw", title=rf"ESS = $1/\Sigma\,\pi^2/$ {Q_ALPHA}")
         draw_table(table, alpha_of, marks)
-        for axes in (curve, frontier):
-            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False, fontsize=11)
-        for axes in (kls, ess):
-            axes.plot([], [], color=THETA, linewidth=2.4, label="to π_θ")
-            axes.plot([], [], color=T, linewidth=2.4, linestyle="--", label="to π_t")
-            axes.plot([], [], color=lines[0][1], linestyle=":", linewidth=2.2, label="KL symmetry")
-            axes.plot([], [], color=lines[1][1], linestyle=":", linewidth=2.2, label="ESS balance")
-            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, frameon=False, fontsize=11)
-        figure.savefig(path, dpi=90)
+        for axes in (pair, curve, frontier, kls, ess):
+            columns = 2 if axes in (kls, ess) else 3
+            below = -0.3 if axes is pair and axes.patches else -0.17
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, below), ncols=columns, frameon=False, fontsize=12)
+        figure.savefig(path, dpi=84, pil_kwargs={"optimize": True})
         plt.close(figure)
-
-
-def draw_table(axes: Axes, alpha_of: dict[str, float], marks: dict[str, Numbers]) -> None:
-    """The rules with their markers and numbers."""
-    axes.axis("off")
-    axes.set(xlim=(0, 1), ylim=(0, 1))
-    head = ("", "α", "KL_θ", "KL_t", "ESS_θ", "ESS_t")
-    columns = (0.07, 0.56, 0.68, 0.80, 0.92, 1.04)
-    for i, method in enumerate([None, *alpha_of]):
-        y = 0.9 - 0.13 * i
-        if method is None:
-            cells = head
-        else:
-            label, marker, colour, size = RULES[method]
-            n = marks[method]
-            axes.scatter(0.0, y, size, colour, marker, edgecolors="black", clip_on=False)
-            values = (alpha_of[method], n.kl_theta, n.kl_t, n.ess_theta, n.ess_t)
-            cells = (label, *(f"{x:.3f}" if x == 0 or x >= 5e-4 else f"{x:.0e}" for x in values))
-        for x, cell in zip(columns, cells, strict=True):
-            axes.text(x, y, cell, va="center", ha="left" if x == columns[0] else "right", fontsize=12, clip_on=False)
 
 
 def main(argv: list[str] | None = None) -> int:
