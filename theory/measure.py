@@ -135,9 +135,9 @@ def rules() -> Iterator[tuple[str, ...]]:
         "pair",
         "c, nats",
         "α_KL",
-        "abs. difference of both α",
-        "leading term",
-        "ESS_θ/ESS_t at KL symmetry",
+        "difference of both α",
+        "its leading term",
+        "ESS_θ/ESS_t at α_KL",
     )
     for name, theta, t in pairs():
         by_kl, by_ess = (
@@ -153,12 +153,12 @@ def rules() -> Iterator[tuple[str, ...]]:
             f"{np.median(c):.3g} ({c.max():.3g})",
             f"{np.median(alpha):.2f}, {alpha.min():.2f} to {alpha.max():.2f}",
             *(f"{np.median(x):.2g} ({x.max():.2g})" for x in (apart, leading)),
-            f"{np.median(ratio):.3f}, {ratio.min():.2g} to {ratio.max():.2g}",
+            f"{np.median(ratio):.3g}, {ratio.min():.2g} to {ratio.max():.2g}",
         )
 
 
 def far() -> Iterator[tuple[str, ...]]:
-    """q*, the mixture (π_θ + π_t)/2 and the q of Claim 1.5: medians over the rows."""
+    """q*, the mixture (π_θ + π_t)/2 and the best ESS of any q (Claim 1.5): medians, with the worst row in brackets."""
     yield (
         "pair",
         "c: greater KL(q\\*‖π)",
@@ -185,7 +185,8 @@ def far() -> Iterator[tuple[str, ...]]:
         masses = [np.median(np.sum(np.exp(x) * unlikely, axis=1)) for x in (q, log_theta, log_t)]
         yield (
             name,
-            *(f"{np.median(x):.2g}" for x in columns),
+            *(f"{np.median(x):.2g} ({x.max():.2g})" for x in columns[:2]),
+            *(f"{np.median(x):.2g} ({x.min():.2g})" for x in columns[2:]),
             f"{masses[0]:.0%}",
             f"{masses[1]:.0%}, {masses[2]:.0%}",
         )
@@ -197,9 +198,8 @@ TABLES: dict[str, Callable[[], Iterator[tuple[str, ...]]]] = {f.__name__: f for 
 def main(argv: list[str] | None = None) -> int:
     """Print the chosen tables."""
     parser = argparse.ArgumentParser(prog="python -m theory.measure", description=__doc__.split("\n\n")[0])
-    parser.add_argument("tables", nargs="*", choices=tuple(TABLES), default=[], metavar="table", help="which: "
-                        f"{', '.join(TABLES)} (default: all)")  # fmt: skip
-    for name in parser.parse_args(argv).tables or TABLES:
+    parser.add_argument("--tables", nargs="+", choices=tuple(TABLES), default=list(TABLES), help="default: all")
+    for name in parser.parse_args(argv).tables:
         print(f"{TABLES[name].__doc__.splitlines()[0]}\n")
         for i, row in enumerate(TABLES[name]()):
             print(f"| {' | '.join(row)} |")
