@@ -1,0 +1,499 @@
+"""`python -m qstar.report`: one HTML file to look at samples with, every token shaded by its numbers.
+
+The page loads nothing: plots are inside as PNG, and the samples as gzip in base64, in blocks of some thousand tokens
+that the browser unpacks when it shows them. The files are read once, sample by sample; what stays in memory is a few
+float32 numbers a token. Samples are hostile input: their text reaches the page only inside those blocks and is set as
+text, never as HTML, and a content security policy runs the page's own script alone.
+"""
+
+import base64
+import gzip
+import hashlib
+import importlib.util
+import json
+import math
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO, Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from transformers import AutoTokenizer
+from transformers.utils import logging
+
+from qstar.arguments import HelpFormatter, Parser
+from qstar.decode import FIELDS
+from qstar.generate import BANDS, FAR_APART_KL
+from qstar.records import Record, RecordError, RunFiles
+
+CHUNK_TOKENS, CHUNK_CHARACTERS = 8192, 1 << 18  # a block ends at either: unpacked in a few milliseconds
+SHOWN_DIGITS = 4
+STATISTICS = {
+    "tokens": "tokens",
+    "alpha": "mean α",
+    "kl": "mean KL",
+    "kl_max": "largest KL",
+    "ess_ratio": "mean ESS ratio",
+    "weight_theta": "log π_θ/q*",
+    "weight_t": "log π_t/q*",
+    "disagreement": "largest disagreement",
+}
+# control characters but tab and newline, what reorders or hides text, and lone surrogates, which UTF-8 cannot write
+UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060\u2066-\u2069\ufeff\ud800-\udfff"
+    "\U000e0000-\U000e007f]"
+)
+
+
+class ReportError(RuntimeError):
+    """The report cannot be made; the message is one line."""
+
+
+def reveal(text: str) -> str:
+    """The text with every character that would hide, reorder or break it shown by a symbol or its code point."""
+
+    def symbol(match: re.Match) -> str:
+        code = ord(match[0])
+        return chr(0x2400 + code) if code < 0x20 else f"⟨U+{code:04X}⟩"
+
+    return UNSEEN.sub(symbol, text)
+
+
+class TokenTexts:
+    """The text of each token of a sequence; together they are the text of the sequence.
+
+    A token is decoded behind a letter, because decoders treat the start of a text differently. Where a character's
+    bytes are spread over several tokens, the last of them gets the character and the others the empty text.
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.special = sorted(set(tokenizer.all_special_ids))
+        self.vocab_size = len(tokenizer)
+        self.anchor = tokenizer.encode("a", add_special_tokens=False)
+        self.start = len(self._decode([]))
+        self.known: dict[int, str] = {}
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(self.anchor + ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def of(self, ids: list[int]) -> list[str]:
+        """One text a token."""
+        pieces, pending = [], []
+        for i in ids:
+            pending.append(i)
+            if len(pending) > 1:
+                text = self._decode(pending)[self.start :]
+            elif (text := self.known.get(i)) is None:
+                text = self.known[i] = self._decode(pending)[self.start :]
+            incomplete = text.endswith("\ufffd") and len(pending) < 8
+            pieces.append("" if incomplete else text)
+            if not incomplete:
+                pending = []
+        if pending:
+            pieces[-1] = self._decode(pending)[self.start :]
+        return pieces
+
+
+def load_tokenizer(name: str | None, files: RunFiles) -> TokenTexts:
+    """The tokenizer of that name or folder, else of π_θ as the run's settings name it.
+
+    Raises:
+        ReportError: it is not known, or cannot be loaded.
+    """
+    name = name or files.settings.get("--model-theta")
+    if not isinstance(name, str):
+        raise ReportError(f"{files.name} has no x.run.json that names its models; give the --tokenizer")
+    try:
+        return TokenTexts(AutoTokenizer.from_pretrained(name))
+    except Exception as error:  # whatever a tokenizer's files or the hub can raise
+        reason = str(error).strip().splitlines()
+        raise ReportError(
+            f"the tokenizer {name} cannot be loaded ({reason[0] if reason else type(error).__name__}); "
+            "name its folder with --tokenizer"
+        ) from None
+
+
+def token_numbers(record: Record, name: str, vocab_size: int) -> dict[str, np.ndarray]:
+    """The tokens' numbers, float64 [tokens] each: `id` (int64), `FIELDS`, and what follows from them in nats.
+
+    `weight_theta` and `weight_t` are log π − log q*, `disagreement` is their distance, `kl` the larger KL. null stands
+    for a number that JSON does not have: −inf for a log-probability, +inf for a KL.
+
+    Raises:
+        ReportError: they are not numbers, or the ids belong to another tokenizer.
+    """
+    null = {"logq": -np.inf, "logp_theta": -np.inf, "logp_t": -np.inf, "kl_theta": np.inf, "kl_t": np.inf}
+    try:
+        n = {"id": np.array(record.tokens["id"], dtype=np.int64)}
+        for key in FIELDS:
+            values = np.array(record.tokens[key], dtype=np.float64)
+            n[key] = np.where(np.isnan(values), null.get(key, np.nan), values)
+        if any(values.ndim != 1 for values in n.values()):
+            raise ValueError
+    except (ValueError, TypeError, OverflowError):
+        raise ReportError(f"sample {record.id!r} of {name}: its tokens are not numbers") from None
+    if n["id"].min() < 0 or n["id"].max() >= vocab_size:
+        raise ReportError(
+            f"sample {record.id!r} of {name} has token id {n['id'].max()} and the tokenizer {vocab_size} entries; "
+            "name the right one with --tokenizer"
+        )
+    with np.errstate(invalid="ignore", divide="ignore"):
+        n["weight_theta"], n["weight_t"] = n["logp_theta"] - n["logq"], n["logp_t"] - n["logq"]
+        n["disagreement"] = np.abs(n["logp_theta"] - n["logp_t"])
+        n["ess_ratio"] = n["ess_theta"] / n["ess_t"]
+    n["kl"] = np.maximum(n["kl_theta"], n["kl_t"])
+    n["position"] = np.arange(len(n["id"]))
+    return n
+
+
+def sample_statistics(n: dict[str, np.ndarray]) -> dict[str, float]:
+    """A sample's value of each of `STATISTICS`; NaN where it has none."""
+    ratio, disagreement = n["ess_ratio"][np.isfinite(n["ess_ratio"])], n["disagreement"][~np.isnan(n["disagreement"])]
+    return {
+        "tokens": len(n["id"]),
+        "alpha": n["alpha"].mean(),
+        "kl": n["kl"].mean(),
+        "kl_max": n["kl"].max(),
+        "ess_ratio": ratio.mean() if len(ratio) else math.nan,
+        "weight_theta": n["weight_theta"].sum(),
+        "weight_t": n["weight_t"].sum(),
+        "disagreement": disagreement.max() if len(disagreement) else math.nan,
+    }
+
+
+@dataclass
+class FileNumbers:
+    """What the summary and the plots need of one file: tokens' numbers in float32, and the samples' statistics."""
+
+    name: str
+    settings: dict[str, Any]
+    special: list[int]
+    tokens: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    samples: list[dict[str, float]] = field(default_factory=list)
+
+    def add(self, n: dict[str, np.ndarray]) -> None:
+        for key in ("alpha", "kl_theta", "kl_t", "ess_theta", "ess_t", "weight_theta", "weight_t", "disagreement"):
+            self.tokens.setdefault(key, []).append(n[key].astype(np.float32))
+        self.tokens.setdefault("position", []).append(n["position"].astype(np.int32))
+        self.samples.append(sample_statistics(n))
+
+    def joined(self) -> dict[str, np.ndarray]:
+        """All tokens of the file, [tokens] each, and `log_weights_theta`, `log_weights_t`, [samples]."""
+        for key, parts in self.tokens.items():
+            self.tokens[key] = [np.concatenate(parts)] if len(parts) > 1 else parts
+        weights = {f"log_weights_{s}": np.array([x[f"weight_{s}"] for x in self.samples]) for s in ("theta", "t")}
+        return {key: parts[0] for key, parts in self.tokens.items()} | weights
+
+
+class Chunks:
+    """The samples as the page holds them: blocks of gzipped JSON, numbers and texts apart, since search needs only
+    the texts. They go to a temporary file, because what stands above them in the page is known last."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file, self.starts, self.count = file, [0], 0
+        self.numbers: list[str] = []
+        self.texts: list[Any] = []
+        self.tokens = self.characters = 0
+
+    def add(self, n: dict[str, np.ndarray], pieces: list[str], line: dict[str, Any]) -> None:
+        """Take one sample: its tokens' numbers and texts, and its line of `x.jsonl`."""
+        metadata = line.get("metadata")
+        shown = json.dumps(metadata, ensure_ascii=False, indent=1) if metadata else ""
+        text = [messages_of(line), reveal(str(line.get("finish_reason") or "")), reveal(shown)]
+        logs = [decimals(np.round(n[key], SHOWN_DIGITS) + 0.0, 9) for key in ("logq", "logp_theta", "logp_t")]
+        kl_theta, kl_t = decimals(n["kl_theta"]), decimals(n["kl_t"])
+        kl_t = ["null" if b == a else b for a, b in zip(kl_theta, kl_t, strict=True)]  # the same, as a rule
+        columns = [*logs, decimals(n["alpha"]), kl_theta, kl_t, decimals(n["ess_theta"]), decimals(n["ess_t"])]
+        heads = [json.dumps(x, ensure_ascii=False) for x in ([reveal(p) for p in pieces], n["id"].tolist())]
+        arrays = [*heads, *(f"[{','.join(column)}]" for column in columns)]
+        self.numbers.append(f"[{','.join(arrays)}]")
+        self.texts.append(text)
+        self.count += 1
+        self.tokens += len(pieces)
+        self.characters += sum(len(content) for _, content in text[0]) + len(shown)
+        if self.tokens >= CHUNK_TOKENS or self.characters >= CHUNK_CHARACTERS:
+            self.flush()
+
+    def flush(self) -> None:
+        """End the block."""
+        if not self.texts:
+            return
+        number = len(self.starts) - 1
+        self.file.write(block(f"numbers-{number}", f"[{','.join(self.numbers)}]"))
+        self.file.write(block(f"texts-{number}", json.dumps(self.texts, ensure_ascii=False)))
+        self.numbers, self.texts, self.tokens, self.characters = [], [], 0, 0
+        self.starts.append(self.count)
+
+
+def block(name: str, content: str) -> bytes:
+    """A block of data in the page: a script element that no browser runs, and holds letters and digits only."""
+    data = base64.b64encode(gzip.compress(content.encode("utf-8", "replace"), 6, mtime=0))
+    return f'<script type="text/plain" id="{name}">'.encode() + data + b"</script>\n"
+
+
+def decimals(values: np.ndarray, digits: int = SHOWN_DIGITS) -> list[str]:
+    """Each number in JSON with that many significant digits; one out of range is read as infinite, null as NaN."""
+    texts = map(f"%.{digits}g".__mod__, values.tolist())
+    if np.isfinite(values).all():
+        return list(texts)
+    return [text.replace("inf", "1e999").replace("nan", "null") for text in texts]
+
+
+def messages_of(line: dict[str, Any]) -> list[tuple[str, str]]:
+    """Role and text of each message of a sample, the answer last.
+
+    Raises:
+        ReportError: that is not what `messages` holds.
+    """
+    try:
+        messages = [(message["role"], message["content"]) for message in line["messages"]]
+        if not messages:
+            raise ValueError
+    except (TypeError, KeyError, ValueError):
+        raise ReportError(f"the messages of sample {line['id']!r} are not a list of role and content") from None
+    return [
+        tuple(reveal(x if isinstance(x, str) else json.dumps(x, ensure_ascii=False)) for x in pair) for pair in messages
+    ]
+
+
+def summary_rows(numbers: FileNumbers) -> list[tuple[str, str, str]]:
+    """What the page says about a file first: label, value, and a note on it. Means are over all tokens, in nats."""
+    tokens, n = numbers.joined(), sum(int(x["tokens"]) for x in numbers.samples)
+    kl = np.maximum(tokens["kl_theta"], tokens["kl_t"]).astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        gap = np.abs(tokens["kl_theta"] - tokens["kl_t"]).astype(np.float64)
+    positive = (tokens["ess_theta"] > 0) & (tokens["ess_t"] > 0)
+    ratio = (tokens["ess_theta"][positive] / tokens["ess_t"][positive]).astype(np.float64)
+    values = {"α": tokens["alpha"].astype(np.float64), "|ΔKL|": gap, "ESS ratio": ratio}
+
+    def banded(name: str) -> tuple[str, str, str]:
+        low, high = BANDS[name]
+        inside = np.count_nonzero((values[name] >= low) & (values[name] <= high)) / n
+        band = f"below {high:g}" if low == 0 else f"in {low:g}–{high:g}"
+        return name, figure(values[name].mean() if len(values[name]) else math.nan), f"{inside:.1%} of tokens {band}"
+
+    far = f"nats a token; above {FAR_APART_KL:g}: the pair is far apart" if kl.mean() > FAR_APART_KL else "nats a token"
+    rows = [
+        ("samples", f"{len(numbers.samples):,}", ""),
+        ("tokens", f"{n:,}", f"{n / len(numbers.samples):.1f} a sample"),
+    ]
+    rows += [banded("α"), ("KL", figure(kl.mean()), far), banded("|ΔKL|"), banded("ESS ratio")]
+    for side, symbol in (("theta", "π_θ"), ("t", "π_t")):
+        ess = weights_ess(tokens[f"log_weights_{side}"])
+        share = "" if math.isnan(ess) else f"{ess / len(numbers.samples):.1%} of the samples"
+        rows.append((f"ESS of {symbol}/q*", figure(ess), share))
+    return rows
+
+
+def weights_ess(log_weights: np.ndarray) -> float:
+    """Effective number of samples under self-normalised weights, (Σw)² / Σw²; NaN where no weight is finite."""
+    finite = log_weights[~np.isnan(log_weights)]
+    if not len(finite) or not np.isfinite(finite.max()):
+        return math.nan
+    weights = np.exp(finite - finite.max())
+    return float(weights.sum() ** 2 / (weights**2).sum())
+
+
+def figure(value: float) -> str:
+    """A number for people, with the minus sign of typography."""
+    return "none" if math.isnan(value) else f"{value:.{SHOWN_DIGITS}g}".replace("-", "−").replace("inf", "∞")
+
+
+def plots_of(files: list[FileNumbers]) -> list[dict[str, str]]:
+    """The plots as PNG in base64, for a light and a dark page, each with a caption."""
+    from qstar import plots
+
+    tokens = {file.name: file.joined() for file in files}
+    figures = [
+        ("Distribution of α", lambda dark: plots.distribution(tokens, "alpha", dark)),
+        ("Distribution of the KL", lambda dark: plots.distribution(tokens, "kl", dark)),
+        ("Distribution of the ESS ratio", lambda dark: plots.distribution(tokens, "ess_ratio", dark)),
+        *(
+            (
+                "α against the ESS ratio" + (f", {name}" if len(files) > 1 else ""),
+                lambda dark, fields=fields: plots.alpha_against_ess_ratio(fields, dark),
+            )
+            for name, fields in tokens.items()
+        ),
+        ("Along the answer: mean, and the middle half of the tokens", lambda dark: plots.along_position(tokens, dark)),
+        ("Concentration of the importance weights", lambda dark: plots.weight_concentration(tokens, dark)),
+    ]
+    return [
+        {"caption": caption}
+        | {theme: base64.b64encode(plots.png(draw(theme == "dark"))).decode() for theme in ("light", "dark")}
+        for caption, draw in figures
+    ]
+
+
+def scale_limit(values: list[np.ndarray]) -> float:
+    """Where the colour scale ends: the 99th percentile of the finite sizes, rounded up to 1, 2 or 5 times a power of 10."""
+    sizes = np.abs(np.concatenate(values))
+    sizes = sizes[np.isfinite(sizes)]
+    high = float(np.quantile(sizes, 0.99)) if len(sizes) else 0.0
+    if high <= 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(high))
+    return float(f"{next(step for step in (1, 2, 5, 10) if high <= step * power * (1 + 1e-9)) * power:.1g}")
+
+
+def index_of(files: list[FileNumbers], ids: list[str], chunks: Chunks) -> dict[str, Any]:
+    """What the page's script knows of every sample before it unpacks any."""
+    tokens = [file.joined() for file in files]
+    weights = [t[f"weight_{side}"] for t in tokens for side in ("theta", "t")]
+    samples = [sample for file in files for sample in file.samples]
+    return {
+        "files": [{"name": reveal(file.name), "special": file.special, "samples": len(file.samples)} for file in files],
+        "starts": chunks.starts,
+        "ids": ids,
+        "statistics": {name: np.array([sample[name] for sample in samples]) for name in STATISTICS},
+        "limits": {
+            "kl": scale_limit([np.maximum(t["kl_theta"], t["kl_t"]) for t in tokens]),
+            "weight": scale_limit(weights),
+            "disagreement": scale_limit([t["disagreement"] for t in tokens]),
+        },
+    }
+
+
+def index_block(index: dict[str, Any]) -> str:
+    statistics = ",".join(
+        f"{json.dumps(name)}:[{','.join(decimals(values, 6))}]" for name, values in index.pop("statistics").items()
+    )
+    return block("index", json.dumps(index, ensure_ascii=False)[:-1] + f',"statistics":{{{statistics}}}}}').decode()
+
+
+def settings_table(files: list[FileNumbers]) -> list[tuple[str, list[str], bool]]:
+    """Each setting with its value in every file, and whether the files differ in it."""
+    names = dict.fromkeys(name for file in files for name in file.settings)
+    rows = []
+    for name in names:
+        values = [file.settings.get(name) for file in files]
+        shown = [v if isinstance(v, str) else "" if v is None else json.dumps(v, ensure_ascii=False) for v in values]
+        rows.append((name, shown, len(set(shown)) > 1))
+    return rows
+
+
+def page(files: list[FileNumbers], notes: list[str], ids: list[str], chunks: Chunks) -> Iterator[str]:
+    """The page in pieces, the blocks of samples one at a time."""
+    environment = Environment(
+        loader=PackageLoader("qstar", "."),
+        autoescape=True,
+        finalize=lambda value: reveal(value) if type(value) is str else value,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    template = environment.get_template("report.html.jinja")
+    script = "".join(template.blocks["script"](template.new_context()))
+    chunks.flush()
+    chunks.file.seek(0)
+    return template.generate(
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        files=[(file.name, summary_rows(file)) for file in files],
+        plots=plots_of(files),
+        settings=settings_table(files),
+        notes=notes,
+        statistics=STATISTICS,
+        index=Markup(index_block(index_of(files, ids, chunks))),
+        blocks=(Markup(line.decode()) for line in chunks.file),
+    )
+
+
+def names_of(runs: list[RunFiles]) -> list[str]:
+    """A short name a file, no two alike."""
+    short = [run.name for run in runs]
+    names = [str(run.samples) if short.count(name) > 1 else name for name, run in zip(short, runs, strict=True)]
+    if len(set(names)) < len(names):
+        raise ReportError(f"{next(name for name in names if names.count(name) > 1)} is given twice")
+    return names
+
+
+def make_report(paths: list[Path], output: Path, tokenizer: str | None, console: Console) -> str:
+    """Write the report on some runs to `output`; returns a line that says what it holds.
+
+    Raises:
+        RecordError, ReportError: a file is missing or foreign, or the tokenizer is.
+        OSError: the report cannot be written.
+    """
+    runs = [RunFiles(path) for path in paths]
+    if output.resolve() in {path.resolve() for run in runs for path in (run.samples, run.diagnostics)}:
+        raise ReportError(f"--output {output} is one of the files to report on")
+    names, files, ids, notes, loaded = names_of(runs), [], [], [], {}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(f"{output}.tmp")
+    columns = (SpinnerColumn(), TextColumn("samples"), TextColumn("{task.completed:,}"))
+    with TemporaryFile() as spool, Progress(*columns, console=console, transient=True) as progress:
+        chunks, task = Chunks(spool), progress.add_task("", total=None)
+        for name, run in zip(names, runs, strict=True):
+            key = tokenizer or run.settings.get("--model-theta")
+            texts = loaded[key] = loaded.get(key) or load_tokenizer(tokenizer, run)
+            numbers = FileNumbers(name, run.settings, texts.special)
+            for record in run:
+                n = token_numbers(record, name, texts.vocab_size)
+                numbers.add(n)
+                chunks.add(n, texts.of(n["id"].tolist()), record.line)
+                ids.append(reveal(str(record.id)))
+                progress.advance(task)
+            files.append(numbers)
+            notes += run.notes
+        try:
+            with temporary.open("wb") as file:
+                for piece in page(files, notes, ids, chunks):
+                    file.write(piece.encode("utf-8"))
+            temporary.replace(output)
+        finally:
+            temporary.unlink(missing_ok=True)
+    for note in notes:
+        console.print(f"note: {note}", markup=False, highlight=False)
+    tokens = sum(int(sample["tokens"]) for file in files for sample in file.samples)
+    return f"{output}: {len(ids):,} samples, {tokens:,} tokens, {output.stat().st_size / 1e6:.1f} MB"
+
+
+def make_parser() -> Parser:
+    """The command line."""
+    parser = Parser(
+        prog="python -m qstar.report",
+        description="One HTML file to look at samples with: summary, plots, and every token shaded by its numbers.",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="what qstar.generate wrote, with diagnostics"
+    )
+    parser.add_argument("--output", type=Path, default=Path("report.html"), help="the file to write")
+    parser.add_argument("--tokenizer", help="name or folder (default: that of π_θ in x.run.json)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; 0 if the report is written, 1 if not, 2 for a wrong command line."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.error("the plots need matplotlib: pip install 'qstar[report]'")
+    if args.output.is_dir():
+        parser.error(f"--output {args.output} is a folder; give a file")
+    logging.disable_progress_bar()
+    try:
+        print(make_report(args.files, args.output, args.tokenizer, Console(stderr=True, soft_wrap=True)))
+    except (RecordError, ReportError) as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename or args.output}: {error.strerror or error}"
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    else:
+        return 0
+    print(f"python -m qstar.report: error: {' '.join(message.split())}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
