@@ -1,4 +1,4 @@
-"""Figures of a run's numbers: what α, the KLs and the ESS ratio are, how they move along the text, who carries the weight.
+"""Figures of a run's numbers: how α, KL and the ESS ratio are spread and move along the text, and who has the weight.
 
 Every function takes plain arrays, several files as a dict by name, and returns a matplotlib Figure of its own: no
 pyplot, so nothing is shared or kept alive. The background is transparent, for a page that is light or dark. Numbers
@@ -14,9 +14,10 @@ from itertools import cycle
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from qstar.generate import BANDS
 
@@ -27,6 +28,8 @@ KL_FLOOR = 1e-6  # nats: float32 logits say little below it
 LABELS = {"alpha": "α, the weight of π_θ", "kl": "KL, the larger of the two (nats)", "ess_ratio": "ESS_θ / ESS_t"}
 BAND_OF = {"alpha": "α", "ess_ratio": "ESS ratio"}
 COLORS = ("#3b76d6", "#d9730d", "#2f9e62", "#a34fc4", "#c23b4b", "#0f93a6")
+DENSITY = {False: ("#c3d6fb", "#3b76d6", "#0c2450"), True: ("#2d4c86", "#7ba7f7", "#f4f8ff")}  # few to many, by dark
+PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.3g}%")
 INK = {False: ("#1f2328", "#5b6472", "#d6dae0"), True: ("#e6e8eb", "#a5aeb9", "#3a414b")}  # text, ticks, lines by dark
 
 
@@ -70,7 +73,7 @@ def distribution(files: Mapping[str, Fields], quantity: str, dark: bool = False)
     if quantity in BAND_OF:
         ax.axvspan(*BANDS[BAND_OF[quantity]], color=INK[dark][1], alpha=0.1, linewidth=0)
     ax.set(xlabel=LABELS[quantity], ylabel="share of tokens", xlim=(low, high), ylim=(0, None))
-    ax.yaxis.set_major_formatter(PercentFormatter(1))
+    ax.yaxis.set_major_formatter(PERCENT)
     note_left_out(ax, sum(map(len, values)) - sum(map(len, drawn)), dark)
     legend(ax, files, dark)
     return figure
@@ -87,9 +90,10 @@ def alpha_against_ess_ratio(fields: Fields, dark: bool = False) -> Figure:
     keep = np.isfinite(alpha) & np.isfinite(ratio) & (ratio > 0)
     low, high = ratio_range([ratio[keep]])
     if keep.any():
+        colors = LinearSegmentedColormap.from_list("density", DENSITY[dark])
         hexagons = ax.hexbin(
             alpha[keep], np.clip(ratio[keep], low, high), gridsize=40, bins="log", mincnt=1, yscale="log",
-            extent=(0, 1, np.log10(low), np.log10(high)), cmap="plasma" if dark else "plasma_r", linewidths=0.1,
+            extent=(0, 1, np.log10(low), np.log10(high)), cmap=colors, linewidths=0.1,
         )  # fmt: skip
         bar = figure.colorbar(hexagons, ax=ax, pad=0.02)
         bar.set_label("tokens", color=INK[dark][0])
@@ -109,7 +113,7 @@ def along_position(files: Mapping[str, Fields], dark: bool = False) -> Figure:
         files: by name, the arrays that `token_values` takes, and `position` from 0, int [tokens].
         dark: colours for a dark page.
     """
-    figure, (ax_alpha, ax_kl, ax_count) = canvas(dark, height=5.2, heights=(3, 3, 1.5))
+    figure, (ax_alpha, ax_kl, ax_count) = canvas(dark, heights=(3, 3, 2))
     end = 1 + max(int(fields["position"].max()) for fields in files.values())
     width = -(-end // POSITION_BINS)
     for color, fields in zip(cycle(COLORS), files.values(), strict=False):
@@ -133,6 +137,7 @@ def along_position(files: Mapping[str, Fields], dark: bool = False) -> Figure:
         ax.tick_params(labelbottom=False)
     for ax in (ax_alpha, ax_kl, ax_count):
         ax.set_xlim(0, end)
+        ax.yaxis.set_major_locator(MaxNLocator(3))
     legend(ax_alpha, files, dark)
     return figure
 
@@ -156,8 +161,8 @@ def weight_concentration(files: Mapping[str, Fields], dark: bool = False) -> Fig
             ax.plot(share, np.r_[0, carried / carried[-1]], color=color, linestyle=dashes, linewidth=1.6)
     ax.plot([0, 1], [0, 1], color=INK[dark][1], linewidth=0.8, linestyle=":")
     ax.set(xlabel="heaviest samples", ylabel="share of the total weight", xlim=(0, 1), ylim=(0, 1.02))
-    ax.xaxis.set_major_formatter(PercentFormatter(1))
-    ax.yaxis.set_major_formatter(PercentFormatter(1))
+    ax.xaxis.set_major_formatter(PERCENT)
+    ax.yaxis.set_major_formatter(PERCENT)
     ink = INK[dark][1]
     lines = {"π_θ/q*": "-", "π_t/q*": "--", "all weights equal": ":"}
     handles = [Line2D([], [], color=ink, linestyle=dashes) for dashes in lines.values()]
@@ -175,11 +180,13 @@ def png(figure: Figure, dpi: int = 160) -> bytes:
     return buffer.getvalue()
 
 
-def canvas(dark: bool, height: float = 3.4, heights: Sequence[float] = (1,)) -> tuple[Figure, list[Axes]]:
-    """A figure 5 inches wide with one column of axes, in the page's colours."""
+def canvas(dark: bool, heights: Sequence[float] = (1,)) -> tuple[Figure, list[Axes]]:
+    """A figure with one column of axes, in the page's colours; all are of one size, to stand side by side."""
     text, ticks, lines = INK[dark]
-    figure = Figure(figsize=(5, height), layout="constrained")
+    figure = Figure(figsize=(4.6, 3.5))
     axes = figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0].tolist()
+    figure.subplots_adjust(left=0.15, right=0.955, bottom=0.15, top=0.94, hspace=0.2)
+    figure.align_ylabels(axes)
     for ax in axes:
         ax.grid(color=lines, linewidth=0.6)
         ax.set_axisbelow(True)

@@ -24,7 +24,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from rich.progress import Progress, SpinnerColumn, TextColumn
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
@@ -41,8 +41,8 @@ STATISTICS = {
     "kl": "mean KL",
     "kl_max": "largest KL",
     "ess_ratio": "mean ESS ratio",
-    "weight_theta": "log π_θ/q*",
-    "weight_t": "log π_t/q*",
+    "weight_theta": "log weight π_θ/q*",
+    "weight_t": "log weight π_t/q*",
     "disagreement": "largest disagreement",
 }
 # control characters but tab and newline, what reorders or hides text, and lone surrogates, which UTF-8 cannot write
@@ -277,8 +277,8 @@ def summary_rows(numbers: FileNumbers) -> list[tuple[str, str, str]]:
     def banded(name: str) -> tuple[str, str, str]:
         low, high = BANDS[name]
         inside = np.count_nonzero((values[name] >= low) & (values[name] <= high)) / n
-        band = f"below {high:g}" if low == 0 else f"in {low:g}–{high:g}"
-        return name, figure(values[name].mean() if len(values[name]) else math.nan), f"{inside:.1%} of tokens {band}"
+        band = f"below {high:g}" if low == 0 else f"in {low:g} to {high:g}"
+        return name, figure(values[name].mean() if len(values[name]) else math.nan), f"{inside:.1%} {band}"
 
     far = f"nats a token; above {FAR_APART_KL:g}: the pair is far apart" if kl.mean() > FAR_APART_KL else "nats a token"
     rows = [
@@ -323,7 +323,7 @@ def plots_of(files: list[FileNumbers]) -> list[dict[str, str]]:
             )
             for name, fields in tokens.items()
         ),
-        ("Along the answer: mean, and the middle half of the tokens", lambda dark: plots.along_position(tokens, dark)),
+        ("Along the answer: mean and middle half", lambda dark: plots.along_position(tokens, dark)),
         ("Concentration of the importance weights", lambda dark: plots.weight_concentration(tokens, dark)),
     ]
     return [
@@ -334,7 +334,7 @@ def plots_of(files: list[FileNumbers]) -> list[dict[str, str]]:
 
 
 def scale_limit(values: list[np.ndarray]) -> float:
-    """Where the colour scale ends: the 99th percentile of the finite sizes, rounded up to 1, 2 or 5 times a power of 10."""
+    """Where a colour scale ends: the 99th percentile of the finite sizes, rounded up to 1, 2 or 5 · 10^k."""
     sizes = np.abs(np.concatenate(values))
     sizes = sizes[np.isfinite(sizes)]
     high = float(np.quantile(sizes, 0.99)) if len(sizes) else 0.0
@@ -355,6 +355,7 @@ def index_of(files: list[FileNumbers], ids: list[str], chunks: Chunks) -> dict[s
         "ids": ids,
         "statistics": {name: np.array([sample[name] for sample in samples]) for name in STATISTICS},
         "limits": {
+            "alpha": min(0.5, scale_limit([t["alpha"] - 0.5 for t in tokens])),
             "kl": scale_limit([np.maximum(t["kl_theta"], t["kl_t"]) for t in tokens]),
             "weight": scale_limit(weights),
             "disagreement": scale_limit([t["disagreement"] for t in tokens]),
@@ -428,7 +429,10 @@ def make_report(paths: list[Path], output: Path, tokenizer: str | None, console:
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(f"{output}.tmp")
     columns = (SpinnerColumn(), TextColumn("samples"), TextColumn("{task.completed:,}"))
-    with TemporaryFile() as spool, Progress(*columns, console=console, transient=True) as progress:
+    with (
+        TemporaryFile() as spool,
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
+    ):
         chunks, task = Chunks(spool), progress.add_task("", total=None)
         for name, run in zip(names, runs, strict=True):
             key = tokenizer or run.settings.get("--model-theta")

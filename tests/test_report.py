@@ -83,6 +83,8 @@ def opened(browser: Browser):
         page.on("console", lambda message: seen.append(f"console: {message.text}"))
         page.on("pageerror", lambda error: seen.append(f"error: {error}"))
         page.on("dialog", lambda dialog: (seen.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        # what the page's policy stopped has not left the machine; it has complained to the console instead
+        page.on("requestfailed", lambda request: files.discard(request.url) if request.failure == "csp" else 0)
         page.on(
             "request", lambda request: files.add(request.url.partition("#")[0]) if request.url[:5] != "data:" else 0
         )
@@ -92,6 +94,11 @@ def opened(browser: Browser):
         assert files == {path.as_uri()}
         return page
 
+    def take_seen() -> list[str]:
+        taken, seen[:] = seen[:], []
+        return taken
+
+    open_report.take_seen = take_seen
     yield open_report
     for context in contexts:
         context.close()
@@ -108,7 +115,7 @@ def redrawn(page: Page, action) -> None:
 
 
 def ids_shown(page: Page) -> list[str]:
-    return page.locator("#list h3").all_inner_texts()
+    return page.locator("#list h3").all_text_contents()
 
 
 def tokens_of(page: Page, sample: int):
@@ -117,7 +124,7 @@ def tokens_of(page: Page, sample: int):
 
 def panel(page: Page) -> dict[str, str]:
     """The numbers beside the token, by label."""
-    labels, values = page.locator("#panel dt").all_inner_texts(), page.locator("#panel dd").all_inner_texts()
+    labels, values = page.locator("#panel dt").all_text_contents(), page.locator("#panel dd").all_text_contents()
     return dict(zip(labels, values, strict=True))
 
 
@@ -151,7 +158,7 @@ def write_run(path: Path, tokenizer, texts: list[tuple[str, str]], settings=None
     rng = np.random.default_rng(seed)
     with path.open("w") as samples, path.with_suffix(".diagnostics.jsonl").open("w") as numbers:
         for i, (prompt, answer) in enumerate(texts):
-            ids = tokenizer.encode(answer.encode("utf-8", "replace").decode(), add_special_tokens=False) + [0]
+            ids = [*tokenizer.encode(answer.encode("utf-8", "replace").decode(), add_special_tokens=False), 0]
             key = {"id": f"{i}-0", "prompt_index": i, "sample_index": 0, "num_tokens": len(ids)} | changes
             messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
             samples.write(
@@ -171,7 +178,7 @@ def test_it_renders_what_the_files_say(opened, demo, run):
     page = opened(demo)
     rows = [json.loads(line) for line in run.read_text(encoding="utf-8").splitlines()]
     assert ids_shown(page) == [row["id"] for row in rows[:25]]
-    assert page.locator(".pager .found").first.inner_text() == "64 samples"
+    assert page.locator(".pager .found").first.text_content() == "64 samples"
     for i, row in enumerate(rows[:25]):
         *_, prompt, answer = row["messages"]
         assert page.locator(f"[id='sample:{i}'] .text").first.text_content() == prompt["content"]
@@ -183,8 +190,8 @@ def test_it_renders_what_the_files_say(opened, demo, run):
     )
     said = dict(
         zip(
-            page.locator(".summary thead th").all_inner_texts(),
-            page.locator(".summary b").all_inner_texts(),
+            page.locator(".summary thead th").all_text_contents(),
+            page.locator(".summary b").all_text_contents(),
             strict=True,
         )
     )
@@ -197,8 +204,8 @@ def test_it_renders_what_the_files_say(opened, demo, run):
     for label, name in (("ESS of π_θ/q*", "weight_theta"), ("ESS of π_t/q*", "weight_t")):
         weights = np.exp([s[name] for s in all_tokens])
         assert parsed(said[label]) == pytest.approx(weights.sum() ** 2 / (weights**2).sum(), rel=1e-3)
-    settings = page.locator(".settings tr").all_text_contents()
-    assert any(row.split() == ["--max-new-tokens", "24"] for row in settings)
+    names, values = (page.locator(f".settings {cell}").all_text_contents() for cell in ("th", "td"))
+    assert dict(zip(names, values, strict=True))["--max-new-tokens"] == "24"
 
 
 def test_shading_follows_the_field(opened, demo, run):
@@ -214,7 +221,7 @@ def test_shading_follows_the_field(opened, demo, run):
     backgrounds = []
     for name, expected in values.items():
         page.select_option("#shade", name)
-        limit = 0.5 if name == "alpha" else parsed(page.locator(".ticks span").last.inner_text().removeprefix("≥ "))
+        limit = parsed(page.locator(".ticks span").last.text_content().removeprefix("≥ ")) - 0.5 * (name == "alpha")
         amounts = tokens_of(page, 0).evaluate_all("all => all.map(e => Number(e.style.getPropertyValue('--v')))")
         low = tokens_of(page, 0).evaluate_all("all => all.map(e => e.classList.contains('low'))")
         assert amounts == pytest.approx(np.minimum(1, np.abs(expected) / limit), abs=2e-3)
@@ -224,7 +231,7 @@ def test_shading_follows_the_field(opened, demo, run):
         colors = tokens_of(page, 0).evaluate_all("all => all.map(e => getComputedStyle(e).backgroundColor)")
         assert len(set(colors)) > 1
         backgrounds.append(colors[strongest])
-        assert page.locator("#legend-label").inner_text() == page.locator("#shade option:checked").inner_text()
+        assert page.locator("#legend-label").text_content() == page.locator("#shade option:checked").text_content()
     assert len(set(backgrounds)) == len(values)
 
 
@@ -239,8 +246,8 @@ def test_sorting_by_every_statistic(opened, demo, run):
             assert [by_id[i][name] for i in ids_shown(page)] == pytest.approx(ordered, rel=1e-4, abs=1e-9)
             label = STATISTICS[name]
             said = (
-                page.locator("#list .sorted dt").all_inner_texts(),
-                page.locator("#list .sorted dd").all_inner_texts(),
+                page.locator("#list .sorted dt").all_text_contents(),
+                page.locator("#list .sorted dd").all_text_contents(),
             )
             assert set(said[0]) == {label}
             assert [parsed(x) for x in said[1]] == pytest.approx(ordered, rel=1e-3, abs=1e-9)
@@ -252,7 +259,7 @@ def test_sorting_by_every_statistic(opened, demo, run):
 
 def test_search_and_pages(opened, demo, run):
     page, rows = opened(demo), [json.loads(line) for line in run.read_text(encoding="utf-8").splitlines()]
-    assert page.locator(".pages").first.inner_text() == "of 3"
+    assert page.locator(".pages").first.text_content() == "of 3"
     assert page.locator(".previous").first.is_disabled()
     redrawn(page, lambda: page.locator(".next").last.click())
     assert ids_shown(page) == [row["id"] for row in rows[25:50]]
@@ -264,7 +271,7 @@ def test_search_and_pages(opened, demo, run):
     assert 0 < len(matching) < 64
     redrawn(page, lambda: page.fill("#search", word.upper()))
     assert ids_shown(page) == matching[:25]
-    assert page.locator(".found").first.inner_text() == f"{len(matching)} of 64 samples contain “{word.upper()}”"
+    assert page.locator(".found").first.text_content() == f"{len(matching)} of 64 samples contain “{word.upper()}”"
     assert page.evaluate("CSS.highlights.get('found').size") >= min(25, len(matching))
     redrawn(page, lambda: page.fill("#search", "no such text"))
     assert ids_shown(page) == []
@@ -274,11 +281,11 @@ def test_search_and_pages(opened, demo, run):
 
 def test_a_link_leads_to_its_sample(opened, demo, run):
     page = opened(demo, "#40-0")
-    assert page.locator(".sample.linked h3").inner_text() == "40-0"
+    assert page.locator(".sample.linked h3").text_content() == "40-0"
     assert page.locator(".sample.linked").evaluate("e => e.getBoundingClientRect().top < innerHeight")
     redrawn(page, lambda: page.fill("#search", "no such text"))
     redrawn(page, lambda: page.evaluate("location.hash = '#3-0'"))
-    assert page.locator(".sample.linked h3").inner_text() == "3-0"
+    assert page.locator(".sample.linked h3").text_content() == "3-0"
     assert page.locator(".sample.linked h3 a").get_attribute("href") == "#3-0"
 
 
@@ -335,7 +342,7 @@ def test_light_and_dark(opened, demo):
     def contrast(page: Page) -> float:
         """The least contrast of text on a fully shaded token, over all fields and both sides."""
         script = """() => {
-            const context = new OffscreenCanvas(1, 1).getContext("2d");
+            const context = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
             const rgb = (...colors) => {
                 for (const color of colors) { context.fillStyle = color; context.fillRect(0, 0, 1, 1); }
                 return [...context.getImageData(0, 0, 1, 1).data].slice(0, 3).map((x) => x / 255);
@@ -350,7 +357,8 @@ def test_light_and_dark(opened, demo):
                     token.style.setProperty("--v", "1");
                     token.classList.toggle("low", low);
                     const style = getComputedStyle(token), surface = getComputedStyle(token.closest(".sample"));
-                    const [a, b] = [rgb(surface.backgroundColor, style.backgroundColor), rgb(style.color)].map(luminance);
+                    const colors = [rgb(surface.backgroundColor, style.backgroundColor), rgb(style.color)];
+                    const [a, b] = colors.map(luminance);
                     all.push((Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05));
                 }
             }
@@ -394,12 +402,11 @@ def test_a_hostile_sample_runs_nothing(opened, tmp_path, tokenizer):
         for more in page.locator(f"[id='sample:{i}'] .more").all():
             more.click()
         assert "".join(tokens_of(page, i).all_text_contents()) == reveal(sent) + "<|end|>"
-        assert (
-            json.loads(page.locator(f"[id='sample:{i}'] pre").text_content())["note"] == reveal(prompt)
-            or reveal(prompt) != prompt
-        )
+        metadata = json.dumps({"note": prompt}, ensure_ascii=False, indent=1)
+        assert page.locator(f"[id='sample:{i}'] pre").text_content() == reveal(metadata)
+    assert not page.evaluate(r"/[\u202e\u2066\u200b\0\x1b\ufeff]/.test(document.documentElement.textContent)")
     assert reveal("a\u202eb\x00\ud800\n\t") == "a⟨U+202E⟩b␀⟨U+D800⟩\n\t"
-    assert page.locator("#list h3").last.inner_text() == HOSTILE[0]
+    assert page.locator("#list h3").last.text_content() == HOSTILE[0]
     assert page.locator(".settings td").filter(has_text=HOSTILE[0]).count() == 2
     redrawn(page, lambda: page.fill("#search", HOSTILE[1]))
     assert len(ids_shown(page)) == 2
@@ -421,9 +428,11 @@ def test_a_hostile_sample_runs_nothing(opened, tmp_path, tokenizer):
         await new Promise((resolve) => setTimeout(resolve, 100));
         return violations.sort();
     }"""
-    with page.context.expect_event("console"):
-        assert page.evaluate(blocked) == ["connect-src", "img-src", "script-src-elem"]
+    assert page.evaluate(blocked) == ["connect-src", "img-src", "script-src-elem"]
     assert page.evaluate("window.__pwned") is None
+    complaints = opened.take_seen()
+    assert complaints
+    assert all("Content Security Policy" in complaint for complaint in complaints)
 
 
 def test_a_hostile_page_does_not_widen_a_phone(opened, tmp_path, tokenizer):
@@ -443,11 +452,11 @@ def test_several_files(opened, tmp_path, tokenizer):
         == 0
     )
     page = opened(tmp_path / "r.html", "#b/1-0")
-    assert page.locator(".summary tbody th").all_inner_texts() == ["a", "b"]
+    assert page.locator(".summary tbody th").all_text_contents() == ["a", "b"]
     assert page.locator("tr.differs").all_text_contents() == ["--seed12"]
-    assert page.locator(".sample.linked .text").first.inner_text() == "question 1 b"
+    assert page.locator(".sample.linked .text").first.text_content() == "question 1 b"
     redrawn(page, lambda: page.select_option("#file", label="b"))
-    assert page.locator(".sample .text:not(.tokens)").all_inner_texts() == ["question 0 b", "question 1 b"]
+    assert page.locator(".sample .text:not(.tokens)").all_text_contents() == ["question 0 b", "question 1 b"]
     redrawn(page, lambda: page.select_option("#file", ""))
     assert len(ids_shown(page)) == 5
 
@@ -463,7 +472,7 @@ def test_numbers_that_json_has_not(opened, tmp_path, tokenizer):
     tokens_of(page, 0).first.hover()
     said = panel(page)
     assert (said["log π_t"], said["log π_t/q*"], said["KL(q*‖π_t)"], said["disagreement"]) == ("−∞", "−∞", "∞", "∞")
-    assert page.locator("[id='sample:0'] dl").first.inner_text().split("\n").count("none") == 1  # the ESS ratio
+    assert page.locator("[id='sample:0'] dd").all_text_contents().count("none") == 1  # the ESS ratio
     redrawn(page, lambda: page.select_option("#sort", "weight_t"))
     assert ids_shown(page) == ["0-0", "1-0"]  # −∞ is the lowest
     redrawn(page, lambda: page.select_option("#sort", "ess_ratio"))
@@ -491,7 +500,7 @@ def test_ten_thousand_samples(opened, tmp_path, tokenizer):
     seconds = time.monotonic() - start
     print(f"{output.stat().st_size / 1e6:.1f} MB, first page after {seconds:.2f} s")
     assert seconds < 8
-    assert page.locator(".found").first.inner_text() == "10,000 samples"
+    assert page.locator(".found").first.text_content() == "10,000 samples"
     start = time.monotonic()
     redrawn(page, lambda: page.fill("#search", "NUMBER 9876 "))
     print(f"search after {time.monotonic() - start:.2f} s")
@@ -562,4 +571,4 @@ def test_what_is_torn_is_left_out_and_said(opened, tmp_path, capsys, tokenizer):
     assert "is torn and left out" in capsys.readouterr().err
     page = opened(tmp_path / "r.html")
     assert ids_shown(page) == ["0-0"]
-    assert "is torn and left out" in page.locator(".notes").inner_text()
+    assert "is torn and left out" in page.locator(".notes").text_content()
