@@ -29,6 +29,12 @@ LABELS = {"alpha": "α, the weight of π_θ", "kl": "KL, the larger of the two (
 BAND_OF = {"alpha": "α", "ess_ratio": "ESS ratio"}
 COLORS = ("#3b76d6", "#d9730d", "#2f9e62", "#a34fc4", "#c23b4b", "#0f93a6")
 DENSITY = {False: ("#c3d6fb", "#3b76d6", "#0c2450"), True: ("#2d4c86", "#7ba7f7", "#f4f8ff")}  # few to many, by dark
+TICKS = {  # of an axis that reaches from 1/key to key
+    1.8: (0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5),
+    6: (0.25, 0.5, 1, 2, 4),
+    40: (0.03, 0.1, 0.3, 1, 3, 10, 30),
+    np.inf: (1e-4, 1e-3, 0.01, 0.1, 1, 10, 100, 1e3, 1e4),
+}
 PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.3g}%")
 INK = {False: ("#1f2328", "#5b6472", "#d6dae0"), True: ("#e6e8eb", "#a5aeb9", "#3a414b")}  # text, ticks, lines by dark
 
@@ -138,7 +144,7 @@ def along_position(files: Mapping[str, Fields], dark: bool = False) -> Figure:
     for ax in (ax_alpha, ax_kl, ax_count):
         ax.set_xlim(0, end)
         ax.yaxis.set_major_locator(MaxNLocator(3))
-    legend(ax_alpha, files, dark)
+    legend(ax_count, files, dark, loc="upper right")
     return figure
 
 
@@ -206,10 +212,9 @@ def ratio_range(values: Iterable[np.ndarray]) -> tuple[float, float]:
 
 
 def plain_ticks(axis: Axis, low: float, high: float) -> None:
-    """Ticks of a logarithmic axis about 1 as plain numbers: by factors of 1.2 to 10, whichever gives at most seven."""
-    factor = next((f for f in (1.2, 1.5, 2, 3) if high <= f**3.5), 10)
-    powers = np.arange(np.ceil(np.log(low) / np.log(factor)), np.log(high) / np.log(factor))
-    axis.set_major_locator(FixedLocator(list(factor**powers)))
+    """Ticks of a logarithmic axis from 1/high to high as plain numbers, at most nine."""
+    ticks = next(ticks for reach, ticks in TICKS.items() if high <= reach)
+    axis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
 

@@ -57,13 +57,8 @@ class ReportError(RuntimeError):
 
 
 def reveal(text: str) -> str:
-    """The text with every character that would hide, reorder or break it shown by a symbol or its code point."""
-
-    def symbol(match: re.Match) -> str:
-        code = ord(match[0])
-        return chr(0x2400 + code) if code < 0x20 else f"⟨U+{code:04X}⟩"
-
-    return UNSEEN.sub(symbol, text)
+    """The text with every character that would hide, reorder or break it shown by its code point."""
+    return UNSEEN.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text)
 
 
 class TokenTexts:
@@ -102,15 +97,12 @@ class TokenTexts:
         return pieces
 
 
-def load_tokenizer(name: str | None, files: RunFiles) -> TokenTexts:
-    """The tokenizer of that name or folder, else of π_θ as the run's settings name it.
+def load_tokenizer(name: str) -> TokenTexts:
+    """The tokenizer of that name or folder.
 
     Raises:
-        ReportError: it is not known, or cannot be loaded.
+        ReportError: it cannot be loaded.
     """
-    name = name or files.settings.get("--model-theta")
-    if not isinstance(name, str):
-        raise ReportError(f"{files.name} has no x.run.json that names its models; give the --tokenizer")
     try:
         return TokenTexts(AutoTokenizer.from_pretrained(name))
     except Exception as error:  # whatever a tokenizer's files or the hub can raise
@@ -140,9 +132,10 @@ def token_numbers(record: Record, name: str, vocab_size: int) -> dict[str, np.nd
             raise ValueError
     except (ValueError, TypeError, OverflowError):
         raise ReportError(f"sample {record.id!r} of {name}: its tokens are not numbers") from None
-    if n["id"].min() < 0 or n["id"].max() >= vocab_size:
+    beyond = n["id"][(n["id"] < 0) | (n["id"] >= vocab_size)]
+    if len(beyond):
         raise ReportError(
-            f"sample {record.id!r} of {name} has token id {n['id'].max()} and the tokenizer {vocab_size} entries; "
+            f"sample {record.id!r} of {name} has token id {beyond[0]} and the tokenizer {vocab_size} entries; "
             "name the right one with --tokenizer"
         )
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -435,8 +428,12 @@ def make_report(paths: list[Path], output: Path, tokenizer: str | None, console:
     ):
         chunks, task = Chunks(spool), progress.add_task("", total=None)
         for name, run in zip(names, runs, strict=True):
-            key = tokenizer or run.settings.get("--model-theta")
-            texts = loaded[key] = loaded.get(key) or load_tokenizer(tokenizer, run)
+            source = tokenizer or run.settings.get("--model-theta")
+            if not isinstance(source, str):
+                raise ReportError(f"{name} has no x.run.json that names its models; name the --tokenizer")
+            if source not in loaded:
+                loaded[source] = load_tokenizer(source)
+            texts = loaded[source]
             numbers = FileNumbers(name, run.settings, texts.special)
             for record in run:
                 n = token_numbers(record, name, texts.vocab_size)

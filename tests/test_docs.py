@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qstar.arguments import make_parser
 from qstar.decode import FIELDS
+from qstar.report import make_parser as make_report_parser
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,7 +21,8 @@ def test_the_loop_of_the_readme_runs():
 
 def test_the_guide_names_every_option():
     guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
-    options = {a.option_strings[0] for a in make_parser()._actions} - {"-h"}
+    actions = (*make_parser()._actions, *make_report_parser()._actions)
+    options = {a.option_strings[0] for a in actions if a.option_strings} - {"-h"}
     assert {o for o in options if f"`{o}`" not in guide and f"`{o} " not in guide} == set()
     assert set(re.findall(r"(?<!\S)`?(--[a-z][a-z0-9-]*)", guide)) - options <= {"--help", "--x"}
 

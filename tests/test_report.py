@@ -405,7 +405,7 @@ def test_a_hostile_sample_runs_nothing(opened, tmp_path, tokenizer):
         metadata = json.dumps({"note": prompt}, ensure_ascii=False, indent=1)
         assert page.locator(f"[id='sample:{i}'] pre").text_content() == reveal(metadata)
     assert not page.evaluate(r"/[\u202e\u2066\u200b\0\x1b\ufeff]/.test(document.documentElement.textContent)")
-    assert reveal("a\u202eb\x00\ud800\n\t") == "a⟨U+202E⟩b␀⟨U+D800⟩\n\t"
+    assert reveal("a\u202eb\x00\ud800\n\t") == "a⟨U+202E⟩b⟨U+0000⟩⟨U+D800⟩\n\t"
     assert page.locator("#list h3").last.text_content() == HOSTILE[0]
     assert page.locator(".settings td").filter(has_text=HOSTILE[0]).count() == 2
     redrawn(page, lambda: page.fill("#search", HOSTILE[1]))
@@ -533,7 +533,7 @@ def test_one_line_for_what_is_wrong(tmp_path, capsys, tokenizer, case):
         argv, said = [str(tmp_path / "no.jsonl")], "does not exist"
     elif case == "no tokenizer":
         path.with_suffix(".run.json").unlink()
-        said = "give the --tokenizer"
+        said = "name the --tokenizer"
     elif case == "unloadable":
         argv, said = [*argv, "--tokenizer", str(tmp_path)], "name its folder with --tokenizer"
     elif case == "foreign":
