@@ -39,11 +39,11 @@ STATISTICS = {
     "tokens": "tokens",
     "alpha": "mean α",
     "kl": "mean KL",
-    "kl_max": "largest KL",
+    "kl_max": "max KL",
     "ess_ratio": "mean ESS ratio",
     "weight_theta": "log weight π_θ/q*",
     "weight_t": "log weight π_t/q*",
-    "disagreement": "largest disagreement",
+    "disagreement": "max disagreement",
 }
 # control characters but tab and newline, what reorders or hides text, and lone surrogates, which UTF-8 cannot write
 UNSEEN = re.compile(
