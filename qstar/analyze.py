@@ -22,6 +22,7 @@ from qstar.run import BANDS, FAR_APART_KL
 from qstar.weights import effective_sample_size, top_share
 
 READ = ("alpha", "kl_theta", "kl_t", "ess_theta", "ess_t", "logq", "logp_theta", "logp_t")
+NULL = {"logq": -np.inf, "logp_theta": -np.inf, "logp_t": -np.inf}  # what null stands for; a KL is infinite
 STATISTICS = ("mean", "std", "min", "q25", "median", "q75", "max")
 LITTLE_ESS = 0.1  # mean ESS of a token below which almost all of a model's mass is where q* has none
 HEAVY_SHARE, HEAVY_WEIGHT = 0.01, 0.5  # a data set is lopsided where this share of the samples has this share of weight
@@ -32,9 +33,9 @@ AT_CLAMP = 0.01  # share of the tokens with α at its bound that is worth a word
 class Numbers:
     """All numbers of one file.
 
-    `tokens` has float32 arrays with one entry a token: those of the diagnostics, `kl_gap` = |KL(q*‖π_θ) − KL(q*‖π_t)|,
-    `ess_ratio` (NaN where ESS_t is 0), `log_weight_theta`, `log_weight_t` and the `position` in the sample. `samples`
-    has float64 arrays with one entry a sample: `num_tokens` and both log weights, π/q* of the whole sample.
+    `tokens` has float32 arrays with one entry a token: those of the diagnostics; `kl`, the larger of the two KLs, and
+    `kl_gap`, their distance; `ess_ratio` (NaN where ESS_t is 0); `log_weight_theta`, `log_weight_t`; and the `position` in
+    the sample. `samples` has float64 arrays with one entry a sample: `num_tokens`, and both log weights of the whole.
     """
 
     name: str
@@ -55,12 +56,13 @@ def read_numbers(path: str | Path) -> Numbers:
     for record in files:
         lengths.append(len(record.tokens["id"]))
         for name in READ:
-            columns[name].extend(-np.inf if x is None else x for x in record.tokens[name])
+            columns[name].extend(NULL.get(name, np.inf) if x is None else x for x in record.tokens[name])
     tokens = {name: np.frombuffer(column, dtype=np.float32) for name, column in columns.items()}
     counts = np.frombuffer(lengths, dtype=np.int64)
     ends = counts.cumsum()
-    tokens["kl_gap"] = np.abs(tokens["kl_theta"] - tokens["kl_t"])
+    tokens["kl"] = np.maximum(tokens["kl_theta"], tokens["kl_t"])
     with np.errstate(divide="ignore", invalid="ignore"):
+        tokens["kl_gap"] = np.abs(tokens["kl_theta"] - tokens["kl_t"])
         ratio = tokens["ess_theta"] / tokens["ess_t"]
         tokens["ess_ratio"] = np.where(np.isfinite(ratio), ratio, np.nan).astype(np.float32)
         for side in ("theta", "t"):
@@ -132,8 +134,8 @@ def warnings(numbers: Numbers, fields: dict, weights: dict) -> list[str]:
     """What ought to be looked at before training on this file, a line each."""
     found = list(numbers.notes)
     tokens = numbers.tokens
-    kl = float(np.maximum(tokens["kl_theta"], tokens["kl_t"]).mean())
-    if kl > FAR_APART_KL:
+    kl = fields["kl"]["mean"]
+    if kl is not None and kl > FAR_APART_KL:
         found.append(f"the pair is far apart: {kl:.2f} nats a token, above {FAR_APART_KL:g}; q* may be poor text")
     for side in ("theta", "t"):
         ess = fields[f"ess_{side}"]["mean"]
@@ -155,6 +157,28 @@ def warnings(numbers: Numbers, fields: dict, weights: dict) -> list[str]:
         if share > AT_CLAMP and numbers.settings.get("--alpha-method", "kl_symmetry") != "fixed":
             found.append(f"α is at its bound {limit:g} ({bound}) at {share:.1%} of the tokens")
     return found
+
+
+def plotted(numbers: list[Numbers]) -> dict[str, dict[str, np.ndarray]]:
+    """The arrays as `qstar.plots` takes them, by file."""
+    return {
+        n.name: n.tokens | {f"log_weights_{side}": n.samples[f"log_weight_{side}"] for side in ("theta", "t")}
+        for n in numbers
+    }
+
+
+def save_plots(numbers: list[Numbers], folder: Path) -> None:
+    """Draw all plots as PNG files into a folder, which is made.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        OSError: the folder cannot be written to.
+    """
+    from qstar.plots import all_plots, png  # matplotlib is an extra
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, _, draw in all_plots(plotted(numbers)):
+        (folder / f"{name}.png").write_bytes(png(draw(False), transparent=False))
 
 
 def show(results: list[dict[str, Any]], console: Console) -> None:
@@ -220,8 +244,6 @@ def main(argv: list[str] | None = None) -> int:
         numbers = [read_numbers(path) for path in args.files]
         results = [analysis(n) for n in numbers]
         if args.plots is not None:
-            from qstar.plots import save_plots
-
             save_plots(numbers, args.plots)
     except (RecordError, OSError, ImportError) as error:
         print(f"python -m qstar.analyze: error: {' '.join(str(error).split())}", file=sys.stderr)
