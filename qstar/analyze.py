@@ -24,6 +24,8 @@ from qstar.weights import effective_sample_size, top_share
 READ = ("alpha", "kl_theta", "kl_t", "ess_theta", "ess_t", "logq", "logp_theta", "logp_t")
 NULL = {"logq": -np.inf, "logp_theta": -np.inf, "logp_t": -np.inf}  # what null stands for; a KL is infinite
 STATISTICS = ("mean", "std", "min", "q25", "median", "q75", "max")
+WEIGHT = {"theta": "π_θ/q*", "t": "π_t/q*"}
+MIN_WIDTH = 116
 LITTLE_ESS = 0.1  # mean ESS of a token below which almost all of a model's mass is where q* has none
 HEAVY_SHARE, HEAVY_WEIGHT = 0.01, 0.5  # a data set is lopsided where this share of the samples has this share of weight
 AT_CLAMP = 0.01  # share of the tokens with α at its bound that is worth a word
@@ -34,8 +36,8 @@ class Numbers:
     """All numbers of one file.
 
     `tokens` has float32 arrays with one entry a token: those of the diagnostics; `kl`, the larger of the two KLs, and
-    `kl_gap`, their distance; `ess_ratio` (NaN where ESS_t is 0); `log_weight_theta`, `log_weight_t`; and the `position` in
-    the sample. `samples` has float64 arrays with one entry a sample: `num_tokens`, and both log weights of the whole.
+    `kl_gap`, their distance; `ess_ratio` (NaN where ESS_t is 0); `log_weight_theta` and `log_weight_t`; and `position`
+    in the sample. `samples` has float64 arrays with one entry a sample: `num_tokens` and both log weights of the whole.
     """
 
     name: str
@@ -146,7 +148,8 @@ def warnings(numbers: Numbers, fields: dict, weights: dict) -> list[str]:
         heavy = weights[side]["top_1_percent"]
         if len(numbers.samples["num_tokens"]) >= 1 / HEAVY_SHARE and heavy is not None and heavy > HEAVY_WEIGHT:
             found.append(
-                f"1% of the samples carry {heavy:.0%} of the weight π_{side}/q*; clip it, or weigh tokens, not samples"
+                f"1% of the samples carry {heavy:.0%} of the weight {WEIGHT[side]}; "
+                "clip it, or weigh tokens, not samples"
             )
         missing = len(numbers.samples["num_tokens"]) - weights[side]["samples"]
         if missing and side == "theta":
@@ -187,14 +190,14 @@ def show(results: list[dict[str, Any]], console: Console) -> None:
     table = Table(title="all files" if not single else results[0]["file"], title_justify="left")
     names = [""] + (list(STATISTICS) if single else [result["file"] for result in results])
     for name in names:
-        table.add_column(name, justify="right" if name else "left", overflow="fold")
+        table.add_column(name, justify="right" if name else "left", overflow="fold", no_wrap=not name)
 
     def number(value: float | None) -> str:
-        return "–" if value is None else f"{value:.4g}"
+        return "–" if value is None else f"{value:.3g}"
 
     for group in ("fields", "of_samples"):
         for field in results[0][group]:
-            label = field if group == "fields" else f"{field} of a sample"
+            label = field if group == "fields" else f"{field}, a sample"
             if single:
                 table.add_row(label, *(number(results[0][group][field][name]) for name in STATISTICS))
             else:
@@ -204,7 +207,7 @@ def show(results: list[dict[str, Any]], console: Console) -> None:
     console.print(table)
     table = Table(title="verdicts: mean, and tokens inside the band", title_justify="left")
     for name in ("", "band", *(result["file"] for result in results)):
-        table.add_column(name, justify="right" if name else "left", overflow="fold")
+        table.add_column(name, justify="right" if name else "left", overflow="fold", no_wrap=not name)
     for name, (low, high) in BANDS.items():
         cells = []
         for result in results:
@@ -216,7 +219,7 @@ def show(results: list[dict[str, Any]], console: Console) -> None:
         for result in results:
             weight = result["weights"][side]
             cells.append(f"{weight['effective_samples']:.1f} of {result['samples']}")
-        table.add_row(f"effective samples, π_{side}/q*", "", *cells)
+        table.add_row(f"effective samples, {WEIGHT[side]}", "", *cells)
     console.print(table)
     for result in results:
         for warning in result["warnings"]:
@@ -251,7 +254,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         print(json.dumps(results, indent=1, ensure_ascii=False))
     else:
-        show(results, Console(soft_wrap=True))
+        console = Console(soft_wrap=True)
+        console.width = max(console.width, MIN_WIDTH)  # numbers that are broken in two cannot be read
+        show(results, console)
     return 0
 
 

@@ -129,7 +129,7 @@ def test_plots(tmp_path, capsys):
         ({"logq": [[-1.0, None], [-1.0, -2.0], [-0.5]]}, "1 samples have a token outside q*'s support"),
         (
             {"alpha": [[0.5]] * 200, "logp_theta": [[9.0]] + [[-1.0]] * 199},
-            "1% of the samples carry 99% of the weight π_theta/q*",
+            "1% of the samples carry 99% of the weight π_θ/q*",
         ),
     ],
 )
