@@ -2,7 +2,6 @@
 
 import functools
 import random
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from qstar import Pair
 from qstar.decode import DecodeOptions, Decoder, Sample
-from qstar.demo.problems import Problem, make_problem
+from qstar.demo.problems import Problem, is_right, make_problem
 from qstar.pair import sample_seed
 from qstar.prompting import PromptFormat
 from qstar.rule import Rule
@@ -101,7 +100,7 @@ def answers(pair: Pair, questions: list[str], seed: int, rule: dict | Decoder | 
 
 def right(text: str, problem: Problem) -> bool:
     """Whether the last number of an answer is the problem's."""
-    return re.findall(r"\d+", text)[-1:] == [str(problem.answer)]
+    return is_right(text, str(problem.answer))
 
 
 def within(samples: list[Sample], budget: int) -> int:
