@@ -13,7 +13,7 @@ setup(
     license="MIT",
     license_files=["LICENSE", "qstar/demo/LICENSE-data.txt"],
     packages=find_packages(include=["qstar", "qstar.*", "qstar_kernels", "qstar_kernels.*"]),
-    package_data={"qstar.demo": ["*.jsonl", "*.md", "*.txt", "theta/*", "t/*"]},
+    package_data={"qstar": ["report.html.jinja"], "qstar.demo": ["*.jsonl", "*.md", "*.txt", "theta/*", "t/*"]},
     ext_modules=[
         Extension(
             "qstar_kernels._cpu",
@@ -38,12 +38,27 @@ setup(
     ],
     extras_require={
         "4bit": ["bitsandbytes>=0.45"],
-        "dev": ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8", "scipy>=1.11", "ruff>=0.9"],
         "vllm": ["vllm>=0.32,<0.33"],
+        "report": ["matplotlib>=3.8"],
+        "experiments": ["trl>=1.16", "matplotlib>=3.8"],
+        "dev": [
+            "pytest>=8",
+            "pytest-benchmark>=5",
+            "matplotlib>=3.8",
+            "playwright>=1.50",
+            "scipy>=1.11",
+            "trl>=1.16",
+            "ruff>=0.9",
+        ],
         "demo-training": ["chatterbot-corpus>=1.2", "pyyaml>=6"],
     },
     entry_points={
-        "console_scripts": ["qstar-generate=qstar.generate:main"],
+        "console_scripts": [
+            "qstar-generate=qstar.generate:main",
+            "qstar-score=qstar.score:main",
+            "qstar-analyze=qstar.analyze:main",
+            "qstar-report=qstar.report:main",
+        ],
         "vllm.general_plugins": ["qstar=qstar.vllm:register"],
     },
 )

@@ -80,8 +80,9 @@ def own_loop(pair: Pair, requests: list[Request], to_the_limit: bool, **options)
 
 @contextmanager
 def split_times(pair: Pair) -> Iterator[dict[str, list[tuple[int, float]]]]:
-    """While open, gathers (tokens a row, seconds) of every forward pass, as `theta` and `t`, and of every q* step."""
-    times: dict[str, list[tuple[int, float]]] = {"theta": [], "t": [], "q* step": []}
+    """While open, gathers (tokens a row, seconds) of every forward pass, as `theta` and `t`, of every `q* step`, and of
+    every draw of a `draft`."""
+    times: dict[str, list[tuple[int, float]]] = {"theta": [], "t": [], "q* step": [], "draft": []}
 
     def timed(name: str, function: Callable, size: Callable[..., int]) -> Callable:
         @functools.wraps(function)
@@ -96,8 +97,8 @@ def split_times(pair: Pair) -> Iterator[dict[str, list[tuple[int, float]]]]:
         return wrapper
 
     draft, step = decode.qstar_sample, Rule.step
-    decode.qstar_sample = timed("q* step", draft, lambda *args, **kwargs: 1)
-    Rule.step = timed("q* step", step, lambda *args, **kwargs: 1)
+    decode.qstar_sample = timed("draft", draft, lambda *args, **kwargs: 1)
+    Rule.step = timed("q* step", step, lambda rule, logits, *args, seeds, **kwargs: len(logits) // len(seeds.unique()))
     for name in ("theta", "t"):
         model = getattr(pair, name)
         model.forward = timed(name, model.forward, lambda input_ids, **kwargs: input_ids.shape[1])

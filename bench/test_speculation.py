@@ -11,29 +11,18 @@ from bench.test_decode import first_requests
 from bench.timing import side_by_side
 from qstar import Pair
 from qstar.demo import THETA, T
+from qstar.experiments.pairs import enlarged
 
 DRAFTS = (1, 2, 4, 8)
 
 
-def enlarged(model: torch.nn.Module, times: int) -> torch.nn.Module:
-    """A model that computes the same and costs `times` as much: the new layers add nothing to the residual stream."""
-    config = copy.deepcopy(model.config)
-    layers = config.num_hidden_layers
-    config.num_hidden_layers = layers * times
-    large = type(model)(config).eval().to(model.device, model.dtype)
-    large.load_state_dict(model.state_dict(), strict=False)
-    for layer in large.model.layers[layers:]:
-        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
-        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
-    large.generation_config = model.generation_config
-    return large
-
-
-def predicted(acceptance: float, drafts: int, once: dict[str, float], block: float) -> float:
-    """Tokens a second over plain decoding's: theory/speculative.md, «What it gains». `once` are the seconds of a pass
-    for one token, `block` those of π_t's for drafts + 1."""
+def predicted(acceptance: float, drafts: int, seconds: dict[tuple[str, int], float]) -> float:
+    """Tokens a second over plain decoding's: theory/speculative.md, «What it gains». `seconds[what, n]` are those of a
+    pass, or of a draw, for n tokens a row."""
     tokens = sum(acceptance**i for i in range(drafts + 1))
-    return tokens * (once["theta"] + once["t"]) / ((drafts + 1) * once["theta"] + block)
+    plain = seconds["theta", 1] + seconds["t", 1] + seconds["q* step", 1]
+    drafting = (drafts + 1) * seconds["theta", 1] + drafts * seconds["draft", 1]
+    return tokens * plain / (drafting + seconds["t", drafts + 1] + seconds["q* step", drafts + 1])
 
 
 @pytest.mark.parametrize("batch", [1, 8])
@@ -55,16 +44,14 @@ def test_speculation(benchmark, device, times, batch):
             samples = run(drafts)
         assert [s.token_ids for s in samples] == [s.token_ids for s in plain]
         tallies[drafts] = [s.tally for s in samples]
-        for name in ("theta", "t"):
-            for size in {size for size, _ in times_of[name]}:
-                medians[name, size] = statistics.median(s for n, s in times_of[name] if n == size)
-    once = {name: medians[name, 1] for name in ("theta", "t")}
+        for name, passes in times_of.items():
+            for size in {size for size, _ in passes}:
+                medians[name, size] = statistics.median(s for n, s in passes if n == size)
     predictions, acceptances = {}, {}
     for drafts in DRAFTS:
         drafted = sum(sum(t.drafted) for t in tallies[drafts])
         acceptances[str(drafts)] = sum(sum(t.accepted) for t in tallies[drafts]) / max(1, drafted)
-        block = medians.get(("t", drafts + 1), once["t"])
-        predictions[str(drafts)] = predicted(acceptances[str(drafts)], drafts, once, block)
+        predictions[str(drafts)] = predicted(acceptances[str(drafts)], drafts, medians)
     functions = {f"{drafts} drafts": lambda k=drafts: run(k) for drafts in (0, *DRAFTS, "auto")}
     side_by_side(benchmark, functions, torch.device("cpu"))
     benchmark.extra_info.update(

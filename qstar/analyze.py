@@ -17,12 +17,14 @@ from rich.console import Console
 from rich.table import Table
 
 from qstar.arguments import Parser
-from qstar.records import RecordError, RunFiles
+from qstar.records import NULL, RecordError, RunFiles
 from qstar.run import BANDS, FAR_APART_KL
 from qstar.weights import effective_sample_size, top_share
 
 READ = ("alpha", "kl_theta", "kl_t", "ess_theta", "ess_t", "logq", "logp_theta", "logp_t")
 STATISTICS = ("mean", "std", "min", "q25", "median", "q75", "max")
+WEIGHT = {"theta": "π_θ/q*", "t": "π_t/q*"}
+MIN_WIDTH = 116
 LITTLE_ESS = 0.1  # mean ESS of a token below which almost all of a model's mass is where q* has none
 HEAVY_SHARE, HEAVY_WEIGHT = 0.01, 0.5  # a data set is lopsided where this share of the samples has this share of weight
 AT_CLAMP = 0.01  # share of the tokens with α at its bound that is worth a word
@@ -32,9 +34,9 @@ AT_CLAMP = 0.01  # share of the tokens with α at its bound that is worth a word
 class Numbers:
     """All numbers of one file.
 
-    `tokens` has float32 arrays with one entry a token: those of the diagnostics, `kl_gap` = |KL(q*‖π_θ) − KL(q*‖π_t)|,
-    `ess_ratio` (NaN where ESS_t is 0), `log_weight_theta`, `log_weight_t` and the `position` in the sample. `samples`
-    has float64 arrays with one entry a sample: `num_tokens` and both log weights, π/q* of the whole sample.
+    `tokens` has float32 arrays with one entry a token: those of the diagnostics; `kl`, the larger of the two KLs, and
+    `kl_gap`, their distance; `ess_ratio` (NaN where ESS_t is 0); `log_weight_theta` and `log_weight_t`; and `position`
+    in the sample. `samples` has float64 arrays with one entry a sample: `num_tokens` and both log weights of the whole.
     """
 
     name: str
@@ -55,12 +57,13 @@ def read_numbers(path: str | Path) -> Numbers:
     for record in files:
         lengths.append(len(record.tokens["id"]))
         for name in READ:
-            columns[name].extend(-np.inf if x is None else x for x in record.tokens[name])
+            columns[name].extend(NULL.get(name, np.nan) if x is None else x for x in record.tokens[name])
     tokens = {name: np.frombuffer(column, dtype=np.float32) for name, column in columns.items()}
     counts = np.frombuffer(lengths, dtype=np.int64)
     ends = counts.cumsum()
-    tokens["kl_gap"] = np.abs(tokens["kl_theta"] - tokens["kl_t"])
+    tokens["kl"] = np.maximum(tokens["kl_theta"], tokens["kl_t"])
     with np.errstate(divide="ignore", invalid="ignore"):
+        tokens["kl_gap"] = np.abs(tokens["kl_theta"] - tokens["kl_t"])
         ratio = tokens["ess_theta"] / tokens["ess_t"]
         tokens["ess_ratio"] = np.where(np.isfinite(ratio), ratio, np.nan).astype(np.float32)
         for side in ("theta", "t"):
@@ -93,11 +96,11 @@ def analysis(numbers: Numbers) -> dict[str, Any]:
     """What `--json` prints of a file: statistics of every field, `verdicts`, `weights` and `warnings`."""
     tokens, samples = numbers.tokens, numbers.samples
     fields = {name: statistics(values) for name, values in tokens.items() if name != "position"}
-    of_band = {"ESS ratio": tokens["ess_ratio"], "|ΔKL|": tokens["kl_gap"], "α": tokens["alpha"]}
+    of_band = {"ESS ratio": "ess_ratio", "|ΔKL|": "kl_gap", "α": "alpha"}
     verdicts = {}
     for name, (low, high) in BANDS.items():
-        inside = float(((of_band[name] >= np.float32(low)) & (of_band[name] <= np.float32(high))).mean())
-        mean = statistics(of_band[name])["mean"]
+        values, mean = tokens[of_band[name]], fields[of_band[name]]["mean"]
+        inside = float(((values >= np.float32(low)) & (values <= np.float32(high))).mean())
         verdicts[name] = {
             "low": low,
             "high": high,
@@ -132,8 +135,8 @@ def warnings(numbers: Numbers, fields: dict, weights: dict) -> list[str]:
     """What ought to be looked at before training on this file, a line each."""
     found = list(numbers.notes)
     tokens = numbers.tokens
-    kl = float(np.maximum(tokens["kl_theta"], tokens["kl_t"]).mean())
-    if kl > FAR_APART_KL:
+    kl = fields["kl"]["mean"]
+    if kl is not None and kl > FAR_APART_KL:
         found.append(f"the pair is far apart: {kl:.2f} nats a token, above {FAR_APART_KL:g}; q* may be poor text")
     for side in ("theta", "t"):
         ess = fields[f"ess_{side}"]["mean"]
@@ -144,7 +147,8 @@ def warnings(numbers: Numbers, fields: dict, weights: dict) -> list[str]:
         heavy = weights[side]["top_1_percent"]
         if len(numbers.samples["num_tokens"]) >= 1 / HEAVY_SHARE and heavy is not None and heavy > HEAVY_WEIGHT:
             found.append(
-                f"1% of the samples carry {heavy:.0%} of the weight π_{side}/q*; clip it, or weigh tokens, not samples"
+                f"1% of the samples carry {heavy:.0%} of the weight {WEIGHT[side]}; "
+                "clip it, or weigh tokens, not samples"
             )
         missing = len(numbers.samples["num_tokens"]) - weights[side]["samples"]
         if missing and side == "theta":
@@ -157,20 +161,42 @@ def warnings(numbers: Numbers, fields: dict, weights: dict) -> list[str]:
     return found
 
 
+def plotted(numbers: list[Numbers]) -> dict[str, dict[str, np.ndarray]]:
+    """The arrays as `qstar.plots` takes them, by file."""
+    return {
+        n.name: n.tokens | {f"log_weights_{side}": n.samples[f"log_weight_{side}"] for side in ("theta", "t")}
+        for n in numbers
+    }
+
+
+def save_plots(numbers: list[Numbers], folder: Path) -> None:
+    """Draw all plots as PNG files into a folder, which is made.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        OSError: the folder cannot be written to.
+    """
+    from qstar.plots import all_plots, png  # matplotlib is an extra
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, _, draw in all_plots(plotted(numbers)):
+        (folder / f"{name}.png").write_bytes(png(draw(False), transparent=False))
+
+
 def show(results: list[dict[str, Any]], console: Console) -> None:
     """The tables of one file, or of several side by side."""
     single = len(results) == 1
     table = Table(title="all files" if not single else results[0]["file"], title_justify="left")
     names = [""] + (list(STATISTICS) if single else [result["file"] for result in results])
     for name in names:
-        table.add_column(name, justify="right" if name else "left", overflow="fold")
+        table.add_column(name, justify="right" if name else "left", overflow="fold", no_wrap=not name)
 
     def number(value: float | None) -> str:
-        return "–" if value is None else f"{value:.4g}"
+        return "–" if value is None else f"{value:.3g}"
 
     for group in ("fields", "of_samples"):
         for field in results[0][group]:
-            label = field if group == "fields" else f"{field} of a sample"
+            label = field if group == "fields" else f"{field}, a sample"
             if single:
                 table.add_row(label, *(number(results[0][group][field][name]) for name in STATISTICS))
             else:
@@ -180,7 +206,7 @@ def show(results: list[dict[str, Any]], console: Console) -> None:
     console.print(table)
     table = Table(title="verdicts: mean, and tokens inside the band", title_justify="left")
     for name in ("", "band", *(result["file"] for result in results)):
-        table.add_column(name, justify="right" if name else "left", overflow="fold")
+        table.add_column(name, justify="right" if name else "left", overflow="fold", no_wrap=not name)
     for name, (low, high) in BANDS.items():
         cells = []
         for result in results:
@@ -192,7 +218,7 @@ def show(results: list[dict[str, Any]], console: Console) -> None:
         for result in results:
             weight = result["weights"][side]
             cells.append(f"{weight['effective_samples']:.1f} of {result['samples']}")
-        table.add_row(f"effective samples, π_{side}/q*", "", *cells)
+        table.add_row(f"effective samples, {WEIGHT[side]}", "", *cells)
     console.print(table)
     for result in results:
         for warning in result["warnings"]:
@@ -200,8 +226,8 @@ def show(results: list[dict[str, Any]], console: Console) -> None:
             console.print(warning, markup=False, highlight=False)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Print the analysis; 0, or 1 with one line on stderr if a file cannot be read."""
+def make_parser() -> Parser:
+    """The command line."""
     parser = Parser(
         prog="python -m qstar.analyze",
         description="What the numbers of generated or scored samples say: statistics, verdicts and warnings.",
@@ -210,13 +236,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("files", nargs="+", metavar="FILE", help="x.jsonl that was written with its diagnostics")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw the plots there, as PNG")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the analysis; 0, or 1 with one line on stderr if a file cannot be read."""
+    args = make_parser().parse_args(argv)
     try:
         numbers = [read_numbers(path) for path in args.files]
         results = [analysis(n) for n in numbers]
         if args.plots is not None:
-            from qstar.plots import save_plots
-
             save_plots(numbers, args.plots)
     except (RecordError, OSError, ImportError) as error:
         print(f"python -m qstar.analyze: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -224,7 +253,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         print(json.dumps(results, indent=1, ensure_ascii=False))
     else:
-        show(results, Console(soft_wrap=True))
+        console = Console(soft_wrap=True)
+        console.width = max(console.width, MIN_WIDTH)  # numbers that are broken in two cannot be read
+        show(results, console)
     return 0
 
 

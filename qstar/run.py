@@ -61,7 +61,7 @@ class Summary:
             self.kl += max(kl, kl_t)
             self.gap += abs(kl - kl_t)
             seen = {"|ΔKL|": abs(kl - kl_t), "α": alpha}
-            if ess_theta > 0 and ess_t > 0:
+            if ess_t > 0:
                 seen["ESS ratio"] = ess_theta / ess_t
                 self.ratio += ess_theta / ess_t
                 self.ratio_tokens += 1

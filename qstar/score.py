@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from qstar.analyze import WEIGHT
 from qstar.answers import Answer
 from qstar.arguments import prepare_score
 from qstar.decode import Request, Sample
@@ -22,8 +23,6 @@ from qstar.prompting import PromptError
 from qstar.records import RunFiles
 from qstar.run import Run, run_command
 from qstar.weights import effective_sample_size, weights
-
-SIDES = ("theta", "t")
 
 
 class Score(Run):
@@ -77,7 +76,6 @@ class Score(Run):
                 ids = [*ids, pair.tokenizer_theta.eos_token_id]
             elif reason == "eos":
                 reason = "length"
-            job = self.job
             request = pair.request(
                 answer.key,
                 answer.prompt.messages,
@@ -100,6 +98,8 @@ class Score(Run):
             self.write_weights()
         super().report(seconds, before)
         if self.output.done:
+            if outside := len(self.output.done) - len(self.log_weights["theta"]):
+                self.console.print(f"[bold]{outside} samples[/] have a token outside q*'s support, and so no weight")
             self.console.print(f"weights: {self.weights_file}")
 
     @property
@@ -110,8 +110,8 @@ class Score(Run):
         """Write the importance weights π/q* of all samples; null where a token is outside q*'s support, which leaves a
         sample without a weight."""
         files = RunFiles(self.output.path)
-        for side in SIDES:
-            log_w = torch.tensor([log_weight(record.diagnostics, side) for record in files], dtype=torch.float64)
+        of_records = [[log_weight(record.diagnostics, side) for side in WEIGHT] for record in files]
+        for side, log_w in zip(WEIGHT, torch.tensor(of_records, dtype=torch.float64).unbind(1), strict=True):
             self.log_weights[side] = log_w[log_w < torch.inf]
         columns = {}
         for side, log_w in self.log_weights.items():
@@ -136,11 +136,10 @@ class Score(Run):
         for side, log_w in self.log_weights.items():
             if len(log_w):
                 ess, clipped = effective_sample_size(log_w), (log_w.exp() > clip).double().mean().item()
-                name = "π_θ/q*" if side == "theta" else "π_t/q*"
-                table.add_row(name, f"{log_w.mean().item():.3f}", f"{clipped:.1%}", f"{ess:.1f}", f"{ess / count:.1%}")
+                table.add_row(
+                    WEIGHT[side], f"{log_w.mean().item():.3f}", f"{clipped:.1%}", f"{ess:.1f}", f"{ess / count:.1%}"
+                )
         yield table
-        if outside := count - len(self.log_weights["theta"]):
-            self.console.print(f"[bold]{outside} samples[/] have a token outside q*'s support, and so no weight")
 
 
 def log_weight(numbers: dict[str, Any], side: str) -> float:

@@ -103,6 +103,19 @@ def test_what_generate_wrote(demo_pair, loaded_once, tmp_path, capsys):
             path.unlink()
 
 
+def test_plots(tmp_path, capsys):
+    first, second = write_run(tmp_path, "first"), write_run(tmp_path, "second")
+    assert main([str(first), str(second), "--plots", str(tmp_path / "a" / "b")]) == 0
+    names = sorted(path.name for path in (tmp_path / "a" / "b").iterdir())
+    assert names == [
+        "along-position.png", "alpha-ess-ratio-1.png", "alpha-ess-ratio-2.png", "distribution-alpha.png",
+        "distribution-ess-ratio.png", "distribution-kl.png", "weight-concentration.png",
+    ]  # fmt: skip
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "a" / "b").iterdir())
+    assert main([str(first), "--plots", str(first)]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("change", "warning"),
     [
@@ -116,7 +129,7 @@ def test_what_generate_wrote(demo_pair, loaded_once, tmp_path, capsys):
         ({"logq": [[-1.0, None], [-1.0, -2.0], [-0.5]]}, "1 samples have a token outside q*'s support"),
         (
             {"alpha": [[0.5]] * 200, "logp_theta": [[9.0]] + [[-1.0]] * 199},
-            "1% of the samples carry 99% of the weight π_theta/q*",
+            "1% of the samples carry 99% of the weight π_θ/q*",
         ),
     ],
 )

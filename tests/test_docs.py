@@ -5,8 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from qstar.arguments import make_parser
+from qstar import analyze, report
+from qstar.arguments import make_parser, make_score_parser
 from qstar.decode import FIELDS
+from qstar.experiments import __main__ as experiments
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,14 +22,27 @@ def test_the_loop_of_the_readme_runs():
 
 def test_the_guide_names_every_option():
     guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
-    options = {a.option_strings[0] for a in make_parser()._actions} - {"-h"}
+    parsers = make_parser(), make_score_parser(), analyze.make_parser(), report.make_parser(), experiments.make_parser()
+    options = {a.option_strings[0] for parser in parsers for a in parser._actions if a.option_strings} - {"-h"}
     assert {o for o in options if f"`{o}`" not in guide and f"`{o} " not in guide} == set()
     assert set(re.findall(r"(?<!\S)`?(--[a-z][a-z0-9-]*)", guide)) - options <= {"--help", "--x"}
 
 
 def test_the_guide_names_every_field():
     guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
-    assert all(f"`{name}`" in guide for name in (*FIELDS, "prompt_ids_theta", "finish_reason", "kl_gap_max", "status"))
+    others = ("prompt_ids_theta", "finish_reason", "kl_gap_max", "status", "normalised_weight_theta")
+    assert all(f"`{name}`" in guide for name in (*FIELDS, *others))
+
+
+def test_the_guide_links_to_files_that_are_there():
+    for page in (
+        ROOT / "docs" / "guide.md",
+        ROOT / "README.md",
+        *ROOT.glob("theory/*.md"),
+        *ROOT.glob("qstar/*/README.md"),
+    ):
+        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), (page.name, link)
 
 
 def test_help_is_grouped_and_shows_defaults():
