@@ -1,4 +1,4 @@
-"""The command lines of `qstar.generate` and `qstar.score`, checked before any model is loaded."""
+"""The command lines of `qstar.generate`, `qstar.score` and `qstar.serve`, checked before any model is loaded."""
 
 import argparse
 import hashlib
@@ -64,10 +64,15 @@ def number(kind: type, low: float, text: str):
 COUNT = number(int, 1, "a whole number of at least 1")
 
 
-def add_models(parser: Parser) -> None:
+def add_model_names(parser: Parser):
     group = parser.add_argument_group("models")
     group.add_argument("--model-theta", help="π_θ, the policy: hub name or folder (default: the demo pair's)")
     group.add_argument("--model-t", help="π_t, the target; the same name as --model-theta shares the weights")
+    return group
+
+
+def add_models(parser: Parser) -> None:
+    group = add_model_names(parser)
     group.add_argument(
         "--dtype",
         default="auto",
@@ -262,6 +267,23 @@ def make_score_parser() -> Parser:
         help="bound of the clipped importance weights",
     )
     add_output(parser)
+    parser.set_defaults(backend="transformers", draft="theta")
+    return parser
+
+
+def make_serve_parser() -> Parser:
+    """The command line of `qstar.serve` before vLLM's own options, in groups."""
+    parser = Parser(
+        prog="python -m qstar.serve",
+        usage="%(prog)s [options] [options of vLLM's server]",
+        description="An OpenAI-compatible server whose model is q* of a pair, by vLLM (pip install 'qstar[vllm]'). What "
+        "a request does not say about q* is as the options here have it. All other options are those of `vllm serve`: "
+        "--host, --port, --api-key, --tensor-parallel-size, …",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    add_model_names(parser)
+    add_rule(parser)
     return parser
 
 
@@ -294,10 +316,13 @@ def prepare(argv: list[str] | None) -> Job:
     return make_job(parser, args, lambda: open_prompts(args), args.output_format, args.save_diagnostics)
 
 
+NEEDS_VLLM = "vLLM is not installed; pip install 'qstar[vllm]'"
+
+
 def check_vllm(parser: Parser, args: argparse.Namespace) -> None:
     """Refuse what an engine of vLLM does not do, and what is left to `--vllm-options`."""
     if importlib.util.find_spec("vllm") is None:
-        parser.error("--backend vllm needs vLLM: pip install 'qstar[vllm]'")
+        parser.error(f"--backend vllm: {NEEDS_VLLM}")
     only = "with --backend vllm both models see one prompt; use --backend transformers"
     if args.t_hint_field is not None:
         parser.error(f"--t-hint-field: {only}")
@@ -308,6 +333,21 @@ def check_vllm(parser: Parser, args: argparse.Namespace) -> None:
     for name in ("device", "device_map", "attn_implementation", "load_in_4bit"):
         if getattr(args, name):
             parser.error(f"--{name.replace('_', '-')} is of --backend transformers; vLLM's are in --vllm-options")
+
+
+def prepare_serve(argv: list[str] | None) -> tuple[Parser, argparse.Namespace, list[str]]:
+    """Check the command line of `qstar.serve` but for what is vLLM's of it, which comes last; exits with one line if
+    something is wrong."""
+    parser = make_serve_parser()
+    args, of_vllm = parser.parse_known_args(argv)
+    if importlib.util.find_spec("vllm") is None:
+        parser.error(NEEDS_VLLM)
+    check_models(parser, args)
+    try:
+        settings_of(args)
+    except ValueError as error:
+        parser.error(str(error))
+    return parser, args, of_vllm
 
 
 def prepare_score(argv: list[str] | None) -> Job:
@@ -351,26 +391,19 @@ def make_job(
     save_diagnostics: bool = True,
 ) -> Job:
     """What both commands check and open."""
-    if (args.model_theta is None) != (args.model_t is None):
-        missing = "--model-t" if args.model_t is None else "--model-theta"
-        parser.error(f"{missing} is missing; for one model with two prompts give its name to both")
+    check_models(parser, args)
     if args.device is not None and args.device_map is not None:
         parser.error("--device and --device-map exclude each other")
     if args.device is not None and args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device {args.device}: this machine or this build of torch has no CUDA; try --device cpu")
     if args.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
         parser.error("--load-in-4bit needs bitsandbytes: pip install 'qstar[4bit]'")
-    if args.model_theta is None:
-        args.model_theta, args.model_t = str(THETA), str(T)
     if args.output is None:
         args.output = Path("qstar-out") / f"{datetime.now():%Y%m%d-%H%M%S}{FORMATS[output_format]}"
     if args.output.is_dir():
         parser.error(f"--output {args.output} is a folder; give a file")
-    check_folder(parser, "model-theta", args.model_theta)
-    check_folder(parser, "model-t", args.model_t)
     try:
-        same = "alpha alpha_min alpha_max temperature top_k top_p min_p target_top_k target_top_p tol".split()
-        settings = Settings(method=args.alpha_method, **{name: getattr(args, name) for name in same})
+        settings = settings_of(args)
         format_theta = PromptFormat(args.theta_chat_template, args.theta_system_prompt)
         format_t = PromptFormat(args.t_chat_template, args.t_system_prompt, args.t_hint_template)
         data = open_data()
@@ -380,6 +413,27 @@ def make_job(
         parser.error(f"--t-hint-field {args.t_hint_field!r} is no column; the columns are {', '.join(data.columns)}")
     output = Output(args.output, output_format, save_diagnostics, run_settings(args, data))
     return Job(args, settings, format_theta, format_t, data, output)
+
+
+def check_models(parser: Parser, args: argparse.Namespace) -> None:
+    """Both models are named, or neither: then they are the demo pair's."""
+    if (args.model_theta is None) != (args.model_t is None):
+        missing = "--model-t" if args.model_t is None else "--model-theta"
+        parser.error(f"{missing} is missing; for one model with two prompts give its name to both")
+    if args.model_theta is None:
+        args.model_theta, args.model_t = str(THETA), str(T)
+    check_folder(parser, "model-theta", args.model_theta)
+    check_folder(parser, "model-t", args.model_t)
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """The rule that a command line asks for.
+
+    Raises:
+        ValueError: a setting is outside its range.
+    """
+    same = "alpha alpha_min alpha_max temperature top_k top_p min_p target_top_k target_top_p tol".split()
+    return Settings(method=args.alpha_method, **{name: getattr(args, name) for name in same})
 
 
 def check_folder(parser: Parser, option: str, model: str) -> None:
@@ -408,11 +462,21 @@ def weights_fingerprint(name: str) -> str:
     return digest.hexdigest()
 
 
+# arguments of vLLM's engine that say where it runs and how much at once
+VLLM_PLACEMENT = frozenset(
+    "block_size cpu_offload_gb distributed_executor_backend enable_chunked_prefill enable_prefix_caching enforce_eager "
+    "gpu_memory_utilization kv_cache_memory_bytes max_num_batched_tokens max_num_seqs num_gpu_blocks_override "
+    "tensor_parallel_size".split()
+)
+
+
 def run_settings(args: argparse.Namespace, data: PromptSource | DatasetAnswers | RunAnswers) -> dict[str, Any]:
     """Everything the output depends on, by the names of the command line."""
     # where it runs, how much at once and where it writes is no part of what it writes
-    free = {"output", "device", "device_map", "batch_size", "backend", "vllm_options", "speculate", "draft", "clip"}
+    free = {"output", "device", "device_map", "batch_size", "backend", "speculate", "draft", "clip"}
     settings = {f"--{k.replace('_', '-')}": v for k, v in vars(args).items() if k not in free}
+    if "--vllm-options" in settings:
+        settings["--vllm-options"] = {k: v for k, v in args.vllm_options.items() if k not in VLLM_PLACEMENT}
     settings["output file"] = args.output.name
     settings["dataset content"] = data.fingerprint
     settings["weights of theta"] = weights_fingerprint(args.model_theta)

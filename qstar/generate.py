@@ -1,10 +1,8 @@
 """`python -m qstar.generate`: prompts in, samples from q* on disk."""
 
 import sys
-from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from rich.table import Table
@@ -13,9 +11,9 @@ from qstar.arguments import prepare
 from qstar.data import Prompt
 from qstar.decode import DecodeOptions
 from qstar.formats import Finished, Key, openai_line, sample_line
-from qstar.pair import Pair, sample_seed
+from qstar.pair import sample_seed
 from qstar.prompting import PromptError
-from qstar.run import Run, load_pair, run_command
+from qstar.run import Run, run_command
 from qstar.speculate import Tally
 
 
@@ -109,25 +107,9 @@ class Generate(Run):
             yield draft_table(self.decoder.tally, self.job.args.draft)
 
 
-def load_engine_pair(args: Namespace) -> Pair:
-    """The pair that a command line names, in a vLLM engine."""
-    from qstar.vllm.engine import EnginePair  # vLLM takes its time to import, and need not be there
-
-    return EnginePair(
-        args.model_theta,
-        args.model_t,
-        dtype=args.dtype,
-        max_num_seqs=args.batch_size,
-        trust_remote_code=args.trust_remote_code,
-        options=args.vllm_options,
-    )
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command; 0 if every sample is on disk, 1 if something failed, 2 for a wrong command line."""
-    job = prepare(argv)
-    load = partial(load_pair, draft=job.args.draft) if job.args.backend == "transformers" else load_engine_pair
-    return run_command("qstar.generate", job, Generate, load)
+    return run_command("qstar.generate", prepare(argv), Generate)
 
 
 if __name__ == "__main__":

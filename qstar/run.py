@@ -214,12 +214,23 @@ def blocks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield block
 
 
-def load_pair(args: Namespace, draft: str = "theta") -> Pair:
-    """The pair that a command line names, loaded by transformers."""
+def load_pair(args: Namespace) -> Pair:
+    """The pair that a command line names, on the backend that it names."""
+    if args.backend == "vllm":
+        from qstar.vllm.engine import EnginePair  # vLLM takes its time to import, and need not be there
+
+        return EnginePair(
+            args.model_theta,
+            args.model_t,
+            dtype=args.dtype,
+            max_num_seqs=args.batch_size,
+            trust_remote_code=args.trust_remote_code,
+            options=args.vllm_options,
+        )
     return Pair.from_pretrained(
         args.model_theta,
         args.model_t,
-        draft=draft,
+        draft=args.draft,
         dtype=args.dtype,
         device=args.device,
         device_map=args.device_map,
@@ -229,24 +240,19 @@ def load_pair(args: Namespace, draft: str = "theta") -> Pair:
     )
 
 
-def run_command(
-    command: str,
-    job: Job,
-    make_run: Callable[[Job, Pair, Console], Run],
-    load: Callable[[Namespace], Pair] = load_pair,
-) -> int:
+def run_command(command: str, job: Job, make_run: Callable[[Job, Pair, Console], Run]) -> int:
     """Load the pair and run; 0 if every sample is on disk, 1 with one line on stderr if something failed."""
 
     def failed(message: str) -> int:
         print(f"python -m {command}: error: {' '.join(message.split())}", file=sys.stderr)
         return 1
 
-    console, args = Console(stderr=False, soft_wrap=True), job.args
+    console = Console(stderr=False, soft_wrap=True)
     try:
         with job.output:
             console.print(f"prompts: {job.prompts.description}", markup=False, highlight=False)
             logging.disable_progress_bar()
-            make_run(job, load(args), console).run()
+            make_run(job, load_pair(job.args), console).run()
             return 1 if job.output.errors else 0
     except torch.OutOfMemoryError:
         return failed("out of memory; start again with a smaller --batch-size, what is on disk is kept")

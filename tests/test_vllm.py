@@ -329,8 +329,12 @@ def test_what_vllm_refuses_is_said_in_one_line(options, said):
         ({"presence_penalty": 0.5}, "presence_penalty"),
         ({"logit_bias": {3: 1.0}}, "logit_bias"),
         ({"prompt_logprobs": 1}, "prompt_logprobs"),
-        ({"extra_args": {"qstar_rule": '{"settings": {"method": "best"}}'}}, "method is 'best'"),
-        ({"extra_args": {"qstar_rule": "{}"}}, "qstar_rule"),
+        ({"extra_args": {"qstar_method": "best"}}, "method is 'best'"),
+        ({"extra_args": {"qstar_alpha": "0.5"}}, "qstar_alpha is '0.5'; it must be of type float"),
+        ({"extra_args": {"qstar_top_k": 2.5}}, "qstar_top_k is 2.5; it must be of type int"),
+        ({"extra_args": {"qstar_beta": 1}}, "qstar_beta is unknown"),
+        ({"extra_args": {"qstar_seed": 1}, "n": 2}, "qstar_seed is that of one sample"),
+        ({"extra_args": {"qstar_seed": "x"}}, "qstar_seed is 'x'"),
     ],
 )
 def test_requests_that_would_be_misunderstood_are_refused(demo_engine, params, said):

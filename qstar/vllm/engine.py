@@ -15,7 +15,7 @@ from qstar.output import OutputError
 from qstar.pair import Pair
 from qstar.speculate import Tally
 from qstar.vllm import ARCHITECTURE, register
-from qstar.vllm.params import rule_text
+from qstar.vllm.params import extra_args, numbers_key
 
 DUAL_PROMPTS = "with --backend vllm both models see one prompt; use --backend transformers for prompts that differ"
 
@@ -106,14 +106,18 @@ class EnginePair(Pair):
         return EngineDecoder(self, options)
 
 
-def engine_options(pair: Pair, dtype: str = "auto") -> dict[str, Any]:
-    """Arguments of `vllm.EngineArgs` that make its model the pair."""
+def engine_options(pair: Pair, dtype: str = "auto", rule: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Arguments of `vllm.EngineArgs` that make its model the pair.
+
+    `rule` has the fields of a `Settings`, and the two options beside them, for requests that say nothing of their own.
+    """
     from vllm.platforms import current_platform
 
     on_cpu = current_platform.is_cpu()
     eos_ids, special_ids = sorted(pair.eos_ids), sorted(pair.special_ids)
     theta, t = pair.names
     told = {"model_t": t, "vocab_size": pair.vocab_size, "eos_ids": eos_ids, "special_ids": special_ids}
+    told["rule"] = rule or {}
     return {
         "model": theta,
         "dtype": "float32" if dtype == "auto" and on_cpu else dtype,
@@ -170,7 +174,7 @@ class EngineDecoder:
                 numbers = self._numbers(ended)
                 for name in ended:
                     sample, _ = live.pop(name)
-                    self._fill(sample, numbers.get(name, {}).get(0, []))
+                    self._fill(sample, numbers.get(numbers_key(name), []))
                     yield sample
         except EngineDeadError as error:
             raise OutputError(f"the vLLM engine died, what is on disk is kept: {error}") from error
@@ -184,14 +188,14 @@ class EngineDecoder:
         from vllm.sampling_params import RequestOutputKind
 
         name, options = f"qstar-{next(self.names)}", self.options
-        rule = rule_text(vars(options.settings), options.force_t_first_token, options.force_t_special_tokens)
+        extra = extra_args(vars(options.settings), options.force_t_first_token, options.force_t_special_tokens)
         params = SamplingParams(
             temperature=0.0,  # vLLM's own, whose sampler draws nothing here
             max_tokens=request.max_new_tokens,
             stop_token_ids=sorted(self.ending.eos_ids),
             detokenize=False,
             output_kind=RequestOutputKind.DELTA if options.stop else RequestOutputKind.FINAL_ONLY,
-            extra_args={"qstar_seed": request.seed, "qstar_rule": rule, "qstar_key": name},
+            extra_args=extra | {"qstar_seed": request.seed, "qstar_key": name},
         )
         self.engine.add_request(name, TokensPrompt(prompt_token_ids=request.ids_theta), params)
         return name
@@ -216,12 +220,13 @@ class EngineDecoder:
             self.engine.abort_request(stopped)
         return ended
 
-    def _numbers(self, names: list[str]) -> dict[str, dict[int, list[list[float]]]]:
-        """Token, status and `FIELDS` of every token of these requests."""
+    def _numbers(self, names: list[str]) -> dict[str, list[list[float]]]:
+        """Token, status and `FIELDS` of every token of these requests, by `numbers_key`."""
         if not names:
             return {}
+        keys = [numbers_key(name) for name in names]
         # the ranks of a group have drawn the same; ranks that hold other layers none
-        return next((found for found in self.engine.collective_rpc("pop_numbers", args=(names,)) if found), {})
+        return next((found for found in self.engine.collective_rpc("pop_numbers", args=(keys,)) if found), {})
 
     def _fill(self, sample: Sample, numbers: list[list[float]]) -> None:
         for token, status, *values in numbers:

@@ -30,6 +30,10 @@ class QStarPairForCausalLM(nn.Module):
             raise ValueError(f"a pair of models needs worker_cls={WORKER}")
         if vllm_config.use_v2_model_runner:
             raise ValueError("a pair of models needs vLLM's V1 model runner: set VLLM_USE_V2_MODEL_RUNNER=0")
+        if vllm_config.speculative_config is not None:
+            raise ValueError("a pair of models draws without drafts: speculative_config must not be set")
+        if vllm_config.parallel_config.data_parallel_size > 1:
+            raise ValueError("a pair's numbers are asked of one engine: data_parallel_size must be 1")
         model, pair = vllm_config.model_config, vllm_config.model_config.hf_config.qstar
         self.vocab_size = pair["vocab_size"]
         self.secondary_weights = [DefaultModelLoader.Source(pair["model_t"], None, prefix="t:")]
