@@ -276,8 +276,8 @@ def make_serve_parser() -> Parser:
     parser = Parser(
         prog="python -m qstar.serve",
         usage="%(prog)s [options] [options of vLLM's server]",
-        description="An OpenAI-compatible server whose model is q* of a pair, by vLLM (pip install 'qstar[vllm]'). What "
-        "a request does not say about q* is as the options here have it. All other options are those of `vllm serve`: "
+        description="An OpenAI-compatible server whose model is q* of a pair, by vLLM (pip install 'qstar[vllm]'). "
+        "What a request does not say about q* is as the options here have it. All others are those of `vllm serve`: "
         "--host, --port, --api-key, --tensor-parallel-size, …",
         formatter_class=HelpFormatter,
         allow_abbrev=False,

@@ -1,9 +1,11 @@
 """`python -m qstar.serve`: vLLM's OpenAI-compatible server whose model is q* of a pair."""
 
+import os
 import sys
 from argparse import Namespace
 
 from qstar.arguments import Parser, prepare_serve, settings_of
+from qstar.vllm import SERVER
 
 NAME = "qstar"  # of the model in requests, unless --served-model-name says another
 OWN = ("model", "hf_overrides", "worker_cls", "logits_processors")  # engine options that make the model a pair
@@ -11,10 +13,9 @@ OWN = ("model", "hf_overrides", "worker_cls", "logits_processors")  # engine opt
 
 def server_arguments(parser: Parser, args: Namespace, of_vllm: list[str]) -> Namespace:
     """All arguments of vLLM's server; exits with one line if something is wrong."""
+    from qstar.vllm.engine import EnginePair, engine_options  # isort: skip  (vLLM reads what this sets in its environment)
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    from qstar.vllm.engine import EnginePair, engine_options
 
     theirs = make_arg_parser(FlexibleArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False))
     theirs.error = parser.error
@@ -46,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     """Serve until interrupted; 1 with one line on stderr if the server cannot start, 2 for a wrong command line."""
     parser, args, of_vllm = prepare_serve(argv)
     arguments = server_arguments(parser, args, of_vllm)
+    os.environ[SERVER] = "1"
     import uvloop
     from vllm.entrypoints.launchers.api_server.entry import run_server
 

@@ -2,11 +2,17 @@
 
 The pair is an out-of-tree model of vLLM (`model.py`) that hands the logits of both models on. A worker (`worker.py`)
 solves for q* there and draws with this package's own noise, so that a sample does not depend on what else is in the
-batch. `engine.py` starts such an engine and gives it the interface of the transformers backend; `server.py` adds the
-per-token numbers to the responses of vLLM's OpenAI-compatible server.
+batch; `params.py` is what a request says. `engine.py` starts such an engine and gives it the interface of the
+transformers backend; `server.py` adds the per-token numbers to the responses of vLLM's OpenAI-compatible server.
 """
 
+import multiprocessing
+import os
+import signal
+import threading
+
 ARCHITECTURE = "QStarPairForCausalLM"
+SERVER = "QSTAR_SERVER"  # set in the environment of a server and so of its engine
 
 
 def register() -> None:
@@ -15,3 +21,12 @@ def register() -> None:
 
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, "qstar.vllm.model:QStarPairForCausalLM")
+    parent = multiprocessing.parent_process()
+    if SERVER in os.environ and parent is not None:
+        # a server that is killed would leave vLLM's engine behind, with the memory of its device
+        threading.Thread(target=die_with, args=(parent,), daemon=True).start()
+
+
+def die_with(parent) -> None:
+    parent.join()
+    os.kill(os.getpid(), signal.SIGKILL)

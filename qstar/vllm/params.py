@@ -107,8 +107,8 @@ class PairParams(LogitsProcessor):
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         for name, neutral in REFUSED.items():
-            if (value := getattr(sampling_params, name)) not in (neutral, None, []):
-                raise ValueError(f"{name} is {value!r}; a pair of models does not support it")
+            if getattr(sampling_params, name) not in (neutral, None, []):
+                raise ValueError(f"{name} is set; a pair of models does not support it")
         if sampling_params.logprobs == -1:
             raise ValueError("logprobs is -1; a pair of models gives a number of them, not all")
         extra = sampling_params.extra_args or {}
