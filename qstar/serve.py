@@ -13,7 +13,7 @@ OWN = ("model", "hf_overrides", "worker_cls", "logits_processors")  # engine opt
 
 def server_arguments(parser: Parser, args: Namespace, of_vllm: list[str]) -> Namespace:
     """All arguments of vLLM's server; exits with one line if something is wrong."""
-    from qstar.vllm.engine import EnginePair, engine_options  # isort: skip  (vLLM reads what this sets in its environment)
+    from qstar.vllm.engine import EnginePair, check_engine, engine_options  # isort: skip  (vLLM reads what this sets in its environment)
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -37,6 +37,7 @@ def server_arguments(parser: Parser, args: Namespace, of_vllm: list[str]) -> Nam
             parser.error(f"--{name.replace('_', '-')} is not to be chosen: --model-theta and --model-t are the model")
     complete.middleware = [*complete.middleware, "qstar.vllm.server.Numbers"]
     try:
+        check_engine(complete)
         validate_parsed_serve_args(complete)
     except (TypeError, ValueError) as error:
         parser.error(str(error))

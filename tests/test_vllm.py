@@ -3,6 +3,10 @@
 import json
 import os
 import random
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -12,7 +16,14 @@ pytest.importorskip(
 )
 
 from runs import lines, write_lines
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+)
 from vllm import SamplingParams, TokensPrompt
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -33,9 +44,13 @@ SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "n
 SMALL |= {"num_key_value_heads": 1, "head_dim": 32}
 LARGE = {"num_hidden_layers": 3, "hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4}
 LARGE |= {"num_key_value_heads": 2, "head_dim": 64}
+MIXED = SMALL | {"num_hidden_layers": 4, "sliding_window": 32}
+MIXED |= {"layer_types": ["sliding_attention", "full_attention"] * 2}
 PAIRS = {
     "other depth, width and head_dim": ((LlamaConfig, SMALL, 2048), (LlamaConfig, LARGE, 2048)),
     "Llama and Qwen2": ((LlamaConfig, SMALL, 2048), (Qwen2Config, SMALL | {"num_hidden_layers": 4}, 2048)),
+    "a sliding window in one": ((MistralConfig, SMALL | {"sliding_window": 32}, 2048), (LlamaConfig, LARGE, 2048)),
+    "layers of both kinds": ((LlamaConfig, SMALL, 2048), (Gemma3TextConfig, MIXED, 2048)),
     "vocabularies padded differently": ((LlamaConfig, LARGE, 2112), (LlamaConfig, SMALL, 2304)),
 }
 
@@ -112,8 +127,7 @@ def check_equal(got: dict, expected: dict) -> None:
             )
 
 
-def check_greedy_and_drawn(engine: Pair, reference: Pair) -> None:
-    todo = requests(10, 12)
+def check_greedy_and_drawn(engine: Pair, reference: Pair, todo: list[Request]) -> None:
     for temperature in (0.0, 1.0):
         check_equal(draw(engine, todo, temperature=temperature), draw(reference, todo, temperature=temperature))
 
@@ -121,7 +135,7 @@ def check_greedy_and_drawn(engine: Pair, reference: Pair) -> None:
 @pytest.mark.parametrize("name", PAIRS)
 def test_pairs_of_unlike_models(tmp_path, engines, name):
     folders = [write_model(tmp_path / str(i), *what, seed=i) for i, what in enumerate(PAIRS[name])]
-    check_greedy_and_drawn(engines(*folders), Pair.from_pretrained(*folders, device="cpu"))
+    check_greedy_and_drawn(engines(*folders), Pair.from_pretrained(*folders, device="cpu"), requests(10, 12))
 
 
 class Counter:
@@ -141,11 +155,9 @@ def test_chunked_prefill_and_prefix_cache(tmp_path, engines, demo_pair):
     """Prompts longer than a step's tokens, a common start of many, and everything a second time."""
     engine = engines(THETA, T, max_num_batched_tokens=64, max_num_seqs=32)
     todo, cached = requests(16, 12), []
-    expected = draw(demo_pair, todo)
     step = engine.engine.step
     engine.engine.step = lambda: [cached.append(o.num_cached_tokens) or o for o in step()]
-    for _ in range(2):
-        check_equal(draw(engine, todo), expected)
+    check_greedy_and_drawn(engine, demo_pair, todo)
     assert max(len(r.ids_theta) for r in todo) > 2 * 64
     assert sum(n > 100 for n in cached) > len(todo) // 2
 
@@ -156,9 +168,15 @@ def test_preemption_under_a_small_cache(tmp_path, engines, monkeypatch):
     folders = [write_model(tmp_path / str(i), LlamaConfig, SMALL, 2048, seed=i) for i in range(2)]
     engine = engines(*folders, num_gpu_blocks_override=12, block_size=32, max_model_len=256)
     todo = [Request(i, [i + 1] * 20, [i + 1] * 20, i, 60) for i in range(12)]
-    check_equal(draw(engine, todo), draw(Pair.from_pretrained(*folders, device="cpu"), todo))
+    check_greedy_and_drawn(engine, Pair.from_pretrained(*folders, device="cpu"), todo)
     print(f"{preempted.calls} preemptions")
     assert preempted.calls > 0
+
+
+def test_tensor_parallel(engines, demo_pair, monkeypatch):
+    """Both models cut over two ranks, which draw the same."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|0")
+    check_greedy_and_drawn(engines(THETA, T, tensor_parallel_size=2), demo_pair, requests(8, 8))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -300,6 +318,26 @@ class TestCommand:
         assert error.count("\n") == 1
 
 
+def test_killed_runs_go_on(tmp_path):
+    """kill -9 twice, once with samples on disk: in the end every sample is there once, with its own noise."""
+    prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": question} for question in QUESTIONS[:40]])
+    command = ["--dataset", str(prompts), "--max-new-tokens", "12", "--samples-per-prompt", "4", "--batch-size", "1"]
+    argv = [sys.executable, "-m", "qstar.generate", "--backend", "vllm", *command, "--save-diagnostics"]
+    output, whole = tmp_path / "x.jsonl", tmp_path / "whole.jsonl"
+    for wanted in (0, 30):
+        process = subprocess.Popen([*argv, "--output", str(output)])
+        while process.poll() is None and (len(output.read_bytes().splitlines()) if output.exists() else 0) < wanted:
+            time.sleep(0.01)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert len(output.read_bytes().splitlines()) >= 30
+    subprocess.run([*argv, "--output", str(output)], check=True)
+    assert main([*command, "--save-diagnostics", "--output", str(whole)]) == 0
+    for name in ("x.jsonl", "x.diagnostics.jsonl"):
+        got, expected = lines(tmp_path / name), lines(tmp_path / name.replace("x.", "whole."))
+        assert got == [approximately(line) for line in expected]
+
+
 def approximately(value):
     """The value with its floats within 1e-4."""
     if isinstance(value, dict):
@@ -315,6 +353,8 @@ def approximately(value):
         ({"no_such_option": 1}, "no_such_option"),
         ({"worker_cls": "auto"}, "worker_cls"),
         ({"max_model_len": 100_000}, "max_model_len"),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "draws without drafts"),
+        ({"data_parallel_size": 2}, "data_parallel_size must be 1"),
     ],
 )
 def test_what_vllm_refuses_is_said_in_one_line(options, said):

@@ -87,8 +87,10 @@ class EnginePair(Pair):
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         own = {"skip_tokenizer_init": True, "disable_log_stats": True, "use_tqdm_on_load": False}
         try:
-            self.engine = LLMEngine.from_engine_args(EngineArgs(**own | self.engine_options))
-        except (TypeError, RuntimeError, AssertionError) as error:
+            arguments = EngineArgs(**own | self.engine_options)
+            check_engine(arguments)
+            self.engine = LLMEngine.from_engine_args(arguments)
+        except Exception as error:  # vLLM raises all kinds, from its processes bare ones
             raise ValueError(f"vLLM does not start: {error}") from error
 
     def stop(self) -> None:
@@ -126,7 +128,23 @@ def engine_options(pair: Pair, dtype: str = "auto", rule: dict[str, Any] | None 
         "worker_cls": "qstar.vllm.worker.PairWorker",
         "logits_processors": ["qstar.vllm.params:PairParams"],
         "generation_config": "vllm",
+        "async_scheduling": False,  # never run with a pair: vLLM has it on GPUs only
     } | ({"kv_cache_memory_bytes": CPU_CACHE_BYTES, "enforce_eager": True} if on_cpu else {})
+
+
+def check_engine(arguments: Any) -> None:
+    """Refuse what would start and then not draw from q*, or not say what it has drawn.
+
+    Args:
+        arguments: an `EngineArgs`, or the arguments of vLLM's server.
+
+    Raises:
+        ValueError: an option is not for a pair.
+    """
+    if arguments.speculative_config is not None:
+        raise ValueError("speculative_config: a pair of models draws without drafts in vLLM")
+    if arguments.data_parallel_size > 1:
+        raise ValueError("data_parallel_size must be 1: a pair is one engine; start one for each group of devices")
 
 
 class EngineDecoder:

@@ -14,6 +14,12 @@ WORKER = "qstar.vllm.worker.PairWorker"
 SIDES = ("theta", "t")
 
 
+def sliding_window(config) -> int | None:
+    """The window of all layers of a model; None where there is none, or where its layers differ."""
+    alike = {"sliding_attention"}.issuperset(getattr(config, "layer_types", None) or ())
+    return getattr(config, "sliding_window", None) or None if alike else None
+
+
 class QStarPairForCausalLM(nn.Module):
     """π_θ and π_t side by side.
 
@@ -30,16 +36,14 @@ class QStarPairForCausalLM(nn.Module):
             raise ValueError(f"a pair of models needs worker_cls={WORKER}")
         if vllm_config.use_v2_model_runner:
             raise ValueError("a pair of models needs vLLM's V1 model runner: set VLLM_USE_V2_MODEL_RUNNER=0")
-        if vllm_config.speculative_config is not None:
-            raise ValueError("a pair of models draws without drafts: speculative_config must not be set")
-        if vllm_config.parallel_config.data_parallel_size > 1:
-            raise ValueError("a pair's numbers are asked of one engine: data_parallel_size must be 1")
         model, pair = vllm_config.model_config, vllm_config.model_config.hf_config.qstar
         self.vocab_size = pair["vocab_size"]
         self.secondary_weights = [DefaultModelLoader.Source(pair["model_t"], None, prefix="t:")]
         # compiled pieces are cached by tag, so each model needs its own
         for name, folder in zip(SIDES, (model.model, pair["model_t"]), strict=True):
             config = get_config(folder, model.trust_remote_code)
+            # what vLLM knows of the whole engine's model, and takes for every layer that says nothing of its own
+            vllm_config.cache_config.sliding_window = sliding_window(config.get_text_config())
             with set_model_tag(name):
                 sub_model = init_vllm_registered_model(vllm_config, hf_config=config, prefix=maybe_prefix(prefix, name))
             setattr(self, name, sub_model)
