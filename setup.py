@@ -58,6 +58,7 @@ setup(
             "qstar-score=qstar.score:main",
             "qstar-analyze=qstar.analyze:main",
             "qstar-report=qstar.report:main",
+            "qstar-serve=qstar.serve:main",
         ],
         "vllm.general_plugins": ["qstar=qstar.vllm:register"],
     },

@@ -176,16 +176,6 @@ def json_object(value: str) -> dict[str, Any]:
     return parsed
 
 
-def add_vllm_options(group) -> None:
-    group.add_argument(
-        "--vllm-options",
-        type=json_object,
-        default={},
-        metavar="JSON",
-        help='arguments of vLLM\'s engine, e.g. {"tensor_parallel_size": 2, "gpu_memory_utilization": 0.8}',
-    )
-
-
 def make_parser() -> Parser:
     """The command line of `qstar.generate`, in groups."""
     parser = Parser(
@@ -217,7 +207,13 @@ def make_parser() -> Parser:
     group.add_argument(
         "--batch-size", type=COUNT, help="sequences decoded together (default: 16 with transformers, 256 with vllm)"
     )
-    add_vllm_options(group)
+    group.add_argument(
+        "--vllm-options",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help='arguments of vLLM\'s engine, e.g. {"tensor_parallel_size": 2, "gpu_memory_utilization": 0.8}',
+    )
     group.add_argument(
         "--speculate",
         type=lambda value: value if value == "auto" else number(int, 0, "auto or a whole number of at least 0")(value),

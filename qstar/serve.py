@@ -13,18 +13,19 @@ OWN = ("model", "hf_overrides", "worker_cls", "logits_processors")  # engine opt
 
 def server_arguments(parser: Parser, args: Namespace, of_vllm: list[str]) -> Namespace:
     """All arguments of vLLM's server; exits with one line if something is wrong."""
-    from qstar.vllm.engine import EnginePair, check_engine, engine_options  # isort: skip  (vLLM reads what this sets in its environment)
+    # sets in the environment what vLLM reads when it is imported
+    from qstar.vllm.engine import EnginePair, check_engine, engine_options  # isort: skip
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from qstar.vllm.params import FORCED
 
     theirs = make_arg_parser(FlexibleArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False))
     theirs.error = parser.error
     said = theirs.parse_args(of_vllm)
     try:
         pair = EnginePair(args.model_theta, args.model_t, dtype=said.dtype, trust_remote_code=said.trust_remote_code)
-        rule = vars(settings_of(args)) | {
-            name: getattr(args, name) for name in ("force_t_first_token", "force_t_special_tokens")
-        }
+        rule = vars(settings_of(args)) | {name: getattr(args, name) for name in FORCED}
         options = engine_options(pair, said.dtype, rule)
     except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from qstar import analyze, report
-from qstar.arguments import make_parser, make_score_parser
+from qstar.arguments import make_parser, make_score_parser, make_serve_parser
 from qstar.decode import FIELDS
 from qstar.experiments import __main__ as experiments
 
@@ -22,10 +22,11 @@ def test_the_loop_of_the_readme_runs():
 
 def test_the_guide_names_every_option():
     guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
-    parsers = make_parser(), make_score_parser(), analyze.make_parser(), report.make_parser(), experiments.make_parser()
+    ours = make_parser(), make_score_parser(), make_serve_parser()
+    parsers = *ours, analyze.make_parser(), report.make_parser(), experiments.make_parser()
     options = {a.option_strings[0] for parser in parsers for a in parser._actions if a.option_strings} - {"-h"}
     assert {o for o in options if f"`{o}`" not in guide and f"`{o} " not in guide} == set()
-    assert set(re.findall(r"(?<!\S)`?(--[a-z][a-z0-9-]*)", guide)) - options <= {"--help", "--x"}
+    assert set(re.findall(r"(?<!\S)`?(--[a-z][a-z0-9-]*)", guide)) - options <= {"--help", "--x", "--port"}
 
 
 def test_the_guide_names_every_field():

@@ -21,7 +21,7 @@ DUAL_PROMPTS = "with --backend vllm both models see one prompt; use --backend tr
 
 CPU_CACHE_BYTES = 2 << 30  # for both KV caches: on a CPU vLLM's own default is nearly all of the memory
 
-# What vLLM reads from its environment. Its V2 model runner has no place for a sampler that was ever run with a pair.
+# What vLLM reads from its environment. Its V2 model runner, which needs a GPU, was never run with a pair.
 os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
