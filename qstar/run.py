@@ -5,6 +5,7 @@ unfinished block again and writes what is missing of it: the same rows then meet
 comes out bit for bit as it would have without the interruption.
 """
 
+import argparse
 import json
 import sys
 import time
@@ -68,9 +69,22 @@ class Summary:
                 low, high = BANDS[name]
                 self.inside[name] += low <= value <= high
 
+    def merge(self, other: "Summary") -> None:
+        """Add the figures of another part of the run."""
+        for name, value in vars(other).items():
+            if name != "inside":
+                setattr(self, name, getattr(self, name) + value)
+        for name in BANDS:
+            self.inside[name] += other.inside[name]
+
     @property
     def mean_kl(self) -> float:
         return self.kl / max(1, self.tokens)
+
+    def figures(self, seconds: float) -> str:
+        """The progress bar's figures after so many seconds."""
+        alpha = self.alpha / max(1, self.tokens)
+        return f"{self.tokens / seconds:.0f} tokens/s  α {alpha:.3f}  KL {self.mean_kl:.4f}"
 
     def table(self) -> Table:
         table = Table(title=f"q* over {self.tokens} tokens of this run", title_justify="left")
@@ -150,14 +164,7 @@ class Run(ABC):
         start, before = time.time(), len(self.output.done)
         if before:
             self.console.print(f"resuming: {before} samples are on disk")
-        columns = (
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(TextColumn("samples"), *columns, console=self.console) as progress:
+        with progress_bar(self.console) as progress:
             task = progress.add_task("", total=self.total(), completed=before, figures="")
             for block in blocks(self.items(), BLOCK_BATCHES * self.job.args.batch_size):
                 if all(item.key in self.output.done for item in block):
@@ -169,9 +176,7 @@ class Run(ABC):
                     self.summary.add(done)
                     # by prompt, not by who finished first: those are the short ones
                     self.shown = sorted([*self.shown, done], key=lambda d: d.key)[:3]
-                    s, seconds = self.summary, time.time() - start
-                    figures = f"{s.tokens / seconds:.0f} tokens/s  α {s.alpha / s.tokens:.3f}  KL {s.mean_kl:.4f}"
-                    progress.update(task, figures=figures)
+                    progress.update(task, figures=self.summary.figures(time.time() - start))
             progress.update(task, total=len(self.output.done))
         self.output.finish(Path(self.job.args.dataset or PROMPTS).stem)
         self.report(time.time() - start, before)
@@ -181,14 +186,8 @@ class Run(ABC):
         yield from ()
 
     def report(self, seconds: float, before: int) -> None:
-        say, summary, output = self.console.print, self.summary, self.output
-        if summary.tokens:
-            say(summary.table())
-            if summary.mean_kl > FAR_APART_KL:
-                say(
-                    f"[bold]Warning:[/] the pair is far apart ({summary.mean_kl:.2f} nats a token): q* spreads onto "
-                    "tokens that both models find unlikely. See «When the pair is far apart» in docs/guide.md."
-                )
+        say, output = self.console.print, self.output
+        tell(self.console, self.summary)
         for table in self.tables():
             say(table)
         for done in self.shown:
@@ -206,6 +205,46 @@ class Run(ABC):
             say(f"[bold]{len(output.errors)} failed[/]; reasons in {output.errors_file}, tried again at the next start")
 
 
+def progress_bar(console: Console) -> Progress:
+    """A bar over the samples of a run; its task has a field `figures`."""
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(TextColumn("samples"), *columns, console=console)
+
+
+def tell(console: Console, summary: Summary) -> None:
+    """Print the summary, with a warning where the pair is far apart."""
+    if not summary.tokens:
+        return
+    console.print(summary.table())
+    if summary.mean_kl > FAR_APART_KL:
+        console.print(
+            f"[bold]Warning:[/] the pair is far apart ({summary.mean_kl:.2f} nats a token): q* spreads onto "
+            "tokens that both models find unlikely. See «When the pair is far apart» in docs/guide.md."
+        )
+
+
+def load_pair(args: argparse.Namespace, draft: str) -> Pair:
+    """The pair that a command line names."""
+    logging.disable_progress_bar()
+    return Pair.from_pretrained(
+        args.model_theta,
+        args.model_t,
+        draft=draft,
+        dtype=args.dtype,
+        device=args.device,
+        device_map=args.device_map,
+        attn_implementation=args.attn_implementation,
+        load_in_4bit=args.load_in_4bit,
+        trust_remote_code=args.trust_remote_code,
+    )
+
+
 def blocks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     """Cut the run's items into lists of `size`."""
     items = iter(items)
@@ -220,23 +259,11 @@ def run_command(command: str, job: Job, make_run: Callable[[Job, Pair, Console],
         print(f"python -m {command}: error: {' '.join(message.split())}", file=sys.stderr)
         return 1
 
-    console, args = Console(stderr=False, soft_wrap=True), job.args
+    console = Console(stderr=False, soft_wrap=True)
     try:
         with job.output:
             console.print(f"prompts: {job.prompts.description}", markup=False, highlight=False)
-            logging.disable_progress_bar()
-            pair = Pair.from_pretrained(
-                args.model_theta,
-                args.model_t,
-                draft=draft,
-                dtype=args.dtype,
-                device=args.device,
-                device_map=args.device_map,
-                attn_implementation=args.attn_implementation,
-                load_in_4bit=args.load_in_4bit,
-                trust_remote_code=args.trust_remote_code,
-            )
-            make_run(job, pair, console).run()
+            make_run(job, load_pair(job.args, draft), console).run()
             return 1 if job.output.errors else 0
     except torch.OutOfMemoryError:
         return failed("out of memory; start again with a smaller --batch-size, what is on disk is kept")
