@@ -34,16 +34,20 @@ setup(
         "accelerate>=1.1",
         "jinja2>=3.1",
         "filelock>=3.12",
+        "fsspec>=2023.5",
         "rich>=13",
     ],
     extras_require={
         "4bit": ["bitsandbytes>=0.45"],
+        "ray": ["ray[data]>=2.50,<3"],
         "report": ["matplotlib>=3.8"],
         "dev": [
             "pytest>=8",
             "pytest-benchmark>=5",
             "matplotlib>=3.8",
             "playwright>=1.50",
+            "psutil>=5.9",
+            "ray[data]>=2.50,<3",
             "scipy>=1.11",
             "trl>=1.16",
             "ruff>=0.9",
@@ -56,6 +60,8 @@ setup(
             "qstar-score=qstar.score:main",
             "qstar-analyze=qstar.analyze:main",
             "qstar-report=qstar.report:main",
+            "qstar-merge=qstar.merge:main",
+            "qstar-plan=qstar.plan:main",
         ]
     },
 )

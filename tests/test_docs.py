@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from qstar import analyze, report
+from qstar import analyze, merge, plan, report
 from qstar.arguments import make_parser, make_score_parser
 from qstar.decode import FIELDS
 
@@ -21,10 +21,10 @@ def test_the_loop_of_the_readme_runs():
 
 def test_the_guide_names_every_option():
     guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
-    parsers = make_parser(), make_score_parser(), analyze.make_parser(), report.make_parser()
+    parsers = [make_parser(), make_score_parser(), *(module.make_parser() for module in (analyze, report, merge, plan))]
     options = {a.option_strings[0] for parser in parsers for a in parser._actions if a.option_strings} - {"-h"}
     assert {o for o in options if f"`{o}`" not in guide and f"`{o} " not in guide} == set()
-    assert set(re.findall(r"(?<!\S)`?(--[a-z][a-z0-9-]*)", guide)) - options <= {"--help", "--x"}
+    assert set(re.findall(r"(?<!\S)`?(--[a-z][a-z0-9-]*)", guide)) - options <= {"--help", "--x", "--benchmark", "--pair"}
 
 
 def test_the_guide_names_every_field():
