@@ -41,6 +41,7 @@ setup(
         "4bit": ["bitsandbytes>=0.45"],
         "ray": ["ray[data]>=2.50,<3"],
         "report": ["matplotlib>=3.8"],
+        "experiments": ["trl>=1.16", "matplotlib>=3.8"],
         "dev": [
             "pytest>=8",
             "pytest-benchmark>=5",

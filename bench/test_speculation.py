@@ -11,22 +11,9 @@ from bench.test_decode import first_requests
 from bench.timing import side_by_side
 from qstar import Pair
 from qstar.demo import THETA, T
+from qstar.experiments.pairs import enlarged
 
 DRAFTS = (1, 2, 4, 8)
-
-
-def enlarged(model: torch.nn.Module, times: int) -> torch.nn.Module:
-    """A model that computes the same and costs `times` as much: the new layers add nothing to the residual stream."""
-    config = copy.deepcopy(model.config)
-    layers = config.num_hidden_layers
-    config.num_hidden_layers = layers * times
-    large = type(model)(config).eval().to(model.device, model.dtype)
-    large.load_state_dict(model.state_dict(), strict=False)
-    for layer in large.model.layers[layers:]:
-        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
-        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
-    large.generation_config = model.generation_config
-    return large
 
 
 def predicted(acceptance: float, drafts: int, seconds: dict[tuple[str, int], float]) -> float:

@@ -17,12 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from qstar.arguments import Parser
-from qstar.records import RecordError, RunFiles
+from qstar.records import NULL, RecordError, RunFiles
 from qstar.run import BANDS, FAR_APART_KL
 from qstar.weights import effective_sample_size, top_share
 
 READ = ("alpha", "kl_theta", "kl_t", "ess_theta", "ess_t", "logq", "logp_theta", "logp_t")
-NULL = {"logq": -np.inf, "logp_theta": -np.inf, "logp_t": -np.inf}  # what null stands for; a KL is infinite
 STATISTICS = ("mean", "std", "min", "q25", "median", "q75", "max")
 WEIGHT = {"theta": "π_θ/q*", "t": "π_t/q*"}
 MIN_WIDTH = 116
@@ -58,7 +57,7 @@ def read_numbers(path: str | Path) -> Numbers:
     for record in files:
         lengths.append(len(record.tokens["id"]))
         for name in READ:
-            columns[name].extend(NULL.get(name, np.inf) if x is None else x for x in record.tokens[name])
+            columns[name].extend(NULL.get(name, np.nan) if x is None else x for x in record.tokens[name])
     tokens = {name: np.frombuffer(column, dtype=np.float32) for name, column in columns.items()}
     counts = np.frombuffer(lengths, dtype=np.int64)
     ends = counts.cumsum()
@@ -97,11 +96,11 @@ def analysis(numbers: Numbers) -> dict[str, Any]:
     """What `--json` prints of a file: statistics of every field, `verdicts`, `weights` and `warnings`."""
     tokens, samples = numbers.tokens, numbers.samples
     fields = {name: statistics(values) for name, values in tokens.items() if name != "position"}
-    of_band = {"ESS ratio": tokens["ess_ratio"], "|ΔKL|": tokens["kl_gap"], "α": tokens["alpha"]}
+    of_band = {"ESS ratio": "ess_ratio", "|ΔKL|": "kl_gap", "α": "alpha"}
     verdicts = {}
     for name, (low, high) in BANDS.items():
-        inside = float(((of_band[name] >= np.float32(low)) & (of_band[name] <= np.float32(high))).mean())
-        mean = statistics(of_band[name])["mean"]
+        values, mean = tokens[of_band[name]], fields[of_band[name]]["mean"]
+        inside = float(((values >= np.float32(low)) & (values <= np.float32(high))).mean())
         verdicts[name] = {
             "low": low,
             "high": high,

@@ -1,6 +1,5 @@
 """Answers that are there already: what stands beside the prompts of a dataset, or what a run wrote."""
 
-import hashlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,7 +8,7 @@ from typing import Any
 
 from qstar.data import PEEK_ROWS, Prompt, PromptSource
 from qstar.records import RecordError, RunFiles
-from qstar.rows import DataError, kind
+from qstar.rows import DataError, file_sha256, kind
 
 # Where datasets keep the answer, in the order they are looked for; of a preference pair the better one.
 ANSWER_COLUMNS = ("completion", "response", "responses", "chosen", "answer", "solution", "output", "instances.output")
@@ -112,11 +111,7 @@ class RunAnswers:
 
     @property
     def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for path in (self.files.samples, self.files.diagnostics):
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        return digest.hexdigest()
+        return f"{file_sha256(self.files.samples)} {file_sha256(self.files.diagnostics)}"
 
     def count(self) -> int | None:
         return None

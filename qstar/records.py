@@ -6,6 +6,7 @@ complete yet is left out, and said.
 """
 
 import json
+import math
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from typing import Any
 from qstar.decode import FIELDS
 from qstar.formats import key_of
 
+# What null stands for where JSON has no number; nothing else is ever null
+NULL = {"logq": -math.inf, "logp_theta": -math.inf, "logp_t": -math.inf, "kl_theta": math.inf, "kl_t": math.inf}
 SUFFIXES = (".diagnostics.jsonl", ".journal.jsonl", ".jsonl", ".parquet")
 
 
@@ -40,7 +43,7 @@ class Record:
 
     @property
     def tokens(self) -> dict[str, list]:
-        """Arrays with one entry a token: `id` and each of `qstar.decode.FIELDS` (null stands for −inf)."""
+        """Arrays with one entry a token: `id` and each of `qstar.decode.FIELDS` (null stands for `NULL`)."""
         return self.diagnostics["tokens"]
 
 

@@ -32,7 +32,7 @@ from transformers.utils import logging
 from qstar.analyze import Numbers, analysis, plotted, read_numbers
 from qstar.arguments import HelpFormatter, Parser
 from qstar.decode import FIELDS
-from qstar.records import Record, RecordError, RunFiles
+from qstar.records import NULL, Record, RecordError, RunFiles
 
 CHUNK_TOKENS, CHUNK_CHARACTERS = 8192, 1 << 18  # a block ends at either: unpacked in a few milliseconds
 SHOWN_DIGITS = 4
@@ -118,17 +118,16 @@ def token_numbers(record: Record, name: str, vocab_size: int) -> dict[str, np.nd
     """The tokens' numbers, float64 [tokens] each: `id` (int64), `FIELDS`, and what follows from them in nats.
 
     `weight_theta` and `weight_t` are log π − log q*, `disagreement` is their distance, `kl` the larger KL. null stands
-    for a number that JSON does not have: −inf for a log-probability, +inf for a KL.
+    for what `qstar.records.NULL` says.
 
     Raises:
         ReportError: they are not numbers, or the ids belong to another tokenizer.
     """
-    null = {"logq": -np.inf, "logp_theta": -np.inf, "logp_t": -np.inf, "kl_theta": np.inf, "kl_t": np.inf}
     try:
         n = {"id": np.array(record.tokens["id"], dtype=np.int64)}
         for key in FIELDS:
             values = np.array(record.tokens[key], dtype=np.float64)
-            n[key] = np.where(np.isnan(values), null.get(key, np.nan), values)
+            n[key] = np.where(np.isnan(values), NULL.get(key, np.nan), values)
         if any(values.ndim != 1 for values in n.values()):
             raise ValueError
     except (ValueError, TypeError, OverflowError):

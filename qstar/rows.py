@@ -90,7 +90,7 @@ def open_rows(
             if value is not None:
                 raise DataError(f"{flag} {value!r}: {dataset!r} is a local file, which has none; leave {flag} out")
         read, notes = _open_local(path, is_row)
-        fingerprint = _file_sha256(path)
+        fingerprint = file_sha256(path)
     else:
         read, notes, fingerprint = _open_hub(dataset, split, config)
     return Rows(read, limit, dataset), notes, fingerprint
@@ -267,7 +267,8 @@ def _extension(path: Path) -> str:
     return ".parquet.gz" if name.endswith(".parquet.gz") else Path(name.removesuffix(".gz")).suffix
 
 
-def _file_sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a dataset's file, in hexadecimal; raises DataError where it cannot be read."""
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:

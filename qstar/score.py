@@ -76,7 +76,6 @@ class Score(Run):
                 ids = [*ids, pair.tokenizer_theta.eos_token_id]
             elif reason == "eos":
                 reason = "length"
-            job = self.job
             request = pair.request(
                 answer.key,
                 answer.prompt.messages,
@@ -99,6 +98,8 @@ class Score(Run):
             self.write_weights()
         super().report(seconds, before)
         if self.output.done:
+            if outside := len(self.output.done) - len(self.log_weights["theta"]):
+                self.console.print(f"[bold]{outside} samples[/] have a token outside q*'s support, and so no weight")
             self.console.print(f"weights: {self.weights_file}")
 
     @property
@@ -109,8 +110,8 @@ class Score(Run):
         """Write the importance weights π/q* of all samples; null where a token is outside q*'s support, which leaves a
         sample without a weight."""
         files = RunFiles(self.output.path)
-        for side in WEIGHT:
-            log_w = torch.tensor([log_weight(record.diagnostics, side) for record in files], dtype=torch.float64)
+        of_records = [[log_weight(record.diagnostics, side) for side in WEIGHT] for record in files]
+        for side, log_w in zip(WEIGHT, torch.tensor(of_records, dtype=torch.float64).unbind(1), strict=True):
             self.log_weights[side] = log_w[log_w < torch.inf]
         columns = {}
         for side, log_w in self.log_weights.items():
@@ -139,8 +140,6 @@ class Score(Run):
                     WEIGHT[side], f"{log_w.mean().item():.3f}", f"{clipped:.1%}", f"{ess:.1f}", f"{ess / count:.1%}"
                 )
         yield table
-        if outside := count - len(self.log_weights["theta"]):
-            self.console.print(f"[bold]{outside} samples[/] have a token outside q*'s support, and so no weight")
 
 
 def log_weight(numbers: dict[str, Any], side: str) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 from qstar import analyze, merge, plan, report
 from qstar.arguments import make_parser, make_score_parser
 from qstar.decode import FIELDS
+from qstar.experiments import __main__ as experiments
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,10 +22,12 @@ def test_the_loop_of_the_readme_runs():
 
 def test_the_guide_names_every_option():
     guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
-    parsers = [make_parser(), make_score_parser(), *(module.make_parser() for module in (analyze, report, merge, plan))]
+    modules = analyze, report, merge, plan, experiments
+    parsers = [make_parser(), make_score_parser(), *(module.make_parser() for module in modules)]
     options = {a.option_strings[0] for parser in parsers for a in parser._actions if a.option_strings} - {"-h"}
     assert {o for o in options if f"`{o}`" not in guide and f"`{o} " not in guide} == set()
-    assert set(re.findall(r"(?<!\S)`?(--[a-z][a-z0-9-]*)", guide)) - options <= {"--help", "--x", "--benchmark", "--pair"}
+    others = {"--help", "--x", "--benchmark", "--pair"}  # the last two are pytest's, of bench/
+    assert set(re.findall(r"(?<!\S)`?(--[a-z][a-z0-9-]*)", guide)) - options <= others
 
 
 def test_the_guide_names_every_field():
@@ -34,7 +37,12 @@ def test_the_guide_names_every_field():
 
 
 def test_the_guide_links_to_files_that_are_there():
-    for page in (ROOT / "docs" / "guide.md", ROOT / "README.md", *ROOT.glob("theory/*.md")):
+    for page in (
+        ROOT / "docs" / "guide.md",
+        ROOT / "README.md",
+        *ROOT.glob("theory/*.md"),
+        *ROOT.glob("qstar/*/README.md"),
+    ):
         for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / link).exists(), (page.name, link)
 

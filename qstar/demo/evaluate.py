@@ -1,20 +1,19 @@
 """Measure the demo pair on its bundled problems: `python -m qstar.demo.evaluate` prints the table of the card."""
 
 import json
-import re
 
 import numpy as np
 
 from qstar import GenerateOutput, Pair
 from qstar.demo import PROMPTS, THETA, T
+from qstar.demo.problems import is_right
 
 SAMPLES = 4  # of each of the 128 problems, at temperature 1
 
 
 def accuracy(out: GenerateOutput, answers: list[str]) -> float:
     """Share of samples whose last number is the answer."""
-    numbers = [re.findall(r"\d+", text) for text in out.texts]
-    return float(np.mean([found[-1:] == [answer] for found, answer in zip(numbers, answers, strict=True)]))
+    return float(np.mean([is_right(text, answer) for text, answer in zip(out.texts, answers, strict=True)]))
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Templated word problems with small operands, each with a short answer and a worked solution."""
 
 import random
+import re
 from dataclasses import dataclass
 
 NAMES = (
@@ -46,6 +47,11 @@ class Problem:
     sentence: str
     solution: str
     answer: int
+
+
+def is_right(text: str, answer: str) -> bool:
+    """Whether the last number of a text is the answer."""
+    return re.findall(r"\d+", text)[-1:] == [answer]
 
 
 def make_problem(rng: random.Random) -> Problem:

@@ -1,0 +1,100 @@
+"""`python -m qstar.experiments`: run the experiments, and write their results as JSON, tables and plots."""
+
+import dataclasses
+import importlib.util
+import os
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from qstar.arguments import COUNT, HelpFormatter, Parser, check_folder, weights_fingerprint
+from qstar.demo import THETA, T
+
+EXPERIMENTS = ("main", "ablation", "scaling", "speculation", "long_run")
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        prog="python -m qstar.experiments",
+        description="Train a policy on data from q* and from its rivals, on a CPU, and measure what comes of it. "
+        "Without arguments: all five experiments on the demo pair. What was found is in qstar/experiments/README.md.",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "experiments", nargs="*", metavar="EXPERIMENT", help=f"which of {', '.join(EXPERIMENTS)} (default: all)"
+    )
+    parser.add_argument("--model-theta", help="π_θ: hub name or folder (default: the demo pair's)")
+    parser.add_argument("--model-t", help="π_t, the target")
+    parser.add_argument("--quick", action="store_true", help="very small: shows that it runs, measures little")
+    parser.add_argument("--seeds", type=COUNT, help="repetitions of every cell (default: 3, with --quick 1)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("qstar-out/experiments"),
+        help="folder of the results; a run that was killed goes on there",
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; 0 if all is done, 1 if something failed, 2 for a wrong command line."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    for name in args.experiments:
+        if name not in EXPERIMENTS:
+            parser.error(f"no experiment {name!r}; there are {', '.join(EXPERIMENTS)}")
+    if (args.model_theta is None) != (args.model_t is None):
+        parser.error("--model-theta and --model-t go together")
+    for package in ("trl", "matplotlib"):
+        if importlib.util.find_spec(package) is None:
+            parser.error(f"the experiments need {package}: pip install 'qstar[experiments]'")
+    theta, t = args.model_theta or str(THETA), args.model_t or str(T)
+    check_folder(parser, "model-theta", theta)
+    check_folder(parser, "model-t", t)
+    if args.output.exists() and not args.output.is_dir():
+        parser.error(f"--output {args.output} is a file; give a folder")
+
+    # the libraries' own talk would bury the lines of progress
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", module="torch|transformers|trl|accelerate")
+    from datasets.utils.logging import disable_progress_bar
+    from transformers.utils import logging
+
+    from qstar import Pair
+    from qstar.experiments import report, results, training
+    from qstar.experiments.studies import QUICK, Sizes, Studies
+    from qstar.output import OutputError
+
+    disable_progress_bar()
+    logging.disable_progress_bar()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    sizes = QUICK if args.quick else Sizes()
+    # the demo pair comes with the package: where that lies is no setting
+    pair = {"theta": (args.model_theta, theta), "t": (args.model_t, t)}
+    settings = {
+        "pair": {k: {"name": given or "demo", "weights": weights_fingerprint(m)} for k, (given, m) in pair.items()},
+        "sizes": dataclasses.asdict(sizes),
+        "training": training.settings(),
+    }
+    seeds = args.seeds or (1 if args.quick else 3)
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+        studies = Studies(Pair.from_pretrained(theta, t, device="cpu"), sizes)
+        for name in args.experiments or EXPERIMENTS:
+            path = args.output / f"{name}.json"
+            found = results.run(path, studies.cells(name), seeds, settings, partial(print, flush=True))
+            report.write(name, found, args.output)
+    except (OSError, ValueError, OutputError) as error:
+        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    print(f"results: {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
