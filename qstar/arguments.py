@@ -4,7 +4,6 @@ import argparse
 import hashlib
 import importlib.util
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -210,8 +209,8 @@ def make_parser() -> Parser:
     )
     group.add_argument(
         "--ray-address",
-        default=os.environ.get("RAY_ADDRESS"),
-        help="the cluster (default: RAY_ADDRESS, or this machine)",
+        help="of the cluster: HOST:PORT, or auto for the one this machine is a node of (default: RAY_ADDRESS, or "
+        "this machine by itself)",
     )
 
     group = add_output(parser)
@@ -275,7 +274,7 @@ def prepare(argv: list[str] | None) -> Job:
         check_folder(parser, "draft", args.draft)
     if args.engine == "ray" and importlib.util.find_spec("ray") is None:
         parser.error("--engine ray needs Ray: pip install 'qstar[ray]'")
-    for name in ("num_workers", "gpus_per_worker"):
+    for name in ("num_workers", "gpus_per_worker", "ray_address"):
         if args.engine != "ray" and getattr(args, name) is not None:
             parser.error(f"--{name.replace('_', '-')} goes with --engine ray")
     return make_job(parser, args, lambda: open_prompts(args), args.output_format, args.save_diagnostics)

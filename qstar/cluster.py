@@ -2,16 +2,20 @@
 
 One task reads the prompts, on the machine that has them, and cuts them into parts; a pool of actors, each with a pair
 of its own, makes them. Noise belongs to the sample, and a part is a block of the single-process run, so neither the
-number of workers nor their deaths change anything. A worker that dies is replaced and its part begun again. A part that
-has killed its worker several times goes on prompt by prompt, and the prompt that does it is set aside.
+number of workers nor their deaths change anything. A worker that dies is replaced and its part begun again. In a part
+that goes on killing workers every prompt is tried alone, and those that do it are set aside.
 """
 
 import json
 import logging
+import math
 import os
 import pickle
+import socket
 import sys
 import time
+import warnings
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
@@ -24,6 +28,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 import torch
+from ray._private.services import canonicalize_bootstrap_address
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
@@ -31,15 +36,17 @@ from rich.console import Console
 
 from qstar.arguments import Job
 from qstar.data import PromptSource
-from qstar.generate import Generate, todo
+from qstar.demo import PROMPTS
+from qstar.generate import Generate, Todo, draft_table, todo
 from qstar.output import Output, OutputError
 from qstar.parts import Parts
 from qstar.run import BLOCK_BATCHES, Summary, blocks, load_pair, progress_bar, tell
+from qstar.speculate import Tally
 
-STARTS = 3  # times a part is begun as a whole before its prompts go one by one
+STARTS = 3  # times a part is begun before its prompts are tried alone, and again after that
 DEATHS = 2  # workers that a prompt may kill on its own before it is set aside
-READER_CPUS = 0.1  # what the reading task holds; the workers leave that much on every node
 MANIFEST_SECONDS = 2.0
+PROBE_SECONDS = 5.0
 
 
 class ClusterError(RuntimeError):
@@ -70,15 +77,15 @@ class PartSource(Datasource):
 class Worker:
     """An actor with a pair; what is wrong with it is told with every part, and not as a death that would be retried."""
 
-    def __init__(self, job: Job, threads: int):
+    def __init__(self, job: Job):
         self.job, self.parts, self.error = job, job.output, None
-        torch.set_num_threads(threads)
+        torch.set_num_threads(1)  # there is a worker for every core
         try:
             self.pair = load_pair(job.args, job.args.draft)
         except Exception as error:  # whatever loading can raise: the driver stops the run with it
             self.error = f"a worker on {ray.util.get_node_ip_address()} cannot load the pair: {error}"
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         part, items = int(batch["part"][0]), pickle.loads(batch["items"][0])
         start, result = time.time(), {"part": part, "error": self.error}
         if self.error is None:
@@ -91,39 +98,53 @@ class Worker:
         result["seconds"] = time.time() - start
         return {"result": [json.dumps(result)]}
 
-    def make(self, part: int, items: list[Any]) -> dict[str, Any]:
-        """Make a part and put it in its place: its summary, and how many of its prompts failed."""
+    def make(self, part: int, items: list[Todo]) -> dict[str, Any]:
+        """Make a part and put it in its place: its summary, its drafts, and how many of its prompts failed."""
         attempts = self.parts.attempts(part)
+        if attempts["starts"] >= STARTS:
+            self.try_alone(part, items, attempts)
+        aside = {item.prompt.index for item in items if attempts["alone"].get(str(item.prompt.index), 0) >= DEATHS}
+        reason = f"killed its worker {DEATHS} times"
+        if attempts["starts"] >= 2 * STARTS:
+            aside = {item.prompt.index for item in items}
+            reason = f"its part killed its worker {2 * STARTS} times, though this prompt does not do it alone"
         attempts["starts"] += 1
         self.parts.write_attempts(part, attempts)
-        one_by_one = attempts["starts"] > STARTS
         with TemporaryDirectory() as folder:
-            path = Path(folder) / f"x{Path(self.parts.path('samples', 0)).suffix}"
-            with Output(path, self.parts.format, self.parts.save_diagnostics, {"part": part}) as output:
-                run = Generate(replace(self.job, output=output), self.pair, Console(quiet=True))
-                groups = groupby(items, key=lambda item: item.prompt.index) if one_by_one else [(None, items)]
-                for index, group in groups:
-                    if one_by_one and not self.survives(part, attempts, str(index)):
-                        run.fail(next(group).prompt, None, f"killed its worker {DEATHS} times")
-                        continue
-                    for done in run.in_order(list(group)):
-                        output.write(done, run.line(done))
-                        run.summary.add(done)
-                    if one_by_one:
-                        attempts["prompts"][str(index)] = 0
-                output.finish(Path(self.job.args.dataset or "prompts").stem)
+            path = Path(folder) / f"x{Path(self.parts.path('samples', part)).suffix}"
+            with Output(path, self.parts.format, self.parts.save_diagnostics, {}) as output:
+                run = self.run(output)
+                for item in items:
+                    if item.prompt.index in aside:
+                        run.fail(item.prompt, None, reason)
+                for done in run.in_order([item for item in items if item.prompt.index not in aside]):
+                    output.write(done, run.line(done))
+                    run.summary.add(done)
+                output.finish(Path(self.job.args.dataset or PROMPTS).stem)
             self.parts.put_part(part, Path(folder))
         self.parts.write_attempts(part, None)
-        return {"summary": asdict(run.summary), "failed": len(output.errors)}
+        return {"summary": asdict(run.summary), "drafts": asdict(run.decoder.tally), "failed": len(output.errors)}
 
-    def survives(self, part: int, attempts: dict[str, Any], index: str) -> bool:
-        """Note that a prompt is begun on its own; False if it has killed too many workers that way."""
-        deaths = attempts["prompts"].get(index, 0)
-        if deaths >= DEATHS:
-            return False
-        attempts["prompts"][index] = deaths + 1
-        self.parts.write_attempts(part, attempts)
-        return True
+    def try_alone(self, part: int, items: list[Todo], attempts: dict[str, Any]) -> None:
+        """Draw the samples of every prompt by themselves, and for nothing but to see which prompts the worker survives.
+
+        `attempts["alone"]` has the deaths of each prompt that was begun: 0 once it has been survived.
+        """
+        alone = attempts["alone"]
+        with TemporaryDirectory() as folder, Output(Path(folder) / "x.jsonl", "jsonl", False, {}) as output:
+            run = self.run(output)
+            for index, group in groupby(items, key=lambda item: str(item.prompt.index)):
+                deaths = alone.get(index)
+                if deaths == 0 or deaths == DEATHS:
+                    continue
+                alone[index] = (deaths or 0) + 1
+                self.parts.write_attempts(part, attempts)
+                for _ in run.finished(list(group)):
+                    pass
+                alone[index] = 0
+
+    def run(self, output: Output) -> Generate:
+        return Generate(replace(self.job, output=output), self.pair, Console(quiet=True))
 
 
 @contextmanager
@@ -136,26 +157,44 @@ def cluster(address: str | None) -> Iterator[None]:
     if ray.is_initialized():  # the caller's own
         yield
         return
-    quiet = {"log_to_driver": False, "logging_level": logging.CRITICAL}
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
     try:
-        if address is None:
-            ray.init(include_dashboard=False, **quiet)
-        else:
-            ray.init(address=address, **quiet)
+        if address != "local":
+            probe(address)
+        ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.CRITICAL)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-        where = f"the Ray cluster at {address} cannot be reached" if address else "Ray cannot be started"
-        raise ClusterError(f"{where}: {str(error).strip().splitlines()[0]}") from None
+        where = "Ray cannot be started" if address == "local" else f"the Ray cluster at {address} cannot be reached"
+        raise ClusterError(f"{where}: {str(error).strip().split('. ')[0]}") from None
     try:
         yield
     finally:
         ray.shutdown()
 
 
+def probe(address: str) -> None:
+    """See that somebody listens where a cluster should be; `ray.init` would wait for many minutes.
+
+    Raises:
+        ConnectionError, OSError: nobody does.
+        ValueError: it is no address, or one for Ray Client, whose reading tasks do not see this machine's files.
+    """
+    if address.startswith("ray://"):
+        raise ValueError("Ray Client does not see this machine's files; run the command on a node of the cluster")
+    host, _, port = canonicalize_bootstrap_address(address).rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_SECONDS).close()
+
+
 @contextmanager
-def only_python_on_stderr() -> Iterator[None]:
-    """Keep what Ray's C++ side writes to file descriptor 2 (advice to Ray's developers) off the terminal."""
+def only_our_lines() -> Iterator[None]:
+    """Keep two things off the terminal: what Ray's C++ side writes to file descriptor 2 for Ray's developers, and Ray
+    Data's warning that some workers have nothing to do."""
     saved, stderr = os.dup(2), sys.stderr
-    with os.fdopen(saved, "w") as sys.stderr, open(os.devnull, "w") as nowhere:
+    with (
+        os.fdopen(saved, "w") as sys.stderr,
+        open(os.devnull, "w") as nowhere,
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "The minimum number of concurrent actors")
         os.dup2(nowhere.fileno(), 2)
         try:
             yield
@@ -164,45 +203,50 @@ def only_python_on_stderr() -> Iterator[None]:
             os.dup2(saved, 2)
 
 
-def cpus_a_worker(cpus_of_nodes: list[float], workers: int) -> float:
-    """CPUs that a worker declares: the most, up to 1, with which all workers find a place on the nodes and every node
-    keeps something for reading. A pool that held every CPU would starve the reader, and the run would hang."""
-    free = [max(0.0, cpus - READER_CPUS) for cpus in cpus_of_nodes]
+def gpu_places(gpus: float, per_worker: float) -> float:
+    """Workers that the GPUs of a node have room for: those that share one GPU are on one whole, and not on two."""
+    if per_worker == 0:
+        return math.inf
+    return int(gpus) * int(1 / per_worker + 1e-9) if per_worker < 1 else int(gpus / per_worker)
+
+
+def cpus_a_worker(cpus: list[float], places: list[float], workers: int) -> float:
+    """CPUs that a worker declares: the most, up to 1, with which all workers find a place on nodes that have so many CPUs
+    and so many places by their GPUs; 0 where that takes nodes without CPUs."""
     share = 1.0
-    while sum(int(cpus / share + 1e-9) for cpus in free) < workers:
+    while sum(min(room, int(count / share + 1e-9)) for count, room in zip(cpus, places, strict=True)) < workers:
         share *= 0.9
-    return round(share, 4)
+        if share < 1e-4:  # what Ray rounds to
+            return 0.0
+    return math.floor(share * 1e4) / 1e4
 
 
-def pool(args, console: Console) -> tuple[int, dict[str, float]]:
-    """How many workers, and what each of them declares.
+def pool(args: Namespace, left: int | None, console: Console) -> tuple[int, dict[str, float]]:
+    """How many workers for the parts that are left (None: not known), and what each of them declares.
 
     Raises:
         ClusterError: that many can never run at once.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus, gpus = ([node.get(kind, 0.0) for node in nodes] for kind in ("CPU", "GPU"))
-    if sum(cpus) <= READER_CPUS:
-        raise ClusterError("the Ray cluster declares no CPU; one is needed to read the prompts")
     per_gpu = args.gpus_per_worker if args.gpus_per_worker is not None else float(sum(gpus) > 0)
     if per_gpu > 1 and per_gpu != int(per_gpu):
         raise ClusterError(f"--gpus-per-worker {per_gpu:g}: Ray takes fractions below 1 and whole numbers")
-    fit = int(sum(cpus)) or 1
-    if per_gpu > 0:
-        fit = sum(int(gpus_here / per_gpu + 1e-9) for gpus_here in gpus)
+    places = [gpu_places(count, per_gpu) for count in gpus]
+    fit = sum(places) if per_gpu > 0 else max(1, int(sum(cpus)))
     workers = args.num_workers or fit
-    if per_gpu > 0 and not fit:
+    if not fit:
         raise ClusterError(f"no node of the cluster has {per_gpu:g} GPUs; lower --gpus-per-worker")
     if per_gpu > 0 and workers > fit:
         raise ClusterError(
             f"{workers} workers with {per_gpu:g} GPUs each would be waited for without end: the cluster has "
             f"{sum(gpus):g} GPUs, for {fit} of them; lower --num-workers or --gpus-per-worker"
         )
-    share = cpus_a_worker(cpus, workers)
+    if left is not None:
+        workers = min(workers, max(1, left))
+    share = cpus_a_worker(cpus, places, workers)
     if share < 1:
-        console.print(
-            f"{workers} workers on {sum(cpus):g} CPUs: each declares {share:g}, so that the reader is not starved"
-        )
+        console.print(f"{workers} workers on {sum(cpus):g} CPUs: each declares {share:g}, so that all find a place")
     return workers, {"num_cpus": share, "num_gpus": per_gpu}
 
 
@@ -212,7 +256,7 @@ def for_workers(job: Job) -> Job:
     for name in ("model_theta", "model_t", "draft"):
         if (folder := Path(getattr(args, name)).expanduser()).is_dir():
             setattr(args, name, str(folder.resolve()))
-    url = str(Path(parts.url).resolve()) if parts.is_local else parts.url
+    url = str(Path(parts.place[1]).resolve()) if parts.is_local else parts.url
     return replace(job, args=args, prompts=None, output=Parts(url, parts.format, parts.save_diagnostics, {}))
 
 
@@ -223,12 +267,12 @@ def generate_on_ray(job: Job) -> int:
         print(f"python -m qstar.generate: error: {' '.join(message.split())}", file=sys.stderr)
         return 1
 
-    console = Console(soft_wrap=True)
+    console, start = Console(soft_wrap=True), time.time()
     try:
-        with only_python_on_stderr(), job.output as parts, cluster(job.args.ray_address):
+        with only_our_lines(), job.output as parts, cluster(job.args.ray_address):
             console.print(f"prompts: {job.prompts.description}", markup=False, highlight=False)
-            return 1 if run(job, parts, console) else 0
-    except (ClusterError, OutputError, ValueError, OSError) as error:
+            return 1 if run(job, parts, console, start) else 0
+    except (ClusterError, OutputError, ValueError, OSError, ImportError) as error:
         return failed(str(error))
     except ray.exceptions.RayError as error:
         return failed(f"Ray gave up: {str(error).strip().splitlines()[-1]}; what is complete is kept")
@@ -237,56 +281,60 @@ def generate_on_ray(job: Job) -> int:
         return 130
 
 
-def run(job: Job, parts: Parts, console: Console) -> int:
-    """Make all parts that are missing; how many prompts failed.
+def run(job: Job, parts: Parts, console: Console, start: float) -> int:
+    """Make all parts that are missing; how many prompts failed. `start` is when the command was started.
 
     Raises:
+        ClusterError: the cluster has no room for the workers.
         OutputError: a worker cannot go on; the message is its reason.
     """
-    args, start = job.args, time.time()
+    args, size = job.args, BLOCK_BATCHES * job.args.batch_size
     if parts.done:
         console.print(f"resuming: {len(parts.done)} parts are complete")
-    workers, declared = pool(args, console)
+    total = args.num_samples or job.prompts.count()
+    total = total and total * args.samples_per_prompt
+    workers, declared = pool(args, total and math.ceil(total / size) - len(parts.done), console)
     context = DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     context.target_max_block_size = 1  # every part a block of its own, and so a task
     context.issue_detectors_config.detectors = []  # what it would advise on is settled here
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    source = PartSource(job.prompts, args.samples_per_prompt, BLOCK_BATCHES * args.batch_size, set(parts.done))
-    made = ray.data.read_datasource(source, override_num_blocks=1, num_cpus=READER_CPUS).map_batches(
+    source = PartSource(job.prompts, args.samples_per_prompt, size, set(parts.done))
+    # The reader declares no CPU: it would wait for one that the workers hold, and they for it, without a word.
+    made = ray.data.read_datasource(source, override_num_blocks=1, num_cpus=0).map_batches(
         Worker,
-        fn_constructor_args=(for_workers(job), max(1, int(declared["num_cpus"]))),
+        fn_constructor_args=(for_workers(job),),
         batch_size=1,
         batch_format="numpy",
         compute=ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
         **declared,
     )
-    total = args.num_samples or job.prompts.count()
-    total = total and total * args.samples_per_prompt
-    summary, failures, busy, noted = Summary(), 0, 0.0, time.time()
+    summary, drafts, failures, busy, begun, noted = Summary(), Tally(), 0, 0.0, math.inf, time.time()
     with progress_bar(console) as progress:
-        skipped = min(total or 0, len(parts.done) * BLOCK_BATCHES * args.batch_size)
-        task = progress.add_task("", total=total, completed=skipped, figures="")
+        task = progress.add_task("", total=total, completed=min(total or 0, len(parts.done) * size), figures="")
         for row in made.iter_rows():
             result = json.loads(row["result"])
             if result["error"] is not None:
                 raise OutputError(result["error"])
-            parts.done.add(result["part"])
-            busy += result["seconds"]
+            parts.add(result["part"])
+            begun, busy = min(begun, time.time() - result["seconds"]), busy + result["seconds"]
             failures += result["failed"]
             summary.merge(Summary(**result["summary"]))
+            drafts.merge(Tally(**result["drafts"]))
             progress.update(task, advance=result["summary"]["samples"], figures=summary.figures(time.time() - start))
             if time.time() - noted > MANIFEST_SECONDS:
                 parts.write_manifest(complete=False)
                 noted = time.time()
     parts.write_manifest(complete=True)
-    tell(console, summary)
-    seconds = time.time() - start
-    console.print(
-        f"\n{summary.samples} samples in {seconds:.1f} s by {workers} workers, which were at work for {busy:.1f} s: "
-        f"{len(parts.done)} parts in {parts.url}"
-    )
+    tell(console, summary, [draft_table(drafts, args.draft)] if drafts.drafted else [])
+    end = time.time()
+    console.print(f"\n{summary.samples} samples in {end - start:.1f} s by {workers} workers, in {parts.url}")
+    if busy:
+        console.print(
+            f"{begun - start:.1f} s to start, and {end - begun:.1f} s in which the workers were at work for "
+            f"{busy / workers / (end - begun):.0%} of the time: {summary.samples / (end - begun):.1f} samples/s"
+        )
     if failures:
         console.print(f"[bold]{failures} failed[/]; reasons in {parts.url}/errors, tried again at the next start")
     return failures

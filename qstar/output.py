@@ -172,7 +172,7 @@ class Output:
             temporary.replace(self.path)
 
 
-def check_settings(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+def check_settings(path: Path | str, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuse to go on with other settings than an output was started with.
 
     Raises:
@@ -251,7 +251,7 @@ def truncate(path: Path, size: int) -> None:
 
 
 @contextmanager
-def explained(path: Path, then: str = "") -> Iterator[None]:
+def explained(path: Path | str, then: str = "") -> Iterator[None]:
     """Turn an operating system's error into one line that says what to do."""
     try:
         yield

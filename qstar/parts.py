@@ -1,13 +1,15 @@
 """A run's output in parts: a folder, here or on an object store, in which every part is whole or not there.
 
 A part is a block of consecutive samples (`qstar.run`), in `samples/part-000012.jsonl` (or `.parquet`), with its
-`diagnostics/` and `errors/` under the same name; the samples are put there last, so a part that has them is complete.
+`diagnostics/` and `errors/` under the same name; the samples are put there last, so a part that has them is complete,
+but for the prompts in its `errors/`.
 `manifest.json` holds the settings of the run and what is complete; while a part is in the works, `attempts/` knows how
 often it was begun. Any file system that fsspec has will do.
 """
 
 import json
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,7 @@ class Parts:
         return isinstance(self.place[0], LocalFileSystem)
 
     def __enter__(self) -> "Parts":
-        with explained(Path(self.url)), self._stack:
+        with self._explained(self.url), self._stack:
             if self.is_local:
                 Path(self.place[1]).mkdir(parents=True, exist_ok=True)
                 (lock_file := Path(self.place[1]) / "lock").open("a").close()
@@ -68,7 +70,7 @@ class Parts:
             if before is None and self.numbers("samples"):
                 raise OutputError(f"{self.url} has parts and no manifest.json; choose another --output")
             if before is not None:
-                check_settings(Path(self.url), before["settings"], self.settings)
+                check_settings(self.url, before["settings"], self.settings)
             # what failed is tried again at every start, and counts no earlier deaths
             self.done = self.numbers("samples") - self.numbers("errors")
             fs, root = self.place
@@ -81,6 +83,19 @@ class Parts:
     def __exit__(self, *_) -> None:
         self._stack.close()
 
+    @contextmanager
+    def _explained(self, path: str, then: str = "") -> Iterator[None]:
+        """`explained`, also for what the libraries of object stores raise."""
+        try:
+            with explained(path, then):
+                yield
+        except OutputError:
+            raise
+        except Exception as error:
+            if self.is_local:
+                raise
+            raise OutputError(f"cannot write {path}: {error}{'; ' if then else ''}{then}") from error
+
     def path(self, kind: str, part: int) -> str:
         """Where a part's file of that kind is on its file system."""
         suffix = FORMATS[self.format] if kind == "samples" else ".jsonl"
@@ -91,7 +106,9 @@ class Parts:
         fs, root = self.place
         fs.invalidate_cache()
         names = [Path(p).name for p in fs.ls(f"{root}/{kind}", detail=False)] if fs.exists(f"{root}/{kind}") else []
-        return {int(name[5:11]) for name in names if name.startswith("part-") and not name.endswith(".tmp")}
+        return {
+            int(name[5:].partition(".")[0]) for name in names if name.startswith("part-") and not name.endswith(".tmp")
+        }
 
     def manifest(self) -> dict[str, Any] | None:
         """What `manifest.json` says; None if there is none.
@@ -119,7 +136,7 @@ class Parts:
     def put(self, path: str, data: bytes) -> None:
         """Write a whole file, or nothing of it."""
         fs = self.place[0]
-        with explained(Path(path), "the parts that are complete are safe; start the same command again to go on"):
+        with self._explained(path, "the parts that are complete are safe; start the same command again to go on"):
             if self.is_local:
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
                 with replacing(Path(path)) as file:
@@ -138,8 +155,23 @@ class Parts:
                 self.put(path, source.read_bytes())
             elif kind == "samples" or (kind == "diagnostics" and self.save_diagnostics):
                 self.put(path, self._nothing(kind))  # all its prompts failed
-            elif fs.exists(path):
-                fs.rm(path)
+        # of an earlier start; until now they said that the part is not complete
+        if not (folder / local["errors"]).exists() and fs.exists(self.path("errors", part)):
+            fs.rm(self.path("errors", part))
+
+    def add(self, part: int) -> None:
+        """Count a part that a worker has made.
+
+        Raises:
+            OutputError: it is not in this machine's folder.
+        """
+        path = self.path("samples", part)
+        if self.is_local and not Path(path).exists():
+            raise OutputError(
+                f"a worker has written {path}, and it is not there: the nodes do not share that folder; "
+                "give one that they share, or an object store (s3://…)"
+            )
+        self.done.add(part)
 
     def _nothing(self, kind: str) -> bytes:
         if kind != "samples" or FORMATS[self.format] == ".jsonl":
@@ -149,12 +181,12 @@ class Parts:
         return sink.getvalue().to_pybytes()
 
     def attempts(self, part: int) -> dict[str, Any]:
-        """How often a part was begun (`starts`), and each of its prompts where they go one by one (`prompts`)."""
+        """How often a part was begun (`starts`), and each of its prompts where they were tried alone (`alone`)."""
         fs, root = self.place
         try:
             return json.loads(fs.cat_file(f"{root}/attempts/{part:06d}.json"))
         except (FileNotFoundError, ValueError):
-            return {"starts": 0, "prompts": {}}
+            return {"starts": 0, "alone": {}}
 
     def write_attempts(self, part: int, attempts: dict[str, Any] | None) -> None:
         """Remember them; None forgets them."""
