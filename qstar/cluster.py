@@ -211,8 +211,8 @@ def gpu_places(gpus: float, per_worker: float) -> float:
 
 
 def cpus_a_worker(cpus: list[float], places: list[float], workers: int) -> float:
-    """CPUs that a worker declares: the most, up to 1, with which all workers find a place on nodes that have so many CPUs
-    and so many places by their GPUs; 0 where that takes nodes without CPUs."""
+    """CPUs that a worker declares: the most, up to 1, with which all find a place on nodes with so many CPUs each, and
+    places by their GPUs; 0 where that takes nodes without CPUs."""
     share = 1.0
     while sum(min(room, int(count / share + 1e-9)) for count, room in zip(cpus, places, strict=True)) < workers:
         share *= 0.9

@@ -1,11 +1,12 @@
-"""`python -m qstar.plan`: what a pair needs of a GPU, and what many GPUs give: arithmetic that anyone can redo.
+"""`python -m qstar.plan`: what a pair needs of a GPU, and what many GPUs give, as arithmetic that anyone can redo.
 
-    weights     Σ over both models of parameters · bytes
-    KV caches   Σ over both models of 2 · layers · key-value heads · head size · bytes, for each cached token
-    logits      Σ over both models of rows · vocabulary · bytes, for one step
-    a step      at least the time to read weights, live KV caches and logits once at the memory's bandwidth
+    weights     parameters · bytes, of both models
+    KV caches   2 · layers · key-value heads · head size · bytes for every token of a row, of both models
+    logits      vocabulary · bytes for every row, of both models
+    a step      at least one reading of the weights, of the rows' KV caches and of their logits
 
-The last is a bound that no run reaches, not a measurement; `--step-ms` takes a measured step in its place.
+The last is an estimate by the data sheet, and a bound: no run is faster. A step that was measured takes its place with
+`--step-ms`. What a prompt costs before its first token is left out.
 """
 
 import argparse
@@ -22,116 +23,188 @@ from qstar.arguments import COUNT, Parser, number
 
 USABLE = 0.9  # of a GPU's memory; the rest is for activations, fragments and the driver
 FLEETS = (1, 8, 64, 1000)
-GIB = 1 << 30
+GB = 1e9
 
 
 @dataclass(frozen=True)
-class ModelNeeds:
-    """Bytes of one model: its weights, its keys and values a token, and its logits a row."""
+class Size:
+    """One model in numbers: its parameters, those of its KV cache a token, and its logits a row."""
 
     parameters: int
-    weights: int
-    kv_a_token: int
-    logits_a_row: int
+    layers: int
+    heads: int
+    head_size: int
+    vocab_size: int
 
+    @classmethod
+    def of(cls, name: str) -> "Size":
+        """By a model's configuration; no weights are loaded.
 
-def model_needs(name: str, bytes_a_number: int) -> ModelNeeds:
-    """Read off a model's configuration; no weights are loaded.
+        Raises:
+            OSError, ValueError: there is no such model, or it is not a causal language model.
+        """
+        config = AutoConfig.from_pretrained(name)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        text = config.get_text_config()
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        parameters = sum(p.numel() for p in model.parameters())
+        return cls(parameters, text.num_hidden_layers, heads, head_size, text.vocab_size)
 
-    Raises:
-        OSError, ValueError: there is no such model, or it is not a causal language model.
-    """
-    config = AutoConfig.from_pretrained(name)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    text = config.get_text_config()
-    parameters = sum(p.numel() for p in model.parameters())
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    kv = 2 * text.num_hidden_layers * heads * size
-    return ModelNeeds(parameters, parameters * bytes_a_number, kv * bytes_a_number, text.vocab_size * bytes_a_number)
+    @property
+    def cached(self) -> int:
+        """Numbers that the KV cache holds for a token."""
+        return 2 * self.layers * self.heads * self.head_size
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A pair on GPUs of one kind: what fits, and what a step takes.
+    """A pair on GPUs of one kind. All sizes in bytes, `step` in seconds.
 
-    `gpus_a_worker` hold one pair, with `rows` sequences at once; `step` is in seconds, a bound unless it is `measured`.
+    `models` are π_θ and π_t, or one model that is both: it has one copy of the weights, and two KV caches.
     """
 
-    weights: int
-    kv_a_row: int
-    logits_a_row: int
-    gpus_a_worker: int
-    rows: int
-    step: float
-    measured: bool
+    models: tuple[Size, ...]
+    number_bytes: int
+    memory: float
+    bandwidth: float
+    prompt_tokens: int
+    new_tokens: int
+    asked_rows: int | None = None
+    measured_step: float | None = None
 
-    def prompts_a_second(self, gpus: int, new_tokens: int) -> float:
-        """Finished samples a second of so many GPUs, each row taking `new_tokens` steps."""
-        return (gpus // self.gpus_a_worker) * self.rows / (self.step * new_tokens)
+    @property
+    def sides(self) -> tuple[Size, ...]:
+        return self.models if len(self.models) == 2 else self.models * 2
+
+    @property
+    def weights(self) -> int:
+        return self.number_bytes * sum(model.parameters for model in self.models)
+
+    @property
+    def cache_a_token(self) -> int:
+        return self.number_bytes * sum(side.cached for side in self.sides)
+
+    @property
+    def logits(self) -> int:
+        """Of a row."""
+        return self.number_bytes * sum(side.vocab_size for side in self.sides)
+
+    @property
+    def row(self) -> int:
+        """At its longest."""
+        return (self.prompt_tokens + self.new_tokens) * self.cache_a_token + self.logits
+
+    @property
+    def gpus(self) -> int:
+        """That hold one pair and at least one row."""
+        return math.ceil((self.weights + self.row) / (USABLE * self.memory))
+
+    @property
+    def fit(self) -> int:
+        """Rows there is room for."""
+        return int((self.gpus * USABLE * self.memory - self.weights) // self.row)
+
+    @property
+    def rows(self) -> int:
+        """That are decoded together."""
+        return self.asked_rows or self.fit
+
+    @property
+    def live_tokens(self) -> float:
+        """Of a row that is half done, as rows are on average."""
+        return self.prompt_tokens + self.new_tokens / 2
+
+    @property
+    def read(self) -> float:
+        """In one step, once."""
+        return self.weights + self.rows * (self.live_tokens * self.cache_a_token + self.logits)
+
+    @property
+    def step(self) -> float:
+        """The layers of a pair that is spread over several GPUs wait for one another: one GPU reads at a time."""
+        return self.measured_step or self.read / self.bandwidth
+
+    @property
+    def samples_a_second(self) -> float:
+        """Of one worker: every row takes a step for each new token."""
+        return self.rows / (self.step * self.new_tokens)
 
 
-def plan(
-    needs: list[ModelNeeds], memory: float, bandwidth: float, prompt_tokens: int, new_tokens: int,
-    rows: int | None = None, step: float | None = None,
-) -> Plan:  # fmt: skip
-    """Place a pair.
+def lines(plan: Plan) -> list[tuple[str, str, str]]:
+    """The arithmetic of one worker: what, how, and how much."""
+    names = ("π_θ", "π_t") if len(plan.models) == 2 else ("π_θ and π_t, one model",)
+    found = [
+        (f"weights of {name}", f"{m.parameters:,} parameters · {plan.number_bytes} bytes",
+         f"{m.parameters * plan.number_bytes / GB:.4g} GB")
+        for name, m in zip(names, plan.models, strict=True)
+    ]  # fmt: skip
+    cached = " + ".join(f"2 · {s.layers} layers · {s.heads} heads · {s.head_size}" for s in plan.sides)
+    vocabularies = " + ".join(f"{s.vocab_size:,}" for s in plan.sides)
+    length = plan.prompt_tokens + plan.new_tokens
+    held = f"{plan.gpus} · {USABLE:g} · {plan.memory / GB:g} GB"
+    row = f"{plan.row / GB:.4g} GB"
+    rows = ("rows at once", f"({held} − {plan.weights / GB:.4g} GB) / {row}", f"{plan.fit}")
+    if plan.asked_rows:
+        rows = ("rows at once", f"as asked for; {plan.fit} fit", f"{plan.rows}")
+    found += [
+        ("KV caches of a token", f"({cached}) · {plan.number_bytes} bytes", f"{plan.cache_a_token:,} bytes"),
+        ("logits of a row", f"({vocabularies}) · {plan.number_bytes} bytes", f"{plan.logits:,} bytes"),
+        ("a row", f"{length} tokens · {plan.cache_a_token:,} bytes + {plan.logits:,} bytes", row),
+        ("GPUs", f"({plan.weights / GB:.4g} GB + {row}) / ({USABLE:g} · {plan.memory / GB:g} GB), rounded up",
+         f"{plan.gpus}"),
+        rows,
+    ]  # fmt: skip
+    if plan.measured_step:
+        found.append(("a step", "measured, as you say", f"{plan.step * 1e3:.4g} ms"))
+    else:
+        live = f"{plan.live_tokens:g} tokens · {plan.cache_a_token:,} bytes + {plan.logits:,} bytes"
+        found += [
+            ("read in a step", f"{plan.weights / GB:.4g} GB + {plan.rows} rows · ({live})", f"{plan.read / GB:.4g} GB"),
+            (
+                "a step, at least",
+                f"{plan.read / GB:.4g} GB / {plan.bandwidth / GB:g} GB/s",
+                f"{plan.step * 1e3:.4g} ms",
+            ),
+        ]
+    most = "" if plan.measured_step else ", at most"
+    found.append(
+        (f"samples a second{most}", f"{plan.rows} rows / ({plan.new_tokens} tokens · {plan.step * 1e3:.4g} ms)",
+         f"{plan.samples_a_second:.4g}")
+    )  # fmt: skip
+    return found
 
-    Args:
-        needs: of π_θ and π_t; of one alone where both are the same model, whose KV caches and logits count twice.
-        memory: bytes of a GPU.
-        bandwidth: bytes a second that a GPU reads its memory at.
-        prompt_tokens, new_tokens: of a row.
-        rows: sequences of a worker at once; as many as fit by default.
-        step: seconds of a measured decoding step with that many rows.
 
-    Raises:
-        ValueError: the rows that are asked for do not fit.
-    """
-    sides = needs if len(needs) == 2 else needs * 2
-    weights = sum(n.weights for n in needs)
-    kv_a_row = sum(n.kv_a_token for n in sides) * (prompt_tokens + new_tokens)
-    logits_a_row = sum(n.logits_a_row for n in sides)
-    gpus = max(1, math.ceil((weights + kv_a_row + logits_a_row) / (USABLE * memory)))
-    fit = int((gpus * USABLE * memory - weights) // (kv_a_row + logits_a_row))
-    if rows is not None and rows > fit:
-        raise ValueError(f"{rows} rows do not fit: {gpus} GPU(s) a worker hold the weights and {fit} rows")
-    rows = rows or fit
-    live = sum(n.kv_a_token for n in sides) * (prompt_tokens + new_tokens / 2)  # a row is half done on average
-    bound = (weights + rows * (live + logits_a_row)) / (gpus * bandwidth)
-    return Plan(weights, kv_a_row, logits_a_row, gpus, rows, step or bound, step is not None)
-
-
-def show(args: argparse.Namespace, needs: list[ModelNeeds], placed: Plan, console: Console) -> None:
-    """The plan in two tables."""
-    table = Table(title="one worker", title_justify="left", show_header=False)
-    names = ("π_θ", "π_t") if len(needs) == 2 else ("π_θ and π_t, one model",)
-    for name, n in zip(names, needs, strict=True):
-        table.add_row(
-            f"weights of {name}", f"{n.weights / GIB:.2f} GiB", f"{n.parameters / 1e9:.3g} billion parameters"
-        )
-    tokens = args.prompt_tokens + args.new_tokens
-    table.add_row("KV caches of both, a row", f"{placed.kv_a_row / GIB:.3f} GiB", f"{tokens} tokens")
-    table.add_row("logits of both, a row", f"{placed.logits_a_row / GIB:.4f} GiB", "")
-    table.add_row("GPUs", str(placed.gpus_a_worker), f"{args.gpu_memory:g} GiB each, {USABLE:.0%} of it used")
-    used = placed.weights + placed.rows * (placed.kv_a_row + placed.logits_a_row)
-    table.add_row("rows at once", str(placed.rows), f"{used / GIB:.1f} GiB in all")
-    what = "measured, as you say" if placed.measured else f"at least: one reading at {args.bandwidth:g} GB/s"
-    table.add_row("a decoding step", f"{placed.step * 1e3:.2f} ms", what)
+def show(plan: Plan, fleets: set[int], samples: int, console: Console) -> None:
+    """One worker, and as many as there are GPUs for."""
+    table = Table("", "how", "one worker", title="one worker, with a pair of its own", title_justify="left")
+    table.columns[-1].justify = "right"
+    for line in lines(plan):
+        table.add_row(*line)
     console.print(table)
-    limit = "" if placed.measured else ", at most"
-    table = Table(title=f"{args.new_tokens} new tokens a sample{limit}", title_justify="left")
-    for column in ("GPUs", "workers", "samples/s", "tokens/s", f"{args.num_samples:,} samples"):
+    most = "" if plan.measured_step else ", at most"
+    title = f"workers · {plan.samples_a_second:.4g} samples a second{most}"
+    table = Table(title=title, title_justify="left")
+    for column in ("GPUs", "workers", "samples/s", "tokens/s", f"{samples:,} samples"):
         table.add_column(column, justify="right")
-    for gpus in sorted({*FLEETS, args.gpus}):
-        rate = placed.prompts_a_second(gpus, args.new_tokens)
-        hours = f"{args.num_samples / rate / 3600:.3g} hours" if rate else "too few GPUs"
-        tokens_a_second = f"{rate * args.new_tokens:,.0f}"
-        table.add_row(f"{gpus:,}", f"{gpus // placed.gpus_a_worker:,}", f"{rate:,.3g}", tokens_a_second, hours)
+    for gpus in sorted(fleets):
+        workers = gpus // plan.gpus
+        rate = workers * plan.samples_a_second
+        hours = f"{samples / rate / 3600:.3g} hours" if rate else "too few GPUs"
+        table.add_row(
+            f"{gpus:,}",
+            f"{workers:,}",
+            f"{rate:,.4g}" if rate < 1e4 else f"{rate:,.0f}",
+            f"{rate * plan.new_tokens:,.0f}",
+            hours,
+        )
     console.print(table)
-    if not placed.measured:
-        console.print("A bound, not a measurement. `pytest bench/ --benchmark --pair` measures a step, for --step-ms.")
+    if not plan.measured_step:
+        console.print(
+            "An estimate by the data sheet, not a measurement, and a bound: no run is faster. "
+            "`pytest bench/ --benchmark --pair` measures a step on your machine, for --step-ms."
+        )
 
 
 def make_parser() -> Parser:
@@ -146,30 +219,41 @@ def make_parser() -> Parser:
     parser.add_argument("--model-theta", required=True, help="π_θ: hub name or folder")
     parser.add_argument("--model-t", required=True, help="π_t; the same name shares the weights")
     parser.add_argument("--gpus", type=COUNT, default=8, help="a fleet to show beside the usual ones")
-    parser.add_argument("--gpu-memory", type=positive, default=80.0, help="GiB of a GPU")
-    parser.add_argument("--bandwidth", type=positive, default=3350.0, help="GB/s of a GPU's memory, by its data sheet")
+    parser.add_argument("--gpu-memory", type=positive, default=80.0, help="GB of a GPU, by its data sheet")
+    parser.add_argument(
+        "--bandwidth", type=positive, default=3350.0, help="GB/s of its memory, by its data sheet (that of an H100 SXM)"
+    )
     parser.add_argument("--bytes", type=COUNT, default=2, help="of a number: 2 for bfloat16, 4 for float32")
     parser.add_argument("--prompt-tokens", type=COUNT, default=512, help="of a prompt")
     parser.add_argument("--new-tokens", type=COUNT, default=512, help="of a sample")
     parser.add_argument("--batch-size", type=COUNT, help="rows of a worker (default: as many as fit)")
-    parser.add_argument("--step-ms", type=positive, help="a measured decoding step with that many rows")
+    parser.add_argument("--step-ms", type=positive, help="a decoding step that was measured, with --batch-size rows")
     parser.add_argument("--num-samples", type=COUNT, default=1_000_000, help="a data set to say the hours of")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print the plan; 0, or 1 with one line on stderr."""
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.step_ms and not args.batch_size:
+        parser.error("--step-ms needs the --batch-size that it was measured with")
     try:
-        names = dict.fromkeys((args.model_theta, args.model_t))
-        needs = [model_needs(name, args.bytes) for name in names]
-        step = args.step_ms and args.step_ms / 1e3
-        memory, bandwidth = args.gpu_memory * GIB, args.bandwidth * 1e9
-        placed = plan(needs, memory, bandwidth, args.prompt_tokens, args.new_tokens, args.batch_size, step)
+        models = tuple(Size.of(name) for name in dict.fromkeys((args.model_theta, args.model_t)))
     except (OSError, ValueError) as error:
-        print(f"python -m qstar.plan: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    show(args, needs, placed, Console(soft_wrap=True))
+    plan = Plan(
+        models, args.bytes, args.gpu_memory * GB, args.bandwidth * GB, args.prompt_tokens, args.new_tokens,
+        args.batch_size, args.step_ms and args.step_ms / 1e3,
+    )  # fmt: skip
+    if plan.rows > plan.fit:
+        print(
+            f"{parser.prog}: error: --batch-size {plan.rows}: {plan.gpus} GPUs hold a pair and {plan.fit} rows",
+            file=sys.stderr,
+        )
+        return 1
+    show(plan, {*FLEETS, args.gpus}, args.num_samples, Console(soft_wrap=True))
     return 0
 
 
