@@ -12,6 +12,7 @@ import math
 import os
 import pickle
 import socket
+import subprocess
 import sys
 import time
 import warnings
@@ -28,7 +29,6 @@ from typing import Any
 import pyarrow as pa
 import ray
 import torch
-from ray._private.services import canonicalize_bootstrap_address
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
@@ -46,7 +46,7 @@ from qstar.speculate import Tally
 STARTS = 3  # times a part is begun before its prompts are tried alone, and again after that
 DEATHS = 2  # workers that a prompt may kill on its own before it is set aside
 MANIFEST_SECONDS = 2.0
-PROBE_SECONDS = 5.0
+CONNECT_SECONDS, ANSWER_SECONDS = 5, 60
 
 
 class ClusterError(RuntimeError):
@@ -83,7 +83,8 @@ class Worker:
         try:
             self.pair = load_pair(job.args, job.args.draft)
         except Exception as error:  # whatever loading can raise: the driver stops the run with it
-            self.error = f"a worker on {ray.util.get_node_ip_address()} cannot load the pair: {error}"
+            pair = f"{job.args.model_theta} and {job.args.model_t}"
+            self.error = f"a worker on {ray.util.get_node_ip_address()} cannot load {pair}: {error}"
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         part, items = int(batch["part"][0]), pickle.loads(batch["items"][0])
@@ -172,16 +173,28 @@ def cluster(address: str | None) -> Iterator[None]:
 
 
 def probe(address: str) -> None:
-    """See that somebody listens where a cluster should be; `ray.init` would wait for many minutes.
+    """See that a cluster answers: `ray.init` would wait for many minutes, and cannot be told not to.
 
     Raises:
-        ConnectionError, OSError: nobody does.
+        ConnectionError, OSError: none does.
         ValueError: it is no address, or one for Ray Client, whose reading tasks do not see this machine's files.
     """
     if address.startswith("ray://"):
         raise ValueError("Ray Client does not see this machine's files; run the command on a node of the cluster")
-    host, _, port = canonicalize_bootstrap_address(address).rpartition(":")
-    socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_SECONDS).close()
+    if address != "auto":
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdecimal():
+            raise ValueError("an address is HOST:PORT, or auto")
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    join = [sys.executable, "-c", "import sys, ray; ray.init(sys.argv[1], log_to_driver=False)", address]
+    try:
+        done = subprocess.run(join, capture_output=True, text=True, timeout=ANSWER_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise ConnectionError(
+            f"no answer in {ANSWER_SECONDS} s; if it wants a token, set RAY_AUTH_MODE=token"
+        ) from None
+    if done.returncode:
+        raise ConnectionError(done.stderr.strip().splitlines()[-1])
 
 
 @contextmanager

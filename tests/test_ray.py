@@ -11,6 +11,7 @@ import math
 import os
 import random
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -43,6 +44,8 @@ from qstar.run import BLOCK_BATCHES
 ROOT, INF = Path(__file__).parents[1], math.inf
 # Ray's workers are nice by default, and would starve beside whatever else runs
 ENVIRONMENT = os.environ | {"RAY_worker_niceness": "0", "PYTHONPATH": str(ROOT), "RAY_ADDRESS": ""}
+# a cluster of this test's own, and nobody else's
+ENVIRONMENT |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 JOB = ["--max-new-tokens", "16", "--batch-size", "2", "--save-diagnostics"]  # parts of 32 samples
 
 
@@ -300,8 +303,7 @@ def test_two_nodes(nodes, by_one_process, prompts, tmp_path):
     argv = [*JOB, "--dataset", str(prompts), "--model-theta", "some/policy", "--model-t", str(T)]
     argv += ["--num-workers", "2", "--ray-address", address]
     said = one_line(on_ray(tmp_path / "out", *argv, HF_HUB_CACHE=str(first)))
-    assert "a worker on 127.0.0.1 cannot load the pair" in said
-    assert "some/policy" in said
+    assert "a worker on 127.0.0.1 cannot load some/policy" in said
     (second / "models--some--policy").symlink_to(first / "models--some--policy")
     done = on_ray(tmp_path / "out", *argv, HF_HUB_CACHE=str(first))
     assert done.returncode == 0, done.stderr
@@ -352,12 +354,14 @@ def test_a_full_disk(nodes, by_one_process, prompts, tmp_path):
     (folder / "samples" / "part-000001.jsonl.tmp").symlink_to("/dev/full")
     argv = [*JOB, "--dataset", str(prompts), "--num-workers", "1", "--ray-address", nodes[0]]
     assert "the disk is full; the parts that are complete are safe" in one_line(on_ray(folder, *argv))
-    assert [path.name for path in (folder / "samples").glob("*.jsonl")] == ["part-000000.jsonl"]
+    kept = {path.name for path in (folder / "samples").glob("*.jsonl")}
+    assert "part-000000.jsonl" in kept
+    assert "part-000001.jsonl" not in kept
     before = (folder / "samples" / "part-000000.jsonl").stat().st_mtime_ns
     (folder / "samples" / "part-000001.jsonl.tmp").unlink()
     done = on_ray(folder, *argv)
     assert done.returncode == 0, done.stderr
-    assert "resuming: 1 parts are complete" in done.stdout
+    assert f"resuming: {len(kept)} parts are complete" in done.stdout
     assert (folder / "samples" / "part-000000.jsonl").stat().st_mtime_ns == before
     check_equal(folder, by_one_process)
     assert "--seed = 0 and this run has 5" in one_line(on_ray(folder, *argv, "--seed", "5"))
@@ -369,7 +373,7 @@ def test_a_full_disk(nodes, by_one_process, prompts, tmp_path):
     [
         (["--ray-address", "127.0.0.1:9"], "the Ray cluster at 127.0.0.1:9 cannot be reached"),
         (["--ray-address", "ray://127.0.0.1:9"], "Ray Client does not see this machine's files"),
-        (["--ray-address", "nonsense"], "Invalid address format"),
+        (["--ray-address", "nonsense"], "an address is HOST:PORT, or auto"),
         (["--output", "/proc/none"], "cannot write /proc/none"),
     ],
 )
