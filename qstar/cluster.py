@@ -88,7 +88,7 @@ class Worker:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         part, items = int(batch["part"][0]), pickle.loads(batch["items"][0])
-        start, result = time.time(), {"part": part, "error": self.error}
+        result = {"part": part, "error": self.error, "begun": time.time()}
         if self.error is None:
             try:
                 result |= self.make(part, items)
@@ -96,7 +96,7 @@ class Worker:
                 result["error"] = "out of memory on a worker; start again with a smaller --batch-size on a new --output"
             except (OutputError, OSError, MemoryError) as error:
                 result["error"] = str(error)
-        result["seconds"] = time.time() - start
+        result["ended"] = time.time()
         return {"result": [json.dumps(result)]}
 
     def make(self, part: int, items: list[Todo]) -> dict[str, Any]:
@@ -323,7 +323,8 @@ def run(job: Job, parts: Parts, console: Console, start: float) -> int:
         compute=ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
         **declared,
     )
-    summary, drafts, failures, busy, begun, noted = Summary(), Tally(), 0, 0.0, math.inf, time.time()
+    summary, drafts, failures, noted = Summary(), Tally(), 0, time.time()
+    at_work: list[tuple[float, float]] = []
     with progress_bar(console) as progress:
         task = progress.add_task("", total=total, completed=min(total or 0, len(parts.done) * size), figures="")
         for row in made.iter_rows():
@@ -331,7 +332,7 @@ def run(job: Job, parts: Parts, console: Console, start: float) -> int:
             if result["error"] is not None:
                 raise OutputError(result["error"])
             parts.add(result["part"])
-            begun, busy = min(begun, time.time() - result["seconds"]), busy + result["seconds"]
+            at_work.append((result["begun"], result["ended"]))
             failures += result["failed"]
             summary.merge(Summary(**result["summary"]))
             drafts.merge(Tally(**result["drafts"]))
@@ -341,12 +342,13 @@ def run(job: Job, parts: Parts, console: Console, start: float) -> int:
                 noted = time.time()
     parts.write_manifest(complete=True)
     tell(console, summary, [draft_table(drafts, args.draft)] if drafts.drafted else [])
-    end = time.time()
-    console.print(f"\n{summary.samples} samples in {end - start:.1f} s by {workers} workers, in {parts.url}")
-    if busy:
+    console.print(f"\n{summary.samples} samples in {time.time() - start:.1f} s by {workers} workers, in {parts.url}")
+    if at_work:
+        begun, ended = min(at_work)[0], max(end for _, end in at_work)
+        share = sum(end - begin for begin, end in at_work) / workers / (ended - begun)
         console.print(
-            f"{begun - start:.1f} s to start, and {end - begun:.1f} s in which the workers were at work for "
-            f"{busy / workers / (end - begun):.0%} of the time: {summary.samples / (end - begun):.1f} samples/s"
+            f"{begun - start:.1f} s to start, and {ended - begun:.1f} s in which the workers were at work for "
+            f"{share:.0%} of the time: {summary.samples / (ended - begun):.1f} samples/s"
         )
     if failures:
         console.print(f"[bold]{failures} failed[/]; reasons in {parts.url}/errors, tried again at the next start")

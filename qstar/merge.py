@@ -41,6 +41,7 @@ def merge(url: str, output: Path) -> tuple[int, list[Path]]:
         for kind, path in paths.items():
             found = sorted(parts.numbers(kind))
             if not found:
+                path.unlink(missing_ok=True)  # of an earlier merge
                 continue
             fs = parts.place[0]
             if kind == "samples" and suffix == ".parquet":

@@ -119,7 +119,7 @@ class Parts:
         fs, root = self.place
         try:
             found = json.loads(fs.cat_file(f"{root}/manifest.json"))
-            found["settings"], found["complete"]
+            found["settings"], found["complete"], found["format"]
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError):

@@ -473,7 +473,9 @@ def test_parts_on_an_object_store(form, tmp_path, capsys):
         parts.write_manifest(complete=True)
     with pytest.raises(OutputError, match="--seed = 0 and this run has 1"), Parts(url, form, True, {"--seed": 1}):
         pass
+    (tmp_path / "merged.errors.jsonl").write_text("of an earlier merge")
     assert merge([url, "--output", str(tmp_path / f"merged{suffix}")]) == 0
+    assert not (tmp_path / "merged.errors.jsonl").exists()
     if form == "jsonl":
         assert (tmp_path / "merged.jsonl").read_bytes() == (tmp_path / "x.jsonl").read_bytes()
     else:
