@@ -77,11 +77,11 @@ class PartSource(Datasource):
 class Worker:
     """An actor with a pair; what is wrong with it is told with every part, and not as a death that would be retried."""
 
-    def __init__(self, job: Job):
+    def __init__(self, job: Job, models: Namespace):
         self.job, self.parts, self.error = job, job.output, None
         torch.set_num_threads(1)  # there is a worker for every core
         try:
-            self.pair = load_pair(job.args, job.args.draft)
+            self.pair = load_pair(models)
         except Exception as error:  # whatever loading can raise: the driver stops the run with it
             pair = f"{job.args.model_theta} and {job.args.model_t}"
             self.error = f"a worker on {ray.util.get_node_ip_address()} cannot load {pair}: {error}"
@@ -263,14 +263,15 @@ def pool(args: Namespace, left: int | None, console: Console) -> tuple[int, dict
     return workers, {"num_cpus": share, "num_gpus": per_gpu}
 
 
-def for_workers(job: Job) -> Job:
-    """The job without what stays here, and folders of models by their whole path."""
-    args, parts = copy(job.args), job.output
+def for_workers(job: Job) -> tuple[Job, Namespace]:
+    """The job without what stays here, and its arguments for loading the pair, with folders by their whole path."""
+    models, parts = copy(job.args), job.output
     for name in ("model_theta", "model_t", "draft"):
-        if (folder := Path(getattr(args, name)).expanduser()).is_dir():
-            setattr(args, name, str(folder.resolve()))
+        folder = Path(getattr(models, name)).expanduser()
+        if folder.is_dir() and (name != "draft" or job.args.draft not in ("theta", "t")):
+            setattr(models, name, str(folder.resolve()))
     url = str(Path(parts.place[1]).resolve()) if parts.is_local else parts.url
-    return replace(job, args=args, prompts=None, output=Parts(url, parts.format, parts.save_diagnostics, {}))
+    return replace(job, prompts=None, output=Parts(url, parts.format, parts.save_diagnostics, {})), models
 
 
 def generate_on_ray(job: Job) -> int:
@@ -317,7 +318,7 @@ def run(job: Job, parts: Parts, console: Console, start: float) -> int:
     # The reader declares no CPU: it would wait for one that the workers hold, and they for it, without a word.
     made = ray.data.read_datasource(source, override_num_blocks=1, num_cpus=0).map_batches(
         Worker,
-        fn_constructor_args=(for_workers(job),),
+        fn_constructor_args=for_workers(job),
         batch_size=1,
         batch_format="numpy",
         compute=ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),

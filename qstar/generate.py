@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
         from qstar.cluster import generate_on_ray  # an extra
 
         return generate_on_ray(job)
-    return run_command("qstar.generate", job, Generate, job.args.draft)
+    return run_command("qstar.generate", job, Generate)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ unfinished block again and writes what is missing of it: the same rows then meet
 comes out bit for bit as it would have without the interruption.
 """
 
-import argparse
 import json
 import sys
 import time
 from abc import ABC, abstractmethod
+from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -231,13 +231,13 @@ def tell(console: Console, summary: Summary, tables: Iterable[Table]) -> None:
         console.print(f"user: {question}\nq*: {answer}", markup=False, highlight=False)
 
 
-def load_pair(args: argparse.Namespace, draft: str) -> Pair:
+def load_pair(args: Namespace) -> Pair:
     """The pair that a command line names."""
     logging.disable_progress_bar()
     return Pair.from_pretrained(
         args.model_theta,
         args.model_t,
-        draft=draft,
+        draft=getattr(args, "draft", "theta"),  # scoring drafts nothing
         dtype=args.dtype,
         device=args.device,
         device_map=args.device_map,
@@ -254,7 +254,7 @@ def blocks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield block
 
 
-def run_command(command: str, job: Job, make_run: Callable[[Job, Pair, Console], Run], draft: str = "theta") -> int:
+def run_command(command: str, job: Job, make_run: Callable[[Job, Pair, Console], Run]) -> int:
     """Load the pair and run; 0 if every sample is on disk, 1 with one line on stderr if something failed."""
 
     def failed(message: str) -> int:
@@ -265,7 +265,7 @@ def run_command(command: str, job: Job, make_run: Callable[[Job, Pair, Console],
     try:
         with job.output:
             console.print(f"prompts: {job.prompts.description}", markup=False, highlight=False)
-            make_run(job, load_pair(job.args, draft), console).run()
+            make_run(job, load_pair(job.args), console).run()
             return 1 if job.output.errors else 0
     except torch.OutOfMemoryError:
         return failed("out of memory; start again with a smaller --batch-size, what is on disk is kept")

@@ -120,7 +120,7 @@ def in_this_process(folder: Path, *argv: str, attempts: dict[int, dict] | None =
     with job.output as parts:
         for part, before in (attempts or {}).items():
             parts.write_attempts(part, before)
-        worker = cluster.Worker(cluster.for_workers(job))
+        worker = cluster.Worker(*cluster.for_workers(job))
         (task,) = cluster.PartSource(job.prompts, job.args.samples_per_prompt, size, parts.done).get_read_tasks(1)
         for table in task():
             told.append(json.loads(*worker({name: table[name].to_numpy() for name in table.column_names})["result"]))
@@ -138,12 +138,14 @@ def rows_with_failures(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("form", list(FORMATS))
-def test_parts_are_the_single_process_cut(form, tmp_path, loaded_once, capsys):
-    """With prompts that fail, drafts, and two samples of each; a single process can then go on with the merged file."""
+def test_parts_are_the_single_process_cut(form, tmp_path, monkeypatch, capsys):
+    """With prompts that fail, drafts, two samples of each, and models in folders that are named from here; a single process
+    can then go on with the merged file."""
+    monkeypatch.chdir(THETA.parent)
     expected = tmp_path / f"x{FORMATS[form]}"
     argv = ["--dataset", str(rows_with_failures(tmp_path / "data.jsonl")), "--samples-per-prompt", "2"]
     argv += ["--batch-size", "1", "--max-new-tokens", "4", "--speculate", "2", "--save-diagnostics"]
-    argv += ["--output-format", form]
+    argv += ["--output-format", form, "--model-theta", "./theta", "--model-t", "./t"]
     assert generate([*argv, "--output", str(expected)]) == 1
     told = in_this_process(tmp_path / "out", *argv)
     assert [result["failed"] for result in told] == [1, 0, 1]
