@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -166,6 +167,7 @@ def cluster(address: str | None) -> Iterator[None]:
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         where = "Ray cannot be started" if address == "local" else f"the Ray cluster at {address} cannot be reached"
         raise ClusterError(f"{where}: {str(error).strip().split('. ')[0]}") from None
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; Ray's own handler ends in an abort
     try:
         yield
     finally:

@@ -139,8 +139,8 @@ def rows_with_failures(path: Path) -> Path:
 
 @pytest.mark.parametrize("form", list(FORMATS))
 def test_parts_are_the_single_process_cut(form, tmp_path, monkeypatch, capsys):
-    """With prompts that fail, drafts, two samples of each, and models in folders that are named from here; a single process
-    can then go on with the merged file."""
+    """With prompts that fail, drafts, two samples of each, and folders of models that are named from here. A single
+    process can go on with the merged file."""
     monkeypatch.chdir(THETA.parent)
     expected = tmp_path / f"x{FORMATS[form]}"
     argv = ["--dataset", str(rows_with_failures(tmp_path / "data.jsonl")), "--samples-per-prompt", "2"]
