@@ -39,7 +39,7 @@ setup(
     ],
     extras_require={
         "4bit": ["bitsandbytes>=0.45"],
-        "ray": ["ray[data]>=2.50,<3"],
+        "ray": ["ray[data]>=2.60,<3"],
         "report": ["matplotlib>=3.8"],
         "experiments": ["trl>=1.16", "matplotlib>=3.8"],
         "dev": [
@@ -48,7 +48,7 @@ setup(
             "matplotlib>=3.8",
             "playwright>=1.50",
             "psutil>=5.9",
-            "ray[data]>=2.50,<3",
+            "ray[data]>=2.60,<3",
             "scipy>=1.11",
             "trl>=1.16",
             "ruff>=0.9",
