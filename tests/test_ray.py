@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,6 +65,15 @@ def one_line(done: subprocess.CompletedProcess) -> str:
     assert done.returncode == 1, (done.stdout, done.stderr)
     assert done.stderr.count("\n") == 1, done.stderr
     return done.stderr
+
+
+def kill_all(pids: list[int]) -> None:
+    """Kill -9 processes and all that they have started."""
+    processes = [psutil.Process(pid) for pid in pids]
+    processes += [child for process in processes for child in process.children(recursive=True)]
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +236,7 @@ def test_kills(by_one_process, prompts, tmp_path):
                     killed += 1
         if runs < 2 and run.poll() is None:
             time.sleep(rng.uniform(0, 3))
-            os.killpg(run.pid, signal.SIGKILL)
+            kill_all([run.pid])
         error = run.communicate()[1]
         runs += 1
         if run.returncode == 0:
@@ -286,10 +296,7 @@ def nodes(tmp_path_factory):
                 assert any("Ray runtime started" in line for line in node.stdout)
             yield address, *hubs
         finally:
-            family = [p for node in started for p in psutil.Process(node.pid).children(recursive=True)]
-            for process in [*started, *family]:
-                process.kill()
-            psutil.wait_procs(family)
+            kill_all([node.pid for node in started])
 
 
 @pytest.mark.slow
