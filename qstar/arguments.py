@@ -17,6 +17,7 @@ from qstar.answers import DatasetAnswers, RunAnswers, is_run
 from qstar.data import PromptSource, load_prompts
 from qstar.demo import PROMPTS, THETA, T
 from qstar.output import FORMATS, Output
+from qstar.parts import Parts
 from qstar.prompting import HINT_TEMPLATE, PromptFormat
 from qstar.records import RunFiles
 from qstar_kernels.types import METHODS, Settings
@@ -158,9 +159,7 @@ def add_rule(parser: Parser) -> None:
 def add_output(parser: Parser):
     group = parser.add_argument_group("data out")
     group.add_argument(
-        "--output",
-        type=Path,
-        help="file to write; an interrupted run goes on where it was (default: a new file in qstar-out/)",
+        "--output", help="file to write; an interrupted run goes on where it was (default: a new one in qstar-out/)"
     )
     return group
 
@@ -225,6 +224,24 @@ def make_parser() -> Parser:
         "--draft",
         default="theta",
         help="who drafts: theta, t, or the name or folder of a third model of that vocabulary",
+    )
+
+    group = parser.add_argument_group("many workers (pip install 'qstar[ray]')")
+    group.add_argument(
+        "--engine", default="process", choices=["process", "ray"], help="ray: a Ray cluster writes parts into a folder"
+    )
+    group.add_argument(
+        "--num-workers", type=COUNT, help="pairs at work at once (default: as many as there is room for)"
+    )
+    group.add_argument(
+        "--gpus-per-worker",
+        type=number(float, 0, "a number of at least 0"),
+        help="of each worker; 0.5 puts two on a GPU",
+    )
+    group.add_argument(
+        "--ray-address",
+        help="of the cluster: HOST:PORT, or auto for the one this machine is a node of (default: RAY_ADDRESS, or "
+        "this machine by itself)",
     )
 
     group = add_output(parser)
@@ -292,7 +309,7 @@ class Job:
     format_theta: PromptFormat
     format_t: PromptFormat
     prompts: PromptSource | DatasetAnswers | RunAnswers
-    output: Output
+    output: Output | Parts
 
 
 def prepare(argv: list[str] | None) -> Job:
@@ -303,6 +320,11 @@ def prepare(argv: list[str] | None) -> Job:
         parser.error("--stop must not be empty")
     if args.draft not in ("theta", "t"):
         check_folder(parser, "draft", args.draft)
+    if args.engine == "ray" and importlib.util.find_spec("ray") is None:
+        parser.error("--engine ray needs Ray: pip install 'qstar[ray]'")
+    for name in ("num_workers", "gpus_per_worker", "ray_address"):
+        if args.engine != "ray" and getattr(args, name) is not None:
+            parser.error(f"--{name.replace('_', '-')} goes with --engine ray")
     if args.backend == "vllm":
         check_vllm(parser, args)
     elif args.vllm_options:
@@ -394,10 +416,15 @@ def make_job(
         parser.error(f"--device {args.device}: this machine or this build of torch has no CUDA; try --device cpu")
     if args.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
         parser.error("--load-in-4bit needs bitsandbytes: pip install 'qstar[4bit]'")
-    if args.output is None:
-        args.output = Path("qstar-out") / f"{datetime.now():%Y%m%d-%H%M%S}{FORMATS[output_format]}"
-    if args.output.is_dir():
-        parser.error(f"--output {args.output} is a folder; give a file")
+    on_ray = getattr(args, "engine", None) == "ray"
+    suffix = "" if on_ray else FORMATS[output_format]
+    args.output = args.output or f"qstar-out/{datetime.now():%Y%m%d-%H%M%S}{suffix}"
+    if not on_ray and (Path(args.output).is_dir() or "://" in args.output):
+        what = "an URL" if "://" in args.output else "a folder"
+        parts = ", or write parts with --engine ray" if hasattr(args, "engine") else ""
+        parser.error(f"--output {args.output} is {what}; give a file on this machine{parts}")
+    if on_ray and Path(args.output).is_file():
+        parser.error(f"--output {args.output} is a file; --engine ray writes parts into a folder")
     try:
         settings = settings_of(args)
         format_theta = PromptFormat(args.theta_chat_template, args.theta_system_prompt)
@@ -407,7 +434,15 @@ def make_job(
         parser.error(str(error))
     if args.t_hint_field is not None and args.t_hint_field not in data.columns:
         parser.error(f"--t-hint-field {args.t_hint_field!r} is no column; the columns are {', '.join(data.columns)}")
-    output = Output(args.output, output_format, save_diagnostics, run_settings(args, data))
+    settings_of_run = run_settings(args, data)
+    if on_ray:
+        # a part is so many batches long
+        output = Parts(
+            args.output, output_format, save_diagnostics, settings_of_run | {"--batch-size": args.batch_size}
+        )
+    else:
+        settings_of_run["output file"] = Path(args.output).name
+        output = Output(Path(args.output), output_format, save_diagnostics, settings_of_run)
     return Job(args, settings, format_theta, format_t, data, output)
 
 
@@ -470,10 +505,10 @@ def run_settings(args: argparse.Namespace, data: PromptSource | DatasetAnswers |
     """Everything the output depends on, by the names of the command line."""
     # where it runs, how much at once and where it writes is no part of what it writes
     free = {"output", "device", "device_map", "batch_size", "backend", "speculate", "draft", "clip"}
+    free |= {"engine", "num_workers", "gpus_per_worker", "ray_address"}
     settings = {f"--{k.replace('_', '-')}": v for k, v in vars(args).items() if k not in free}
     if "--vllm-options" in settings:
         settings["--vllm-options"] = {k: v for k, v in args.vllm_options.items() if k not in VLLM_PLACEMENT}
-    settings["output file"] = args.output.name
     settings["dataset content"] = data.fingerprint
     settings["weights of theta"] = weights_fingerprint(args.model_theta)
     settings["weights of t"] = weights_fingerprint(args.model_t)

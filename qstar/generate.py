@@ -1,7 +1,7 @@
 """`python -m qstar.generate`: prompts in, samples from q* on disk."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,6 +42,11 @@ class Todo:
         return self.prompt.index, self.sample_index
 
 
+def todo(prompts: Iterable[Prompt], samples_per_prompt: int) -> Iterator[Todo]:
+    """All samples of a run, prompt by prompt."""
+    return (Todo(prompt, j) for prompt in prompts for j in range(samples_per_prompt))
+
+
 class Generate(Run):
     """Draws `samples_per_prompt` samples of every prompt."""
 
@@ -49,7 +54,7 @@ class Generate(Run):
         return replace(super().options(), stop=tuple(self.job.args.stop), speculate=self.job.args.speculate)
 
     def items(self) -> Iterator[Todo]:
-        return (Todo(prompt, j) for prompt in self.job.prompts for j in range(self.job.args.samples_per_prompt))
+        return todo(self.job.prompts, self.job.args.samples_per_prompt)
 
     def total(self) -> int | None:
         prompts = super().total()
@@ -109,7 +114,12 @@ class Generate(Run):
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; 0 if every sample is on disk, 1 if something failed, 2 for a wrong command line."""
-    return run_command("qstar.generate", prepare(argv), Generate)
+    job = prepare(argv)
+    if job.args.engine == "ray":
+        from qstar.cluster import generate_on_ray  # an extra
+
+        return generate_on_ray(job)
+    return run_command("qstar.generate", job, Generate)
 
 
 if __name__ == "__main__":

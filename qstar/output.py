@@ -87,12 +87,7 @@ class Output:
                 before = json.loads(self.run_file.read_text(encoding="utf-8"))
             except ValueError:
                 raise OutputError(f"{self.run_file} is not JSON; restore it or choose another --output") from None
-            for name in [*self.settings, *(before.keys() - self.settings.keys())]:
-                if before.get(name) != self.settings.get(name):
-                    raise OutputError(
-                        f"{self.path} was started with {name} = {before.get(name)!r} and this run has "
-                        f"{self.settings.get(name)!r}; use the same setting to resume it, or another --output"
-                    )
+            check_settings(self.path, before, self.settings)
             return
         if existing:
             raise OutputError(
@@ -177,6 +172,20 @@ class Output:
             temporary.replace(self.path)
 
 
+def check_settings(path: Path | str, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to go on with other settings than an output was started with.
+
+    Raises:
+        OutputError: one differs; the message names it and both values.
+    """
+    for name in [*now, *(before.keys() - now.keys())]:
+        if before.get(name) != now.get(name):
+            raise OutputError(
+                f"{path} was started with {name} = {before.get(name)!r} and this run has {now.get(name)!r}; "
+                "use the same setting to resume it, or another --output"
+            )
+
+
 def complete_lines(path: Path) -> Iterator[tuple[Key, int]]:
     """The sample of each complete line and the offset of its end; a torn last line is left out.
 
@@ -242,7 +251,7 @@ def truncate(path: Path, size: int) -> None:
 
 
 @contextmanager
-def explained(path: Path, then: str = "") -> Iterator[None]:
+def explained(path: Path | str, then: str = "") -> Iterator[None]:
     """Turn an operating system's error into one line that says what to do."""
     try:
         yield

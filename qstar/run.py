@@ -33,13 +33,17 @@ from qstar.pair import Pair
 from qstar.prompting import PromptError
 
 BLOCK_BATCHES = 16  # a block's length in batches: a longer one drains its last batch less often, a resume repeats more
+SHOWN = 3  # samples that the report shows
 FAR_APART_KL = 0.5  # nats a token: above it q* lies where both models find little
 BANDS = {"ESS ratio": (0.9, 1.1), "|ΔKL|": (0.0, 0.05), "α": (0.2, 0.8)}
 
 
 @dataclass
 class Summary:
-    """Running figures over the tokens of a run."""
+    """Running figures over the tokens of a run, and its first samples: row, number, id, question and answer of each.
+
+    JSON has all of it, so that other processes can send theirs.
+    """
 
     samples: int = 0
     tokens: int = 0
@@ -49,6 +53,7 @@ class Summary:
     ratio: float = 0.0
     ratio_tokens: int = 0
     inside: dict[str, int] = field(default_factory=lambda: dict.fromkeys(BANDS, 0))
+    first: list[list[Any]] = field(default_factory=list)
 
     def add(self, done: Finished) -> None:
         fields = done.sample.fields
@@ -68,10 +73,27 @@ class Summary:
             for name, value in seen.items():
                 low, high = BANDS[name]
                 self.inside[name] += low <= value <= high
+        question, answer = (message["content"] for message in done.messages[-2:])
+        # by prompt, not by who finished first: those are the short ones
+        self.first = sorted([*self.first, [*done.key, done.id, question, answer]])[:SHOWN]
+
+    def merge(self, other: "Summary") -> None:
+        """Add another part of the run."""
+        for name, value in vars(other).items():
+            if isinstance(value, (int, float)):
+                setattr(self, name, getattr(self, name) + value)
+        for name in BANDS:
+            self.inside[name] += other.inside[name]
+        self.first = sorted([*self.first, *other.first])[:SHOWN]
 
     @property
     def mean_kl(self) -> float:
         return self.kl / max(1, self.tokens)
+
+    def figures(self, seconds: float) -> str:
+        """The progress bar's figures after so many seconds."""
+        alpha = self.alpha / max(1, self.tokens)
+        return f"{self.tokens / seconds:.0f} tokens/s  α {alpha:.3f}  KL {self.mean_kl:.4f}"
 
     def table(self) -> Table:
         table = Table(title=f"q* over {self.tokens} tokens of this run", title_justify="left")
@@ -93,7 +115,7 @@ class Run(ABC):
     def __init__(self, job: Job, pair: Pair, console: Console):
         self.job, self.pair, self.console, self.output = job, pair, console, job.output
         self.decoder = pair.decoder(self.options())
-        self.summary, self.shown, self.failed_prompts = Summary(), [], set()
+        self.summary, self.failed_prompts = Summary(), set()
 
     def options(self) -> DecodeOptions:
         """Which q* it is, and how much of it at once."""
@@ -151,14 +173,7 @@ class Run(ABC):
         start, before = time.time(), len(self.output.done)
         if before:
             self.console.print(f"resuming: {before} samples are on disk")
-        columns = (
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(TextColumn("samples"), *columns, console=self.console) as progress:
+        with progress_bar(self.console) as progress:
             task = progress.add_task("", total=self.total(), completed=before, figures="")
             for block in blocks(self.items(), BLOCK_BATCHES * self.job.args.batch_size):
                 if all(item.key in self.output.done for item in block):
@@ -168,11 +183,7 @@ class Run(ABC):
                         self.output.write(done, self.line(done))
                         progress.advance(task)
                     self.summary.add(done)
-                    # by prompt, not by who finished first: those are the short ones
-                    self.shown = sorted([*self.shown, done], key=lambda d: d.key)[:3]
-                    s, seconds = self.summary, time.time() - start
-                    figures = f"{s.tokens / seconds:.0f} tokens/s  α {s.alpha / s.tokens:.3f}  KL {s.mean_kl:.4f}"
-                    progress.update(task, figures=figures)
+                    progress.update(task, figures=self.summary.figures(time.time() - start))
             progress.update(task, total=len(self.output.done))
         self.output.finish(Path(self.job.args.dataset or PROMPTS).stem)
         self.report(time.time() - start, before)
@@ -182,23 +193,8 @@ class Run(ABC):
         yield from ()
 
     def report(self, seconds: float, before: int) -> None:
-        say, summary, output = self.console.print, self.summary, self.output
-        if summary.tokens:
-            say(summary.table())
-            if summary.mean_kl > FAR_APART_KL:
-                say(
-                    f"[bold]Warning:[/] the pair is far apart ({summary.mean_kl:.2f} nats a token): q* spreads onto "
-                    "tokens that both models find unlikely. See «When the pair is far apart» in docs/guide.md."
-                )
-        for table in self.tables():
-            say(table)
-        for done in self.shown:
-            say(f"\n[bold]{done.id}[/]", highlight=False)
-            say(
-                f"user: {done.messages[-2]['content']}\nq*: {done.messages[-1]['content']}",
-                markup=False,
-                highlight=False,
-            )
+        say, output = self.console.print, self.output
+        tell(self.console, self.summary, self.tables())
         new = len(output.done) - before
         say(f"\n{new} samples in {seconds:.1f} s, {len(output.done)} in all: {output.path}")
         if output.diagnostics_file is not None:
@@ -207,15 +203,37 @@ class Run(ABC):
             say(f"[bold]{len(output.errors)} failed[/]; reasons in {output.errors_file}, tried again at the next start")
 
 
-def blocks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Cut the run's items into lists of `size`."""
-    items = iter(items)
-    while block := list(islice(items, size)):
-        yield block
+def progress_bar(console: Console) -> Progress:
+    """A bar over the samples of a run; its task has a field `figures`."""
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(TextColumn("samples"), *columns, console=console)
+
+
+def tell(console: Console, summary: Summary, tables: Iterable[Table]) -> None:
+    """Print the summary, with a warning where the pair is far apart, the other tables, and the first samples."""
+    if summary.tokens:
+        console.print(summary.table())
+    if summary.mean_kl > FAR_APART_KL:
+        console.print(
+            f"[bold]Warning:[/] the pair is far apart ({summary.mean_kl:.2f} nats a token): q* spreads onto "
+            "tokens that both models find unlikely. See «When the pair is far apart» in docs/guide.md."
+        )
+    for table in tables:
+        console.print(table)
+    for *_, name, question, answer in summary.first:
+        console.print(f"\n[bold]{name}[/]", highlight=False)
+        console.print(f"user: {question}\nq*: {answer}", markup=False, highlight=False)
 
 
 def load_pair(args: Namespace) -> Pair:
     """The pair that a command line names, on the backend that it names."""
+    logging.disable_progress_bar()
     if args.backend == "vllm":
         from qstar.vllm.engine import EnginePair  # vLLM takes its time to import, and need not be there
 
@@ -240,6 +258,13 @@ def load_pair(args: Namespace) -> Pair:
     )
 
 
+def blocks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Cut the run's items into lists of `size`."""
+    items = iter(items)
+    while block := list(islice(items, size)):
+        yield block
+
+
 def run_command(command: str, job: Job, make_run: Callable[[Job, Pair, Console], Run]) -> int:
     """Load the pair and run; 0 if every sample is on disk, 1 with one line on stderr if something failed."""
 
@@ -251,7 +276,6 @@ def run_command(command: str, job: Job, make_run: Callable[[Job, Pair, Console],
     try:
         with job.output:
             console.print(f"prompts: {job.prompts.description}", markup=False, highlight=False)
-            logging.disable_progress_bar()
             make_run(job, load_pair(job.args), console).run()
             return 1 if job.output.errors else 0
     except torch.OutOfMemoryError:

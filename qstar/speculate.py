@@ -6,6 +6,7 @@ where it equals q*'s own draw. Nothing here changes a token.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -59,6 +60,14 @@ class Tally:
             for i in range(n):
                 counts[i] += 1
         self.accepted.extend([0] * (len(self.drafted) - len(self.accepted)))
+
+    def merge(self, other: "Tally") -> None:
+        """Add the drafts of another part of the run."""
+        for name in ("drafted", "accepted"):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            setattr(self, name, [sum(counts) for counts in zip_longest(ours, theirs, fillvalue=0)])
+        for name in ("passes", "tokens", "overlap", "overlap_rows"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def acceptance(self, prior: float, weight: float) -> float:
         """Share of the drafts that were right, drawn towards `prior` as by `weight` drafts."""

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from qstar import analyze, report
+from qstar import analyze, merge, plan, report
 from qstar.arguments import make_parser, make_score_parser, make_serve_parser
 from qstar.decode import FIELDS
 from qstar.experiments import __main__ as experiments
@@ -22,11 +22,12 @@ def test_the_loop_of_the_readme_runs():
 
 def test_the_guide_names_every_option():
     guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
-    ours = make_parser(), make_score_parser(), make_serve_parser()
-    parsers = *ours, analyze.make_parser(), report.make_parser(), experiments.make_parser()
+    modules = analyze, report, merge, plan, experiments
+    parsers = [make_parser(), make_score_parser(), make_serve_parser(), *(module.make_parser() for module in modules)]
     options = {a.option_strings[0] for parser in parsers for a in parser._actions if a.option_strings} - {"-h"}
     assert {o for o in options if f"`{o}`" not in guide and f"`{o} " not in guide} == set()
-    assert set(re.findall(r"(?<!\S)`?(--[a-z][a-z0-9-]*)", guide)) - options <= {"--help", "--x", "--port"}
+    others = {"--help", "--x", "--benchmark", "--pair", "--port"}  # the last ones are those of bench/ and of vLLM
+    assert set(re.findall(r"(?<!\S)`?(--[a-z][a-z0-9-]*)", guide)) - options <= others
 
 
 def test_the_guide_names_every_field():

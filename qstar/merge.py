@@ -1,0 +1,94 @@
+"""`python -m qstar.merge`: one file of the parts that `--engine ray` wrote, the one a single process writes."""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from qstar.arguments import Parser
+from qstar.formats import SCHEMAS
+from qstar.output import FORMATS, OutputError, explained, replacing, write_atomically
+from qstar.parts import Parts
+
+
+def merge(url: str, output: Path) -> tuple[int, list[Path]]:
+    """Join the parts of a folder in order, with their diagnostics and errors.
+
+    Returns:
+        how many parts there were, and the files that were written.
+
+    Raises:
+        OutputError: the folder is none, is not complete, or the files cannot be written.
+    """
+    parts = Parts(url, "jsonl", False, {})
+    manifest = parts.manifest()
+    if manifest is None:
+        raise OutputError(f"{url} has no manifest.json; give the folder that qstar.generate --engine ray wrote")
+    parts.format = manifest["format"]
+    numbers = parts.numbers("samples")
+    missing = sorted(set(range(max(numbers, default=-1) + 1)) - numbers)
+    if not manifest["complete"] or missing:
+        raise OutputError(f"{url} is not complete: {len(numbers)} parts are there; start its run again to finish it")
+    suffix = FORMATS[parts.format]
+    stem = output.with_suffix("") if output.suffix == suffix else output
+    paths = {kind: Path(f"{stem}.{kind}.jsonl") for kind in ("diagnostics", "errors")} | {"samples": output}
+    written = []
+    with explained(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        for kind, path in paths.items():
+            found = sorted(parts.numbers(kind))
+            if not found:
+                path.unlink(missing_ok=True)  # of an earlier merge
+                continue
+            fs = parts.place[0]
+            if kind == "samples" and suffix == ".parquet":
+                temporary = Path(f"{path}.tmp")
+                with pq.ParquetWriter(temporary, SCHEMAS[parts.format]) as writer:
+                    for number in found:
+                        with fs.open(parts.path(kind, number), "rb") as file:
+                            writer.write_table(pq.read_table(file))
+                temporary.replace(path)
+            else:
+                with replacing(path) as target:
+                    for number in found:
+                        with fs.open(parts.path(kind, number), "rb") as file:
+                            shutil.copyfileobj(file, target)
+            written.append(path)
+        settings = {k: v for k, v in manifest["settings"].items() if k != "--batch-size"} | {"output file": output.name}
+        write_atomically(Path(f"{stem}.run.json"), json.dumps(settings, indent=1, ensure_ascii=False).encode())
+    return len(numbers), written
+
+
+def make_parser() -> Parser:
+    """The command line."""
+    parser = Parser(
+        prog="python -m qstar.merge",
+        description="One file of the parts that qstar.generate --engine ray wrote.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", help="the run's --output, a path or an URL")
+    parser.add_argument("--output", type=Path, required=True, help="the file to write")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; 0, or 1 with one line on stderr."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.output.is_dir():
+        parser.error(f"--output {args.output} is a folder; give a file")
+    try:
+        count, written = merge(args.folder, args.output)
+    except (OutputError, OSError, ValueError, ImportError) as error:
+        print(f"python -m qstar.merge: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    print(f"{count} parts: {', '.join(map(str, written))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

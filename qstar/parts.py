@@ -1,0 +1,198 @@
+"""A run's output in parts: a folder, here or on an object store, in which every part is whole or not there.
+
+A part is a block of consecutive samples (`qstar.run`), in `samples/part-000012.jsonl` (or `.parquet`), with its
+`diagnostics/` and `errors/` under the same name; the samples are put there last, so a part that has them is complete,
+but for the prompts in its `errors/`.
+`manifest.json` holds the settings of the run and what is complete; while a part is in the works, `attempts/` knows how
+often it was begun. Any file system that fsspec has will do.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+from fsspec.implementations.local import LocalFileSystem
+
+from qstar.formats import SCHEMAS
+from qstar.output import FORMATS, OutputError, check_settings, explained, replacing
+
+KINDS = ("diagnostics", "errors", "samples")  # in the order in which a part's files are put there
+
+
+class Parts:
+    """The folder of a run; a context manager that checks it, and holds its lock where it is a local one.
+
+    Args:
+        url: the folder, a path or an URL that fsspec knows (`s3://…`, `gs://…`).
+        output_format: one of `qstar.output.FORMATS`.
+        save_diagnostics: parts have their diagnostics too.
+        settings: everything that a resumed run must have in common with the first start.
+
+    Attributes:
+        done: numbers of the parts that are complete.
+
+    Raises:
+        OutputError: it cannot be written to, another process writes it, or it was started with other settings.
+    """
+
+    def __init__(self, url: str, output_format: str, save_diagnostics: bool, settings: dict[str, Any]):
+        self.url, self.format, self.save_diagnostics, self.settings = url, output_format, save_diagnostics, settings
+        self.done: set[int] = set()
+        self._stack = ExitStack()
+
+    @property
+    def place(self) -> tuple[fsspec.AbstractFileSystem, str]:
+        """The file system and the folder on it; fsspec keeps one of each kind."""
+        return fsspec.core.url_to_fs(self.url)
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.place[0], LocalFileSystem)
+
+    def __enter__(self) -> "Parts":
+        with self._explained(self.url), self._stack:
+            if self.is_local:
+                Path(self.place[1]).mkdir(parents=True, exist_ok=True)
+                (lock_file := Path(self.place[1]) / "lock").open("a").close()
+                try:
+                    self._stack.enter_context(FileLock(lock_file, timeout=0))
+                except Timeout:
+                    raise OutputError(
+                        f"another process is writing {self.url}; wait for it or choose another --output"
+                    ) from None
+            before = self.manifest()
+            if before is None and self.numbers("samples"):
+                raise OutputError(f"{self.url} has parts and no manifest.json; choose another --output")
+            if before is not None:
+                check_settings(self.url, before["settings"], self.settings)
+            # what failed is tried again at every start, and counts no earlier deaths
+            self.done = self.numbers("samples") - self.numbers("errors")
+            fs, root = self.place
+            if fs.exists(f"{root}/attempts"):
+                fs.rm(f"{root}/attempts", recursive=True)
+            self.write_manifest(complete=False)
+            self._stack = self._stack.pop_all()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stack.close()
+
+    @contextmanager
+    def _explained(self, path: str, then: str = "") -> Iterator[None]:
+        """`explained`, also for what the libraries of object stores raise."""
+        try:
+            with explained(path, then):
+                yield
+        except OutputError:
+            raise
+        except Exception as error:
+            if self.is_local:
+                raise
+            raise OutputError(f"cannot write {path}: {error}{'; ' if then else ''}{then}") from error
+
+    def path(self, kind: str, part: int) -> str:
+        """Where a part's file of that kind is on its file system."""
+        suffix = FORMATS[self.format] if kind == "samples" else ".jsonl"
+        return f"{self.place[1]}/{kind}/part-{part:06d}{suffix}"
+
+    def numbers(self, kind: str) -> set[int]:
+        """The parts that have a file of that kind."""
+        fs, root = self.place
+        fs.invalidate_cache()
+        names = [Path(p).name for p in fs.ls(f"{root}/{kind}", detail=False)] if fs.exists(f"{root}/{kind}") else []
+        return {
+            int(name[5:].partition(".")[0]) for name in names if name.startswith("part-") and not name.endswith(".tmp")
+        }
+
+    def manifest(self) -> dict[str, Any] | None:
+        """What `manifest.json` says; None if there is none.
+
+        Raises:
+            OutputError: it is not what this program writes.
+        """
+        fs, root = self.place
+        try:
+            found = json.loads(fs.cat_file(f"{root}/manifest.json"))
+            found["settings"], found["complete"], found["format"]
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError):
+            raise OutputError(
+                f"{self.url}/manifest.json is not a manifest; restore it or choose another --output"
+            ) from None
+        return found
+
+    def write_manifest(self, complete: bool) -> None:
+        """Say what is complete, and whether that is all."""
+        manifest = {"complete": complete, "format": self.format, "parts": sorted(self.done), "settings": self.settings}
+        self.put(f"{self.place[1]}/manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False).encode())
+
+    def put(self, path: str, data: bytes) -> None:
+        """Write a whole file, or nothing of it."""
+        fs = self.place[0]
+        with self._explained(path, "the parts that are complete are safe; start the same command again to go on"):
+            if self.is_local:
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+                with replacing(Path(path)) as file:
+                    file.write(data)
+            else:
+                fs.pipe_file(path, data)
+
+    def put_part(self, part: int, folder: Path) -> None:
+        """Take over a part that was written as `x` in a local folder."""
+        fs = self.place[0]
+        suffix = FORMATS[self.format]
+        local = {"diagnostics": "x.diagnostics.jsonl", "errors": "x.errors.jsonl", "samples": f"x{suffix}"}
+        for kind in KINDS:
+            path, source = self.path(kind, part), folder / local[kind]
+            if source.exists():
+                self.put(path, source.read_bytes())
+            elif kind == "samples" or (kind == "diagnostics" and self.save_diagnostics):
+                self.put(path, self._nothing(kind))  # all its prompts failed
+        # of an earlier start; until now they said that the part is not complete
+        if not (folder / local["errors"]).exists() and fs.exists(self.path("errors", part)):
+            fs.rm(self.path("errors", part))
+
+    def add(self, part: int) -> None:
+        """Count a part that a worker has made.
+
+        Raises:
+            OutputError: it is not in this machine's folder.
+        """
+        path = self.path("samples", part)
+        if self.is_local and not Path(path).exists():
+            raise OutputError(
+                f"a worker has written {path}, and it is not there: the nodes do not share that folder; "
+                "give one that they share, or an object store (s3://…)"
+            )
+        self.done.add(part)
+
+    def _nothing(self, kind: str) -> bytes:
+        if kind != "samples" or FORMATS[self.format] == ".jsonl":
+            return b""
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist([], schema=SCHEMAS[self.format]), sink)
+        return sink.getvalue().to_pybytes()
+
+    def attempts(self, part: int) -> dict[str, Any]:
+        """How often a part was begun (`starts`), and each of its prompts where they were tried alone (`alone`)."""
+        fs, root = self.place
+        try:
+            return json.loads(fs.cat_file(f"{root}/attempts/{part:06d}.json"))
+        except (FileNotFoundError, ValueError):
+            return {"starts": 0, "alone": {}}
+
+    def write_attempts(self, part: int, attempts: dict[str, Any] | None) -> None:
+        """Remember them; None forgets them."""
+        fs, root = self.place
+        path = f"{root}/attempts/{part:06d}.json"
+        if attempts is not None:
+            self.put(path, json.dumps(attempts).encode())
+        elif fs.exists(path):
+            fs.rm(path)
