@@ -28,7 +28,7 @@ from qstar.vllm.engine import EnginePair, engine_options
 IN_FLIGHT = 64
 SAMPLES_PER_PROMPT = 4
 NEW_TOKENS = 64
-ROUNDS = 5
+ROUNDS = 3
 RESULTS = Path(__file__).with_name("results") / "vllm.md"
 
 

@@ -229,9 +229,10 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes the place of `path` when it is complete and on disk."""
-    temporary = Path(f"{path}.tmp")
+def replacing(path: Path, temporary: Path | None = None) -> Iterator[IO[bytes]]:
+    """A file to write that takes the place of `path` when it is complete and on disk; until then it is `temporary`,
+    `x.tmp` by default."""
+    temporary = temporary or Path(f"{path}.tmp")
     with temporary.open("wb") as file:
         yield file
         file.flush()

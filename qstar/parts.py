@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import fsspec
 import pyarrow as pa
@@ -139,7 +140,8 @@ class Parts:
         with self._explained(path, "the parts that are complete are safe; start the same command again to go on"):
             if self.is_local:
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
-                with replacing(Path(path)) as file:
+                # a worker may still be writing the part that another one makes again
+                with replacing(Path(path), Path(f"{path}.{uuid4().hex}.tmp")) as file:
                     file.write(data)
             else:
                 fs.pipe_file(path, data)

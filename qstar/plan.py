@@ -1,12 +1,8 @@
-"""`python -m qstar.plan`: what a pair needs of a GPU, and what many GPUs give, as arithmetic that anyone can redo.
+"""`python -m qstar.plan`: what a pair needs of a GPU, and what many GPUs give: arithmetic that anyone can redo.
 
-    weights     parameters · bytes, of both models
-    KV caches   2 · layers · key-value heads · head size · bytes for every token of a row, of both models
-    logits      vocabulary · bytes for every row, of both models
-    a step      at least one reading of the weights, of the rows' KV caches and of their logits
-
-The last is an estimate by the data sheet, and a bound: no run is faster. A step that was measured takes its place with
-`--step-ms`. What a prompt costs before its first token is left out.
+Every line is printed with the numbers that go into it. A decoding step takes at least the time to read weights, live KV
+caches and logits once, and at least two operations for every row and parameter of the layers. With a data sheet's
+figures that is a bound that no run reaches, and not a measurement; `--step-ms` takes a measured step instead.
 """
 
 import argparse
@@ -23,187 +19,161 @@ from qstar.arguments import COUNT, Parser, number
 
 USABLE = 0.9  # of a GPU's memory; the rest is for activations, fragments and the driver
 FLEETS = (1, 8, 64, 1000)
-GB = 1e9
 
 
 @dataclass(frozen=True)
-class Size:
-    """One model in numbers: its parameters, those of its KV cache a token, and its logits a row."""
+class ModelNeeds:
+    """What of a model takes memory and time; `in_layers` are the parameters outside the embeddings."""
 
     parameters: int
+    in_layers: int
     layers: int
-    heads: int
+    kv_heads: int
     head_size: int
     vocab_size: int
 
-    @classmethod
-    def of(cls, name: str) -> "Size":
-        """By a model's configuration; no weights are loaded.
+    def kv(self, size: int) -> int:
+        """Bytes of the keys and values of one token, with numbers of `size` bytes."""
+        return 2 * self.layers * self.kv_heads * self.head_size * size
 
-        Raises:
-            OSError, ValueError: there is no such model, or it is not a causal language model.
-        """
-        config = AutoConfig.from_pretrained(name)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        text = config.get_text_config()
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        parameters = sum(p.numel() for p in model.parameters())
-        return cls(parameters, text.num_hidden_layers, heads, head_size, text.vocab_size)
 
-    @property
-    def cached(self) -> int:
-        """Numbers that the KV cache holds for a token."""
-        return 2 * self.layers * self.heads * self.head_size
+def model_needs(name: str) -> ModelNeeds:
+    """Read off a model's configuration; no weights are loaded.
+
+    Raises:
+        OSError, ValueError: there is no such model, or it is not a causal language model.
+    """
+    config = AutoConfig.from_pretrained(name)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    parameters = sum(p.numel() for p in model.parameters())
+    embeddings = {e.weight for e in (model.get_input_embeddings(), model.get_output_embeddings()) if e is not None}
+    in_layers = parameters - sum(p.numel() for p in embeddings)
+    return ModelNeeds(parameters, in_layers, text.num_hidden_layers, heads, head_size, text.vocab_size)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A pair on GPUs of one kind. All sizes in bytes, `step` in seconds.
+    """A pair on GPUs of one kind.
 
-    `models` are π_θ and π_t, or one model that is both: it has one copy of the weights, and two KV caches.
+    `gpus_a_worker` hold one pair with `rows` sequences at once; a step takes `step` seconds, and a worker finishes a
+    sample every `sample` seconds. `lines` are the arithmetic: what, how, and the result.
     """
 
-    models: tuple[Size, ...]
-    number_bytes: int
-    memory: float
-    bandwidth: float
-    prompt_tokens: int
-    new_tokens: int
-    asked_rows: int | None = None
-    measured_step: float | None = None
+    gpus_a_worker: int
+    rows: int
+    step: float
+    sample: float
+    lines: list[tuple[str, str, str]]
 
-    @property
-    def sides(self) -> tuple[Size, ...]:
-        return self.models if len(self.models) == 2 else self.models * 2
-
-    @property
-    def weights(self) -> int:
-        return self.number_bytes * sum(model.parameters for model in self.models)
-
-    @property
-    def cache_a_token(self) -> int:
-        return self.number_bytes * sum(side.cached for side in self.sides)
-
-    @property
-    def logits(self) -> int:
-        """Of a row."""
-        return self.number_bytes * sum(side.vocab_size for side in self.sides)
-
-    @property
-    def row(self) -> int:
-        """At its longest."""
-        return (self.prompt_tokens + self.new_tokens) * self.cache_a_token + self.logits
-
-    @property
-    def gpus(self) -> int:
-        """That hold one pair and at least one row."""
-        return math.ceil((self.weights + self.row) / (USABLE * self.memory))
-
-    @property
-    def fit(self) -> int:
-        """Rows there is room for."""
-        return int((self.gpus * USABLE * self.memory - self.weights) // self.row)
-
-    @property
-    def rows(self) -> int:
-        """That are decoded together."""
-        return self.asked_rows or self.fit
-
-    @property
-    def live_tokens(self) -> float:
-        """Of a row that is half done, as rows are on average."""
-        return self.prompt_tokens + self.new_tokens / 2
-
-    @property
-    def read(self) -> float:
-        """In one step, once."""
-        return self.weights + self.rows * (self.live_tokens * self.cache_a_token + self.logits)
-
-    @property
-    def step(self) -> float:
-        """The layers of a pair that is spread over several GPUs wait for one another: one GPU reads at a time."""
-        return self.measured_step or self.read / self.bandwidth
-
-    @property
-    def samples_a_second(self) -> float:
-        """Of one worker: every row takes a step for each new token."""
-        return self.rows / (self.step * self.new_tokens)
+    def samples_a_second(self, gpus: int) -> float:
+        return gpus // self.gpus_a_worker / self.sample
 
 
-def lines(plan: Plan) -> list[tuple[str, str, str]]:
-    """The arithmetic of one worker: what, how, and how much."""
-    names = ("π_θ", "π_t") if len(plan.models) == 2 else ("π_θ and π_t, one model",)
-    found = [
-        (f"weights of {name}", f"{m.parameters:,} parameters · {plan.number_bytes} bytes",
-         f"{m.parameters * plan.number_bytes / GB:.4g} GB")
-        for name, m in zip(names, plan.models, strict=True)
-    ]  # fmt: skip
-    cached = " + ".join(f"2 · {s.layers} layers · {s.heads} heads · {s.head_size}" for s in plan.sides)
-    vocabularies = " + ".join(f"{s.vocab_size:,}" for s in plan.sides)
-    length = plan.prompt_tokens + plan.new_tokens
-    held = f"{plan.gpus} · {USABLE:g} · {plan.memory / GB:g} GB"
-    row = f"{plan.row / GB:.4g} GB"
-    rows = ("rows at once", f"({held} − {plan.weights / GB:.4g} GB) / {row}", f"{plan.fit}")
-    if plan.asked_rows:
-        rows = ("rows at once", f"as asked for; {plan.fit} fit", f"{plan.rows}")
-    found += [
-        ("KV caches of a token", f"({cached}) · {plan.number_bytes} bytes", f"{plan.cache_a_token:,} bytes"),
-        ("logits of a row", f"({vocabularies}) · {plan.number_bytes} bytes", f"{plan.logits:,} bytes"),
-        ("a row", f"{length} tokens · {plan.cache_a_token:,} bytes + {plan.logits:,} bytes", row),
-        ("GPUs", f"({plan.weights / GB:.4g} GB + {row}) / ({USABLE:g} · {plan.memory / GB:g} GB), rounded up",
-         f"{plan.gpus}"),
-        rows,
-    ]  # fmt: skip
-    if plan.measured_step:
-        found.append(("a step", "measured, as you say", f"{plan.step * 1e3:.4g} ms"))
+def plan(
+    needs: list[ModelNeeds], *, memory: float, bandwidth: float, operations: float, prompt_tokens: int,
+    new_tokens: int, size: int = 2, rows: int | None = None, step: float | None = None,
+) -> Plan:  # fmt: skip
+    """Place a pair.
+
+    Args:
+        needs: of π_θ and π_t; of one alone where both are the same model, whose weights then count once.
+        memory, bandwidth, operations: bytes, bytes a second and operations a second of a GPU.
+        prompt_tokens, new_tokens: of a row.
+        size: bytes of a number.
+        rows: sequences of a worker at once; as many as fit by default.
+        step: seconds of a measured decoding step with that many rows, in which the time of the prompts is contained.
+
+    Raises:
+        ValueError: the rows that are asked for do not fit.
+    """
+    theta, t = sides = needs * (2 // len(needs))
+    weights = sum(n.parameters for n in needs) * size
+    kv, logits = sum(n.kv(size) for n in sides), sum(n.vocab_size for n in sides) * size
+    row = kv * (prompt_tokens + new_tokens) + logits
+    usable = USABLE * memory
+    gpus = math.ceil((weights + row) / usable)
+    fit = int((gpus * usable - weights) // row)
+    if rows is not None and rows > fit:
+        raise ValueError(f"{rows} rows do not fit: {gpus} GPU(s) a worker hold the weights and {fit} rows")
+    given, rows = rows is not None, rows or fit
+    live = prompt_tokens + new_tokens / 2
+    read = weights + rows * (kv * live + logits)
+    a_token = 2 * sum(n.in_layers for n in sides)
+    read_time, compute_time = read / (gpus * bandwidth), a_token * rows / (gpus * operations)
+    step_time = step or max(read_time, compute_time)
+    prefill = a_token * prompt_tokens / (gpus * operations)
+    sample = step_time * new_tokens / rows + (0 if step else prefill)
+
+    def kv_line(name: str, n: ModelNeeds) -> tuple[str, str, str]:
+        how = f"2 · {n.layers} layers · {n.kv_heads} heads · {n.head_size} · {size} bytes"
+        return f"keys and values of a token, {name}", how, f"{n.kv(size):,} bytes"
+
+    parameters = " + ".join(f"{n.parameters:,}" for n in needs)
+    speed = f"({gpus} · {figures(operations / 1e12)} TFLOP/s)"
+    lines = [
+        ("weights", f"({parameters}) parameters · {size} bytes", gigabytes(weights)),
+        kv_line("π_θ", theta),
+        kv_line("π_t", t),
+        ("logits of a row", f"({theta.vocab_size:,} + {t.vocab_size:,}) · {size} bytes", f"{logits:,} bytes"),
+        ("a row", f"{kv:,} bytes · ({prompt_tokens} + {new_tokens}) tokens + {logits:,} bytes", gigabytes(row)),
+        ("GPUs of a worker", f"the fewest whose {USABLE:.0%} of {gigabytes(memory)} hold weights and a row", f"{gpus}"),
+        ("rows that fit", f"({gpus} · {gigabytes(usable)} − weights) / a row", f"{fit:,}"),
+        ("rows", "--batch-size" if given else "as many as fit", f"{rows:,}"),
+        ("tokens of a row on average", f"{prompt_tokens} + {new_tokens} / 2", f"{live:g}"),
+        ("read in a step", f"weights + {rows:,} · ({kv:,} · {live:g} + {logits:,}) bytes", gigabytes(read)),
+        ("time to read that", f"it / ({gpus} · {figures(bandwidth / 1e9)} GB/s)", milliseconds(read_time)),
+        ("operations for a token", f"2 · ({theta.in_layers:,} + {t.in_layers:,}) parameters in layers", f"{a_token:,}"),
+        ("time to compute a step", f"{a_token:,} · {rows:,} rows / {speed}", milliseconds(compute_time)),
+    ]
+    if step:
+        lines.append(("a step", "--step-ms, measured, prompts and all", milliseconds(step)))
     else:
-        live = f"{plan.live_tokens:g} tokens · {plan.cache_a_token:,} bytes + {plan.logits:,} bytes"
-        found += [
-            ("read in a step", f"{plan.weights / GB:.4g} GB + {plan.rows} rows · ({live})", f"{plan.read / GB:.4g} GB"),
-            (
-                "a step, at least",
-                f"{plan.read / GB:.4g} GB / {plan.bandwidth / GB:g} GB/s",
-                f"{plan.step * 1e3:.4g} ms",
-            ),
-        ]
-    most = "" if plan.measured_step else ", at most"
-    found.append(
-        (f"samples a second{most}", f"{plan.rows} rows / ({plan.new_tokens} tokens · {plan.step * 1e3:.4g} ms)",
-         f"{plan.samples_a_second:.4g}")
-    )  # fmt: skip
-    return found
+        lines.append(("a step", "at least the longer of the two", milliseconds(step_time)))
+        lines.append(("a prompt", f"at least {a_token:,} · {prompt_tokens} tokens / {speed}", milliseconds(prefill)))
+    how = f"a step · {new_tokens} / {rows:,}{'' if step else ' + a prompt'}"
+    lines.append(("a sample", how, milliseconds(sample)))
+    return Plan(gpus, rows, step_time, sample, lines)
 
 
-def show(plan: Plan, fleets: set[int], samples: int, console: Console) -> None:
-    """One worker, and as many as there are GPUs for."""
-    table = Table("", "how", "one worker", title="one worker, with a pair of its own", title_justify="left")
-    table.columns[-1].justify = "right"
-    for line in lines(plan):
-        table.add_row(*line)
-    console.print(table)
-    most = "" if plan.measured_step else ", at most"
-    title = f"workers · {plan.samples_a_second:.4g} samples a second{most}"
-    table = Table(title=title, title_justify="left")
-    for column in ("GPUs", "workers", "samples/s", "tokens/s", f"{samples:,} samples"):
+def figures(x: float) -> str:
+    """Four digits, and all before the point."""
+    return f"{x:,.0f}" if x >= 1000 else f"{x:.4g}"
+
+
+def gigabytes(x: float) -> str:
+    return f"{figures(x / 1e9)} GB"
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{figures(seconds * 1e3)} ms"
+
+
+def show(args: argparse.Namespace, placed: Plan, console: Console) -> None:
+    """The arithmetic of one worker line by line, and a table of many."""
+    for what, how, result in placed.lines:
+        console.print(f"{what}: {how} = {result}", markup=False, highlight=False)
+    table = Table(title=f"\nworkers share nothing{'' if args.step_ms else '; at most'}", title_justify="left")
+    for column in ("GPUs", "workers", "samples/s", "tokens/s", f"hours for {args.num_samples:,}"):
         table.add_column(column, justify="right")
-    for gpus in sorted(fleets):
-        workers = gpus // plan.gpus
-        rate = workers * plan.samples_a_second
-        hours = f"{samples / rate / 3600:.3g} hours" if rate else "too few GPUs"
-        table.add_row(
-            f"{gpus:,}",
-            f"{workers:,}",
-            f"{rate:,.4g}" if rate < 1e4 else f"{rate:,.0f}",
-            f"{rate * plan.new_tokens:,.0f}",
-            hours,
-        )
+    for gpus in sorted({*FLEETS, *args.gpus}):
+        rate = placed.samples_a_second(gpus)
+        hours = figures(args.num_samples / rate / 3600) if rate else "too few GPUs"
+        workers = gpus // placed.gpus_a_worker
+        table.add_row(f"{gpus:,}", f"{workers:,}", figures(rate), figures(rate * args.new_tokens), hours)
     console.print(table)
-    if not plan.measured_step:
+    if not args.step_ms:
         console.print(
-            "An estimate by the data sheet, not a measurement, and a bound: no run is faster. "
-            "`pytest bench/ --benchmark --pair` measures a step on your machine, for --step-ms."
+            "An estimate from a data sheet, and a bound: no run is as quick. For --step-ms divide --batch-size by the "
+            "tokens/s of a run on one worker."
+        )
+    if placed.gpus_a_worker > 1 and not args.step_ms:
+        console.print(
+            f"A pair spread over {placed.gpus_a_worker} GPUs by --device-map uses one of them at a time, and takes "
+            f"{placed.gpus_a_worker} times as long as this."
         )
 
 
@@ -212,22 +182,22 @@ def make_parser() -> Parser:
     positive = number(float, 1e-9, "a number above 0")
     parser = Parser(
         prog="python -m qstar.plan",
-        description="What a pair needs of a GPU and what many GPUs give, as arithmetic; no weights are loaded.",
+        description="What a pair needs of a GPU and what many GPUs give, as arithmetic; no weights are loaded. "
+        "The defaults for the GPU are the data sheet's of an NVIDIA H100 SXM.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--model-theta", required=True, help="π_θ: hub name or folder")
     parser.add_argument("--model-t", required=True, help="π_t; the same name shares the weights")
-    parser.add_argument("--gpus", type=COUNT, default=8, help="a fleet to show beside the usual ones")
-    parser.add_argument("--gpu-memory", type=positive, default=80.0, help="GB of a GPU, by its data sheet")
-    parser.add_argument(
-        "--bandwidth", type=positive, default=3350.0, help="GB/s of its memory, by its data sheet (that of an H100 SXM)"
-    )
+    parser.add_argument("--gpus", type=COUNT, nargs="+", default=[], help=f"fleets to show beside {FLEETS}")
+    parser.add_argument("--gpu-memory", type=positive, default=80.0, help="GB of a GPU")
+    parser.add_argument("--bandwidth", type=positive, default=3350.0, help="GB/s of a GPU's memory")
+    parser.add_argument("--tflops", type=positive, default=989.0, help="10^12 operations a second of a GPU, dense")
     parser.add_argument("--bytes", type=COUNT, default=2, help="of a number: 2 for bfloat16, 4 for float32")
     parser.add_argument("--prompt-tokens", type=COUNT, default=512, help="of a prompt")
     parser.add_argument("--new-tokens", type=COUNT, default=512, help="of a sample")
     parser.add_argument("--batch-size", type=COUNT, help="rows of a worker (default: as many as fit)")
-    parser.add_argument("--step-ms", type=positive, help="a decoding step that was measured, with --batch-size rows")
+    parser.add_argument("--step-ms", type=positive, help="a measured step: rows / tokens/s of a run")
     parser.add_argument("--num-samples", type=COUNT, default=1_000_000, help="a data set to say the hours of")
     return parser
 
@@ -237,23 +207,24 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.step_ms and not args.batch_size:
-        parser.error("--step-ms needs the --batch-size that it was measured with")
+        parser.error("--step-ms is of a number of rows: give --batch-size, too")
     try:
-        models = tuple(Size.of(name) for name in dict.fromkeys((args.model_theta, args.model_t)))
-    except (OSError, ValueError) as error:
-        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    plan = Plan(
-        models, args.bytes, args.gpu_memory * GB, args.bandwidth * GB, args.prompt_tokens, args.new_tokens,
-        args.batch_size, args.step_ms and args.step_ms / 1e3,
-    )  # fmt: skip
-    if plan.rows > plan.fit:
-        print(
-            f"{parser.prog}: error: --batch-size {plan.rows}: {plan.gpus} GPUs hold a pair and {plan.fit} rows",
-            file=sys.stderr,
+        needs = [model_needs(name) for name in dict.fromkeys((args.model_theta, args.model_t))]
+        placed = plan(
+            needs,
+            memory=args.gpu_memory * 1e9,
+            bandwidth=args.bandwidth * 1e9,
+            operations=args.tflops * 1e12,
+            prompt_tokens=args.prompt_tokens,
+            new_tokens=args.new_tokens,
+            size=args.bytes,
+            rows=args.batch_size,
+            step=args.step_ms and args.step_ms / 1e3,
         )
+    except (OSError, ValueError) as error:
+        print(f"python -m qstar.plan: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    show(plan, {*FLEETS, args.gpus}, args.num_samples, Console(soft_wrap=True))
+    show(args, placed, Console(soft_wrap=True))
     return 0
 
 

@@ -5,7 +5,6 @@ take minutes, and are `slow`.
 """
 
 import argparse
-import io
 import json
 import math
 import os
@@ -19,17 +18,14 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import psutil
 import pyarrow.parquet as pq
 import pytest
-import torch
 from rich.console import Console
 from runs import lines, write_lines
-from transformers import DynamicCache
 
 from qstar import cluster
 from qstar.arguments import prepare
@@ -38,8 +34,6 @@ from qstar.generate import main as generate
 from qstar.merge import main as merge
 from qstar.output import FORMATS, OutputError
 from qstar.parts import Parts
-from qstar.plan import Plan, Size, show
-from qstar.plan import main as plan
 from qstar.run import BLOCK_BATCHES
 
 ROOT, INF = Path(__file__).parents[1], math.inf
@@ -496,71 +490,3 @@ def test_parts_on_an_object_store(form, tmp_path, capsys):
 def test_merge_of_what_is_no_run(tmp_path, capsys):
     assert merge([str(tmp_path), "--output", str(tmp_path / "x.jsonl")]) == 1
     assert "has no manifest.json" in capsys.readouterr().err
-
-
-MODEL = Size(7_000_000_000, layers=32, heads=8, head_size=128, vocab_size=32_000)
-PLAN = Plan((MODEL, MODEL), 2, 80e9, 3350e9, prompt_tokens=512, new_tokens=512)
-
-
-def test_plan_by_hand():
-    assert PLAN.weights == 28_000_000_000
-    assert PLAN.cache_a_token == 262_144  # 2 models · 2 · 32 · 8 · 128 · 2 bytes
-    assert PLAN.logits == 128_000
-    assert PLAN.row == 268_563_456  # 1024 · 262,144 + 128,000
-    assert PLAN.gpus == 1
-    assert PLAN.fit == 163  # (72 − 28) · 10⁹ / 268,563,456 = 163.8
-    assert PLAN.read == 60_837_098_496  # 28 · 10⁹ + 163 · (768 · 262,144 + 128,000)
-    assert PLAN.step == pytest.approx(0.01816033, rel=1e-6)
-    assert PLAN.samples_a_second == pytest.approx(17.5305, rel=1e-5)  # 163 / (512 · 18.16 ms)
-    measured = replace(PLAN, asked_rows=100, measured_step=0.05)
-    assert measured.samples_a_second == pytest.approx(100 / 0.05 / 512)
-    large = replace(PLAN, models=(replace(MODEL, parameters=70_000_000_000),) * 2)
-    assert large.gpus == 4  # 280.3 GB / 72 GB
-    assert large.fit == 29  # (4 · 72 − 280) · 10⁹ / 268,563,456 = 29.8
-    assert large.step == pytest.approx((280e9 + 29 * 201_454_592) / 3350e9)
-    shared = replace(PLAN, models=(MODEL,))
-    assert shared.weights == PLAN.weights / 2
-    assert shared.row == PLAN.row
-
-
-def test_every_line_of_a_plan_can_be_redone():
-    console = Console(record=True, width=160, file=io.StringIO())
-    show(PLAN, {8, 1000}, 1_000_000, console)
-    text = console.export_text()
-    for line in (
-        "7,000,000,000 parameters · 2 bytes",
-        "(2 · 32 layers · 8 heads · 128 + 2 · 32 layers · 8 heads · 128) · 2 bytes",
-        "1024 tokens · 262,144 bytes + 128,000 bytes",
-        "(1 · 0.9 · 80 GB − 28 GB) / 0.2686 GB",
-        "28 GB + 163 rows · (768 tokens · 262,144 bytes + 128,000 bytes)",
-        "60.84 GB / 3350 GB/s",
-        "163 rows / (512 tokens · 18.16 ms)",
-        "An estimate by the data sheet, not a measurement",
-    ):
-        assert line in text
-    rows = [[cell.strip() for cell in row.split("│")[1:-1]] for row in text.splitlines() if row.startswith("│")]
-    assert rows[-2] == ["8", "8", "140.2", "71,805", "1.98 hours"]
-    assert rows[-1] == ["1,000", "1,000", "17,530", "8,975,609", "0.0158 hours"]
-    show(replace(PLAN, asked_rows=100, measured_step=0.05), {1}, 1000, console)
-    text = console.export_text()
-    assert "measured, as you say" in text
-    assert "estimate" not in text
-
-
-def test_plan_of_real_models(demo_pair, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
-    argv = ["--model-theta", str(THETA), "--model-t", str(T), "--bytes", "4"]
-    assert plan(argv) == 0
-    out = capsys.readouterr().out
-    assert f"{sum(p.numel() for p in demo_pair.theta.parameters()):,} parameters · 4 bytes" in out
-    cache = DynamicCache(config=demo_pair.theta.config)
-    demo_pair.theta(torch.tensor([[1, 2]]), past_key_values=cache)
-    cached = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers) // 2
-    assert f"{2 * 4 * cached:,} bytes" in out
-    assert plan([*argv, "--batch-size", "100000000"]) == 1
-    assert "GPUs hold a pair and" in capsys.readouterr().err
-    assert plan(["--model-theta", "/nowhere/x", "--model-t", str(T)]) == 1
-    assert capsys.readouterr().err.count("\n") == 1
-    with pytest.raises(SystemExit):
-        plan([*argv, "--step-ms", "10"])
-    assert "--step-ms needs the --batch-size" in capsys.readouterr().err

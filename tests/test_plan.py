@@ -1,0 +1,62 @@
+"""`python -m qstar.plan`: its arithmetic against numbers made by hand."""
+
+import re
+
+import pytest
+
+from qstar.demo import THETA, T
+from qstar.plan import main as plan
+
+
+def test_plan(capsys):
+    """By hand: the demo pair (a vocabulary of 2,048, a width of 128, so 262,144 parameters of 1,000,576 in the tied
+    embedding) on a GPU of 1 GB that reads 1 GB and computes 10^12 operations a second."""
+    argv = ["--model-theta", str(THETA), "--model-t", str(T), "--prompt-tokens", "100", "--new-tokens", "100"]
+    argv += ["--gpu-memory", "1", "--bandwidth", "1", "--tflops", "1", "--batch-size", "50"]
+    assert plan([*argv, "--gpus", "3"]) == 0
+    out = capsys.readouterr().out
+    for line in (
+        "weights: (1,000,576 + 1,000,576) parameters · 2 bytes = 0.004002 GB",
+        "keys and values of a token, π_t: 2 · 4 layers · 2 heads · 32 · 2 bytes = 1,024 bytes",
+        "logits of a row: (2,048 + 2,048) · 2 bytes = 8,192 bytes",
+        "a row: 2,048 bytes · (100 + 100) tokens + 8,192 bytes = 0.0004178 GB",
+        "rows that fit: (1 · 0.9 GB − weights) / a row = 2,144",
+        "read in a step: weights + 50 · (2,048 · 150 + 8,192) bytes = 0.01977 GB",
+        "time to read that: it / (1 · 1 GB/s) = 19.77 ms",
+        "operations for a token: 2 · (738,432 + 738,432) parameters in layers = 2,953,728",
+        "time to compute a step: 2,953,728 · 50 rows / (1 · 1 TFLOP/s) = 0.1477 ms",
+        "a prompt: at least 2,953,728 · 100 tokens / (1 · 1 TFLOP/s) = 0.2954 ms",
+        "a sample: a step · 100 / 50 + a prompt = 39.84 ms",
+        "│     3 │       3 │      75.3 │     7,530 │               3.689 │",
+        "│ 1,000 │   1,000 │    25,101 │ 2,510,092 │             0.01107 │",
+        "An estimate from a data sheet, and a bound",
+    ):
+        assert line in out, line
+    assert plan([*argv, "--tflops", "0.001"]) == 0  # now computing is what takes longer
+    assert "a step: at least the longer of the two = 147.7 ms" in capsys.readouterr().out
+    assert plan([*argv, "--step-ms", "10"]) == 0
+    out = capsys.readouterr().out
+    assert "a sample: a step · 100 / 50 = 20 ms" in out
+    assert "│     8 │       8 │       400 │    40,000 │              0.6944 │" in out
+    assert "data sheet" not in out
+
+
+def test_plan_of_one_model_and_of_too_little_memory(capsys):
+    """One model with two prompts holds its weights once, and two KV caches; 2,001,152 bytes do not fit into
+    a GPU of 2 MB."""
+    argv = ["--model-theta", str(THETA), "--model-t", str(THETA), "--prompt-tokens", "10", "--new-tokens", "10"]
+    assert plan([*argv, "--gpu-memory", "0.002"]) == 0
+    out = capsys.readouterr().out
+    assert "weights: (1,000,576) parameters · 2 bytes = 0.002001 GB" in out
+    assert "a row: 2,048 bytes · (10 + 10) tokens + 8,192 bytes = 4.915e-05 GB" in out
+    assert "GPUs of a worker: the fewest whose 90% of 0.002 GB hold weights and a row = 2" in out
+    assert "rows that fit: (2 · 0.0018 GB − weights) / a row = 32" in out
+    assert re.search(r"│ +1 │ +0 │ +0 │ +0 │ +too few GPUs │", out)
+    assert "uses one of them at a time, and takes 2 times as long" in out
+    assert plan([*argv, "--batch-size", "100000000"]) == 1
+    assert "100000000 rows do not fit" in capsys.readouterr().err
+    assert plan(["--model-theta", "/nowhere/x", "--model-t", str(T)]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(SystemExit):
+        plan([*argv, "--step-ms", "10"])
+    assert "give --batch-size, too" in capsys.readouterr().err
