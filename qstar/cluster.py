@@ -347,7 +347,8 @@ def run(job: Job, parts: Parts, console: Console, start: float) -> int:
                 noted = time.time()
     parts.write_manifest(complete=True)
     tell(console, summary, [draft_table(drafts, args.draft)] if drafts.drafted else [])
-    console.print(f"\n{summary.samples} samples in {time.time() - start:.1f} s by {workers} workers, in {parts.url}")
+    by = f"{workers} worker{'s' if workers > 1 else ''}"
+    console.print(f"\n{summary.samples} samples in {time.time() - start:.1f} s by {by}, in {parts.url}")
     if at_work:
         begun, ended = min(at_work)[0], max(end for _, end in at_work)
         share = sum(end - begin for begin, end in at_work) / workers / (ended - begun)

@@ -233,11 +233,15 @@ def replacing(path: Path, temporary: Path | None = None) -> Iterator[IO[bytes]]:
     """A file to write that takes the place of `path` when it is complete and on disk; until then it is `temporary`,
     `x.tmp` by default."""
     temporary = temporary or Path(f"{path}.tmp")
-    with temporary.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # on a full disk it would take up what is left
+        raise
 
 
 def drop_torn_line(path: Path) -> None:

@@ -349,19 +349,31 @@ def test_a_prompt_that_kills_its_worker_is_set_aside(nodes, tmp_path, demo_pair)
     assert [line["prompt_index"] for line in lines(tmp_path / "out" / "samples" / "part-000000.jsonl")] == [0, 1, 3]
 
 
+# as a full disk is found out: when what was written is to be kept
+FULL_DISK = """
+import errno, os
+fsync = os.fsync
+def full(descriptor):
+    if "/samples/part-000001" in os.readlink(f"/proc/self/fd/{descriptor}"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    fsync(descriptor)
+os.fsync = full
+"""
+
+
 @pytest.mark.slow
 def test_a_full_disk(nodes, by_one_process, prompts, tmp_path):
     """At the second part; then the same settings, to the end, and other settings, which are refused."""
-    folder = tmp_path / "out"
-    (folder / "samples").mkdir(parents=True)
-    (folder / "samples" / "part-000001.jsonl.tmp").symlink_to("/dev/full")
-    argv = [*JOB, "--dataset", str(prompts), "--num-workers", "1", "--ray-address", nodes[0]]
-    assert "the disk is full; the parts that are complete are safe" in one_line(on_ray(folder, *argv))
+    folder, own = tmp_path / "out", [*JOB, "--dataset", str(prompts), "--num-workers", "1"]
+    (tmp_path / "sitecustomize.py").write_text(FULL_DISK)
+    full = f"{tmp_path}{os.pathsep}{ROOT}"
+    error = one_line(on_ray(folder, *own, PYTHONPATH=full))
+    assert "the disk is full; the parts that are complete are safe" in error
+    argv = [*own, "--ray-address", nodes[0]]
     kept = {path.name for path in (folder / "samples").glob("*.jsonl")}
     assert "part-000000.jsonl" in kept
     assert "part-000001.jsonl" not in kept
     before = (folder / "samples" / "part-000000.jsonl").stat().st_mtime_ns
-    (folder / "samples" / "part-000001.jsonl.tmp").unlink()
     done = on_ray(folder, *argv)
     assert done.returncode == 0, done.stderr
     assert f"resuming: {len(kept)} parts are complete" in done.stdout
