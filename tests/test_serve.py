@@ -196,6 +196,8 @@ def test_many_at_once_do_not_disturb_each_other(url, demo_pair):
         ({"extra_body": {"qstar": {"alpha": 3}}}, "alpha is 3; it must be in [0, 1]"),
         ({"extra_body": {"qstar": {"method": "best"}}}, "method is 'best'"),
         ({"extra_body": {"qstar": {"seed": 1}}, "n": 2}, "qstar_seed is that of one sample"),
+        ({"n": "4"}, "n is '4'; it must be a whole number"),
+        ({"extra_body": {"stop_token_ids": 5}}, "stop_token_ids"),
         ({"extra_body": {"qstar": 3}}, "qstar is 3; it must be an object"),
         ({"extra_body": {"use_beam_search": True}}, "use_beam_search is set"),
     ],

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,6 +36,8 @@ from qstar.demo import PROMPTS, THETA, T
 from qstar.generate import main
 from qstar.pair import sample_seed
 from qstar.vllm.engine import EnginePair
+from qstar.vllm.params import numbers_key
+from qstar.vllm.worker import FORGOTTEN, PairSampler
 from qstar_kernels import METHODS, qstar_logprobs
 from qstar_kernels.types import Settings
 
@@ -218,6 +221,25 @@ def test_a_sample_does_not_depend_on_its_neighbours(demo_engine):
         check_equal(draw(demo_engine, [request], batch_size=1), {request.key: crowd[request.key]})
     mixed = draw(demo_engine, random.Random(SEED).sample(todo, 30), batch_size=7, temperature=1.0)
     check_equal(mixed, {key: crowd[key] for key in mixed})
+
+
+def test_what_nobody_fetches_is_forgotten():
+    """Numbers of aborted requests, what they had asked for, and their rules; those of requests in flight are kept."""
+    pair = {"rule": {}, "vocab_size": 8, "special_ids": [0], "eos_ids": [0]}
+    alive = SimpleNamespace(output_token_ids=[])
+    sampler = PairSampler(SimpleNamespace(requests={}), pair)
+    kept = torch.zeros(2 + len(FIELDS))
+    for i in range(10_000):
+        params = SamplingParams(temperature=1 + i / 10_000, extra_args={"qstar_key": str(i)})
+        sampler.runner.requests = {"first": alive, str(i): alive}
+        for request in sampler.runner.requests.values():
+            request.sampling_params = params
+        sampler.row("first" if i == 0 else str(i))
+        sampler.numbers[numbers_key(str(i))] = [kept]
+    assert len(sampler.asked) < 10
+    assert len(sampler.rules) < 10
+    assert len(sampler.numbers) < 2 * FORGOTTEN
+    assert sampler.pop([numbers_key("0"), numbers_key("9999"), numbers_key("1")]).keys() == {"0/0/0", "9999/0/0"}
 
 
 def test_distribution_of_a_token(demo_engine, demo_pair):

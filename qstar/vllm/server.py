@@ -55,13 +55,16 @@ def with_numbers(asked: dict[str, Any], key: str, eos_ids: list[int]) -> dict[st
     for name in ("echo", "use_beam_search"):
         if asked.get(name):
             raise ValueError(f"{name} is set; a pair of models does not support it")
+    if not isinstance(asked.get("n") or 1, int):
+        raise ValueError(f"n is {asked['n']!r}; it must be a whole number")
     rule = asked.get("qstar") or {}
     if not isinstance(rule, dict):
         raise ValueError(f"qstar is {rule!r}; it must be an object such as {{'method': 'fixed', 'alpha': 0.3}}")
     extra = {PREFIX + name: value for name, value in rule.items()}
     changed = {"vllm_xargs": (asked.get("vllm_xargs") or {}) | extra | {"qstar_key": key}, "return_token_ids": True}
-    if not asked.get("ignore_eos"):  # vLLM knows π_θ's only
-        changed["stop_token_ids"] = [*(asked.get("stop_token_ids") or ()), *eos_ids]
+    own = asked.get("stop_token_ids") or []
+    if not asked.get("ignore_eos") and isinstance(own, list):  # vLLM knows π_θ's only
+        changed["stop_token_ids"] = [*own, *eos_ids]
     return {name: value for name, value in asked.items() if name != "qstar"} | changed
 
 

@@ -70,6 +70,7 @@ class PairSampler(Sampler):
         alive = self.runner.requests
         if len(self.asked) > 2 * len(alive):
             self.asked = {name: asked for name, asked in self.asked.items() if name in alive}
+            self.rules = {asked.rule: asked.rule for asked in self.asked.values()}
         if len(self.numbers) > 2 * len(alive) + FORGOTTEN:
             wanted = {asked.key for name, asked in self.asked.items() if name in alive}
             old = [key for key in self.numbers if key not in wanted]
