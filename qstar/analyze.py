@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from qstar.arguments import Parser
+from qstar.arguments import Parser, failed
 from qstar.records import NULL, RecordError, RunFiles
 from qstar.run import BANDS, FAR_APART_KL
 from qstar.weights import effective_sample_size, top_share
@@ -241,15 +241,15 @@ def make_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the analysis; 0, or 1 with one line on stderr if a file cannot be read."""
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
     try:
         numbers = [read_numbers(path) for path in args.files]
         results = [analysis(n) for n in numbers]
         if args.plots is not None:
             save_plots(numbers, args.plots)
     except (RecordError, OSError, ImportError) as error:
-        print(f"python -m qstar.analyze: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return failed(parser.prog, error)
     if args.json:
         print(json.dumps(results, indent=1, ensure_ascii=False))
     else:

@@ -20,6 +20,7 @@ from qstar.output import FORMATS, Output
 from qstar.parts import Parts
 from qstar.prompting import HINT_TEMPLATE, PromptFormat
 from qstar.records import RunFiles
+from qstar.vllm import DUAL_PROMPTS
 from qstar_kernels.types import METHODS, Settings
 
 
@@ -37,6 +38,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def failed(prog: str, error: object) -> int:
+    """Say in one line on stderr why a command has failed; its exit status."""
+    print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 1
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -341,11 +348,10 @@ def check_vllm(parser: Parser, args: argparse.Namespace) -> None:
     """Refuse what an engine of vLLM does not do, and what is left to `--vllm-options`."""
     if importlib.util.find_spec("vllm") is None:
         parser.error(f"--backend vllm: {NEEDS_VLLM}")
-    only = "with --backend vllm both models see one prompt; use --backend transformers"
     if args.t_hint_field is not None:
-        parser.error(f"--t-hint-field: {only}")
+        parser.error(f"--t-hint-field: {DUAL_PROMPTS}")
     if args.theta_system_prompt != args.t_system_prompt:
-        parser.error(f"--theta-system-prompt and --t-system-prompt differ: {only}")
+        parser.error(f"--theta-system-prompt and --t-system-prompt differ: {DUAL_PROMPTS}")
     if args.speculate:
         parser.error("--speculate is of --backend transformers; vllm draws without drafts")
     for name in ("device", "device_map", "attn_implementation", "load_in_4bit"):

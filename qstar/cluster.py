@@ -41,7 +41,7 @@ from qstar.demo import PROMPTS
 from qstar.generate import Generate, Todo, draft_table, todo
 from qstar.output import Output, OutputError
 from qstar.parts import Parts
-from qstar.run import BLOCK_BATCHES, Summary, blocks, load_pair, progress_bar, tell
+from qstar.run import BLOCK_BATCHES, Summary, blocks, load_pair, one_line_if_it_fails, progress_bar, tell
 from qstar.speculate import Tally
 
 STARTS = 3  # times a part is begun before its prompts are tried alone, and again after that
@@ -50,7 +50,7 @@ MANIFEST_SECONDS = 2.0
 CONNECT_SECONDS, ANSWER_SECONDS = 5, 60
 
 
-class ClusterError(RuntimeError):
+class ClusterError(ValueError):
     """The cluster is not there, or has not what the run needs; the message is one line."""
 
 
@@ -281,22 +281,23 @@ def for_workers(job: Job) -> tuple[Job, Namespace]:
 def generate_on_ray(job: Job) -> int:
     """Run `qstar.generate` on a cluster; 0 if every sample is there, 1 with one line on stderr if something failed."""
 
-    def failed(message: str) -> int:
-        print(f"python -m qstar.generate: error: {' '.join(message.split())}", file=sys.stderr)
-        return 1
-
     console, start = Console(soft_wrap=True), time.time()
-    try:
-        with only_our_lines(), job.output as parts, cluster(job.args.ray_address):
-            console.print(f"prompts: {job.prompts.description}", markup=False, highlight=False)
-            return 1 if run(job, parts, console, start) else 0
-    except (ClusterError, OutputError, ValueError, OSError, ImportError) as error:
-        return failed(str(error))
-    except ray.exceptions.RayError as error:
-        return failed(f"Ray gave up: {str(error).strip().splitlines()[-1]}; what is complete is kept")
-    except KeyboardInterrupt:
-        print("interrupted; start the same command again to go on", file=sys.stderr)
-        return 130
+
+    def make_all() -> int:
+        try:
+            with only_our_lines(), job.output as parts, cluster(job.args.ray_address):
+                console.print(f"prompts: {job.prompts.description}", markup=False, highlight=False)
+                return 1 if run(job, parts, console, start) else 0
+        except ray.exceptions.RayError as error:
+            # the first line of its `cause` is what the reader raised, the others are Ray's advice; the error itself can
+            # be of the cause's kind, too, with a traceback as text
+            if (cause := getattr(error, "cause", None)) is not None:
+                reason = str(cause).splitlines()[0]
+            else:
+                reason = f"Ray gave up: {str(error).strip().splitlines()[-1]}"
+            raise OutputError(f"{reason}; what is complete is kept") from error
+
+    return one_line_if_it_fails("qstar.generate", make_all)
 
 
 def run(job: Job, parts: Parts, console: Console, start: float) -> int:

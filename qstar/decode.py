@@ -66,6 +66,13 @@ class Sample:
             self.fields[name].append(value)
         return True
 
+    def draw(self, token: float, status: float, values: Iterable[float]) -> bool:
+        """Add the next token with its numbers, or the reason why there is none; whether there is."""
+        drawn = self.add(status, values)
+        if drawn:
+            self.token_ids.append(int(token))
+        return drawn
+
 
 def numbers_of(step: QStarStep, rows: int) -> list[list[list[float]]]:
     """Token, status and `FIELDS` of a step over `rows` times K rows of logits, as numbers [rows][K][2 + F].
@@ -323,8 +330,7 @@ class Decoder:
         numbers = numbers_of(step, len(samples))
         for i, sample in enumerate(samples):
             for column, (token, status, *values) in enumerate(numbers[i]):
-                if sample.add(status, values):
-                    sample.token_ids.append(int(token))
+                sample.draw(token, status, values)
                 self.ending.finish(sample)
                 if sample.finish_reason or (column < count - 1 and drafted[i][column] != token):
                     break

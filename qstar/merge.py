@@ -4,11 +4,12 @@ import argparse
 import json
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from qstar.arguments import Parser
+from qstar.arguments import Parser, failed
 from qstar.formats import SCHEMAS
 from qstar.output import FORMATS, OutputError, explained, replacing, write_atomically
 from qstar.parts import Parts
@@ -44,17 +45,16 @@ def merge(url: str, output: Path) -> tuple[int, list[Path]]:
                 path.unlink(missing_ok=True)  # of an earlier merge
                 continue
             fs = parts.place[0]
-            if kind == "samples" and suffix == ".parquet":
-                temporary = Path(f"{path}.tmp")
-                with pq.ParquetWriter(temporary, SCHEMAS[parts.format]) as writer:
-                    for number in found:
-                        with fs.open(parts.path(kind, number), "rb") as file:
+            parquet = kind == "samples" and suffix == ".parquet"
+            with (
+                replacing(path) as target,
+                pq.ParquetWriter(target, SCHEMAS[parts.format]) if parquet else nullcontext() as writer,
+            ):
+                for number in found:
+                    with fs.open(parts.path(kind, number), "rb") as file:
+                        if parquet:
                             writer.write_table(pq.read_table(file))
-                temporary.replace(path)
-            else:
-                with replacing(path) as target:
-                    for number in found:
-                        with fs.open(parts.path(kind, number), "rb") as file:
+                        else:
                             shutil.copyfileobj(file, target)
             written.append(path)
         settings = {k: v for k, v in manifest["settings"].items() if k != "--batch-size"} | {"output file": output.name}
@@ -84,8 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         count, written = merge(args.folder, args.output)
     except (OutputError, OSError, ValueError, ImportError) as error:
-        print(f"python -m qstar.merge: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return failed(parser.prog, error)
     print(f"{count} parts: {', '.join(map(str, written))}")
     return 0
 

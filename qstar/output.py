@@ -57,15 +57,7 @@ class Output:
 
     def __enter__(self) -> "Output":
         with explained(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.lock_file.open("a").close()  # a folder that cannot be written to would look like a held lock
-            self._lock = FileLock(self.lock_file)
-            try:
-                self._lock.acquire(timeout=0)
-            except Timeout:
-                raise OutputError(
-                    f"another process is writing {self.path}; wait for it or choose another --output"
-                ) from None
+            self._lock = locked(self.lock_file, self.path)
             try:
                 self._check_settings()
                 self._repair()
@@ -158,18 +150,37 @@ class Output:
             return
         row = parquet_row if self.format == "parquet" else lambda line: verl_row(line, data_source)
         offsets = sorted((key, start) for key, start in line_starts(self.journal))
-        temporary = Path(f"{self.path}.tmp")
-        with explained(temporary, "all samples are safe in the journal"), self.journal.open("rb") as file:
+        with (
+            explained(Path(f"{self.path}.tmp"), "all samples are safe in the journal"),
+            self.journal.open("rb") as file,
+            replacing(self.path) as target,
+        ):
 
             def read(start: int) -> dict[str, Any]:
                 file.seek(start)
                 return row(json.loads(file.readline()))
 
-            with pq.ParquetWriter(temporary, SCHEMAS[self.format]) as writer:
+            with pq.ParquetWriter(target, SCHEMAS[self.format]) as writer:
                 for i in range(0, len(offsets), 1000):
                     rows = [read(start) for _, start in offsets[i : i + 1000]]
                     writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMAS[self.format]))
-            temporary.replace(self.path)
+
+
+def locked(lock_file: Path, output: Path | str) -> FileLock:
+    """The lock of an output, held.
+
+    Raises:
+        OutputError: another process holds it.
+        OSError: its folder cannot be written to.
+    """
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
+    lock_file.open("a").close()  # a folder that cannot be written to would look like a held lock
+    lock = FileLock(lock_file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OutputError(f"another process is writing {output}; wait for it or choose another --output") from None
+    return lock
 
 
 def check_settings(path: Path | str, before: dict[str, Any], now: dict[str, Any]) -> None:

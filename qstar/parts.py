@@ -17,11 +17,10 @@ from uuid import uuid4
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
 from fsspec.implementations.local import LocalFileSystem
 
 from qstar.formats import SCHEMAS
-from qstar.output import FORMATS, OutputError, check_settings, explained, replacing
+from qstar.output import FORMATS, OutputError, check_settings, explained, locked, replacing
 
 KINDS = ("diagnostics", "errors", "samples")  # in the order in which a part's files are put there
 
@@ -59,14 +58,7 @@ class Parts:
     def __enter__(self) -> "Parts":
         with self._explained(self.url), self._stack:
             if self.is_local:
-                Path(self.place[1]).mkdir(parents=True, exist_ok=True)
-                (lock_file := Path(self.place[1]) / "lock").open("a").close()
-                try:
-                    self._stack.enter_context(FileLock(lock_file, timeout=0))
-                except Timeout:
-                    raise OutputError(
-                        f"another process is writing {self.url}; wait for it or choose another --output"
-                    ) from None
+                self._stack.callback(locked(Path(self.place[1]) / "lock", self.url).release)
             before = self.manifest()
             if before is None and self.numbers("samples"):
                 raise OutputError(f"{self.url} has parts and no manifest.json; choose another --output")

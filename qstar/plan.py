@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qstar.arguments import COUNT, Parser, number
+from qstar.arguments import COUNT, Parser, failed, number
 
 USABLE = 0.9  # of a GPU's memory; the rest is for activations, fragments and the driver
 FLEETS = (1, 8, 64, 1000)
@@ -222,8 +222,7 @@ def main(argv: list[str] | None = None) -> int:
             step=args.step_ms and args.step_ms / 1e3,
         )
     except (OSError, ValueError) as error:
-        print(f"python -m qstar.plan: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return failed(parser.prog, error)
     show(args, placed, Console(soft_wrap=True))
     return 0
 

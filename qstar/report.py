@@ -30,7 +30,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from qstar.analyze import Numbers, analysis, plotted, read_numbers
-from qstar.arguments import HelpFormatter, Parser
+from qstar.arguments import HelpFormatter, Parser, failed
 from qstar.decode import FIELDS
 from qstar.records import NULL, Record, RecordError, RunFiles
 
@@ -447,16 +447,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         print(make_report(args.files, args.output, args.tokenizer, Console(stderr=True, soft_wrap=True)))
     except (RecordError, ReportError) as error:
-        message = str(error)
+        return failed(parser.prog, error)
     except OSError as error:
-        message = f"{error.filename or args.output}: {error.strerror or error}"
+        return failed(parser.prog, f"{error.filename or args.output}: {error.strerror or error}")
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
-    else:
-        return 0
-    print(f"python -m qstar.report: error: {' '.join(message.split())}", file=sys.stderr)
-    return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers.utils import logging
 
-from qstar.arguments import Job
+from qstar.arguments import Job, failed
 from qstar.data import Prompt
 from qstar.decode import DecodeOptions
 from qstar.demo import PROMPTS
@@ -268,20 +268,25 @@ def blocks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 def run_command(command: str, job: Job, make_run: Callable[[Job, Pair, Console], Run]) -> int:
     """Load the pair and run; 0 if every sample is on disk, 1 with one line on stderr if something failed."""
 
-    def failed(message: str) -> int:
-        print(f"python -m {command}: error: {' '.join(message.split())}", file=sys.stderr)
-        return 1
-
-    console = Console(stderr=False, soft_wrap=True)
-    try:
+    def run() -> int:
+        console = Console(stderr=False, soft_wrap=True)
         with job.output:
             console.print(f"prompts: {job.prompts.description}", markup=False, highlight=False)
             make_run(job, load_pair(job.args), console).run()
             return 1 if job.output.errors else 0
+
+    return one_line_if_it_fails(command, run)
+
+
+def one_line_if_it_fails(command: str, run: Callable[[], int]) -> int:
+    """What `run` returns; 1, or 130 for an interruption, with one line on stderr if it raises."""
+    try:
+        return run()
     except torch.OutOfMemoryError:
-        return failed("out of memory; start again with a smaller --batch-size, what is on disk is kept")
+        message = "out of memory; start again with a smaller --batch-size, what is on disk is kept"
+        return failed(f"python -m {command}", message)
     except (OutputError, ValueError, OSError, ImportError) as error:
-        return failed(str(error))
+        return failed(f"python -m {command}", error)
     except KeyboardInterrupt:
         print("interrupted; start the same command again to go on", file=sys.stderr)
         return 130

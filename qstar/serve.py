@@ -4,7 +4,7 @@ import os
 import sys
 from argparse import Namespace
 
-from qstar.arguments import Parser, prepare_serve, settings_of
+from qstar.arguments import Parser, failed, prepare_serve, settings_of
 from qstar.vllm import SERVER
 
 NAME = "qstar"  # of the model in requests, unless --served-model-name says another
@@ -18,14 +18,14 @@ def server_arguments(parser: Parser, args: Namespace, of_vllm: list[str]) -> Nam
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from qstar.vllm.params import FORCED
+    from qstar.vllm.params import rule_fields
 
     theirs = make_arg_parser(FlexibleArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False))
     theirs.error = parser.error
     said = theirs.parse_args(of_vllm)
     try:
         pair = EnginePair(args.model_theta, args.model_t, dtype=said.dtype, trust_remote_code=said.trust_remote_code)
-        rule = vars(settings_of(args)) | {name: getattr(args, name) for name in FORCED}
+        rule = rule_fields(settings_of(args), args)
         options = engine_options(pair, said.dtype, rule)
     except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))
@@ -61,8 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         uvloop.run(run_server(arguments))
     except (RuntimeError, ValueError, OSError) as error:
-        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return failed(parser.prog, error)
     except KeyboardInterrupt:
         return 130
     return 0

@@ -5,6 +5,7 @@ take minutes, and are `slow`.
 """
 
 import argparse
+import gzip
 import json
 import math
 import os
@@ -349,6 +350,19 @@ def test_a_prompt_that_kills_its_worker_is_set_aside(nodes, tmp_path, demo_pair)
     assert error["prompt_index"] == 2
     assert error["error"] == "killed its worker 2 times"
     assert [line["prompt_index"] for line in lines(tmp_path / "out" / "samples" / "part-000000.jsonl")] == [0, 1, 3]
+
+
+@pytest.mark.slow
+def test_data_that_break_off(tmp_path):
+    """What the reader says is told as it says it, and nothing of Ray's."""
+    data = tmp_path / "data.jsonl.gz"
+    data.write_bytes(gzip.compress(PROMPTS.read_bytes())[:-2000])
+    argv = ["--dataset", str(data), "--num-samples", "100", *JOB, "--num-workers", "1"]
+    error = one_line(on_ray(tmp_path / "out", *argv))
+    assert re.search(r"error: --dataset '\S+data.jsonl.gz' breaks off after \d+ rows", error)
+    assert "Traceback" not in error
+    assert "ray::" not in error
+    assert len(error) < 500
 
 
 # as a full disk is found out: when what was written is to be kept

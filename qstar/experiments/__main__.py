@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from qstar.arguments import COUNT, HelpFormatter, Parser, check_folder, weights_fingerprint
+from qstar.arguments import COUNT, HelpFormatter, Parser, check_folder, failed, weights_fingerprint
 from qstar.demo import THETA, T
 
 EXPERIMENTS = ("main", "ablation", "scaling", "speculation", "long_run")
@@ -90,8 +90,7 @@ def main(argv: list[str] | None = None) -> int:
             found = results.run(path, studies.cells(name), seeds, settings, partial(print, flush=True))
             report.write(name, found, args.output)
     except (OSError, ValueError, OutputError) as error:
-        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return failed(parser.prog, error)
     print(f"results: {args.output}")
     return 0
 

@@ -12,6 +12,8 @@ import signal
 import threading
 
 ARCHITECTURE = "QStarPairForCausalLM"
+WORKER = "qstar.vllm.worker.PairWorker"
+DUAL_PROMPTS = "with --backend vllm both models see one prompt; use --backend transformers for prompts that differ"
 SERVER = "QSTAR_SERVER"  # set in the environment of a server and so of its engine
 
 

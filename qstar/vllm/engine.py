@@ -14,10 +14,8 @@ from qstar.decode import DecodeOptions, Ending, Request, Sample
 from qstar.output import OutputError
 from qstar.pair import Pair
 from qstar.speculate import Tally
-from qstar.vllm import ARCHITECTURE, register
-from qstar.vllm.params import extra_args, numbers_key
-
-DUAL_PROMPTS = "with --backend vllm both models see one prompt; use --backend transformers for prompts that differ"
+from qstar.vllm import ARCHITECTURE, DUAL_PROMPTS, WORKER, register
+from qstar.vllm.params import PREFIX, numbers_key, of_any_rank, rule_fields
 
 CPU_CACHE_BYTES = 2 << 30  # for both KV caches: on a CPU vLLM's own default is nearly all of the memory
 
@@ -111,7 +109,7 @@ class EnginePair(Pair):
 def engine_options(pair: Pair, dtype: str = "auto", rule: dict[str, Any] | None = None) -> dict[str, Any]:
     """Arguments of `vllm.EngineArgs` that make its model the pair.
 
-    `rule` has the fields of a `Settings`, and the two options beside them, for requests that say nothing of their own.
+    `rule` (`params.rule_fields`) is for requests that say nothing of their own.
     """
     from vllm.platforms import current_platform
 
@@ -125,7 +123,7 @@ def engine_options(pair: Pair, dtype: str = "auto", rule: dict[str, Any] | None 
         "dtype": "float32" if dtype == "auto" and on_cpu else dtype,
         "max_model_len": pair.context,
         "hf_overrides": {"architectures": [ARCHITECTURE], "vocab_size": pair.vocab_size, "qstar": told},
-        "worker_cls": "qstar.vllm.worker.PairWorker",
+        "worker_cls": WORKER,
         "logits_processors": ["qstar.vllm.params:PairParams"],
         "generation_config": "vllm",
         "async_scheduling": False,  # never run with a pair: vLLM has it on GPUs only
@@ -206,14 +204,14 @@ class EngineDecoder:
         from vllm.sampling_params import RequestOutputKind
 
         name, options = f"qstar-{next(self.names)}", self.options
-        extra = extra_args(vars(options.settings), options.force_t_first_token, options.force_t_special_tokens)
+        rule = {PREFIX + name: value for name, value in rule_fields(options.settings, options).items()}
         params = SamplingParams(
             temperature=0.0,  # vLLM's own, whose sampler draws nothing here
             max_tokens=request.max_new_tokens,
             stop_token_ids=sorted(self.ending.eos_ids),
             detokenize=False,
             output_kind=RequestOutputKind.DELTA if options.stop else RequestOutputKind.FINAL_ONLY,
-            extra_args=extra | {"qstar_seed": request.seed, "qstar_key": name},
+            extra_args=rule | {"qstar_seed": request.seed, "qstar_key": name},
         )
         self.engine.add_request(name, TokensPrompt(prompt_token_ids=request.ids_theta), params)
         return name
@@ -243,13 +241,11 @@ class EngineDecoder:
         if not names:
             return {}
         keys = [numbers_key(name) for name in names]
-        # the ranks of a group have drawn the same; ranks that hold other layers none
-        return next((found for found in self.engine.collective_rpc("pop_numbers", args=(keys,)) if found), {})
+        return of_any_rank(self.engine.collective_rpc("pop_numbers", args=(keys,)))
 
     def _fill(self, sample: Sample, numbers: list[list[float]]) -> None:
         for token, status, *values in numbers:
-            if sample.add(status, values):
-                sample.token_ids.append(int(token))
+            sample.draw(token, status, values)
             self.ending.finish(sample)
             if sample.finish_reason:
                 return

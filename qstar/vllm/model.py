@@ -1,6 +1,7 @@
 """The pair as one vLLM model: two sub-models of any architectures vLLM has, on the same tokens and block tables."""
 
 from collections.abc import Iterable
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,8 @@ from vllm.model_executor.model_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
 from vllm.transformers_utils.config import get_config
 
-WORKER = "qstar.vllm.worker.PairWorker"
+from qstar.vllm import WORKER
+
 SIDES = ("theta", "t")
 
 
@@ -67,21 +69,9 @@ class QStarPairForCausalLM(nn.Module):
         return torch.cat([of_model[:, : self.vocab_size] for of_model in logits], -1)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        loaded, of_t = set(), []
-
-        def of_theta():
-            for name, tensor in weights:
-                if name.startswith("t:"):
-                    of_t.append((name.removeprefix("t:"), tensor))
-                    return
-                yield name, tensor
-
-        def rest():
-            yield from of_t
-            for name, tensor in weights:
-                yield name.removeprefix("t:"), tensor
-
-        weights = iter(weights)
-        for name, its in (("theta", of_theta()), ("t", rest())):
-            loaded |= {f"{name}.{parameter}" for parameter in getattr(self, name).load_weights(its)}
+        loaded = set()
+        for of_t, its in groupby(weights, key=lambda weight: weight[0].startswith("t:")):  # π_θ's come first
+            name = SIDES[of_t]
+            parameters = getattr(self, name).load_weights((key.removeprefix("t:"), tensor) for key, tensor in its)
+            loaded |= {f"{name}.{parameter}" for parameter in parameters}
         return loaded

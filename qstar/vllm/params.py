@@ -75,10 +75,14 @@ def place(name: str) -> tuple[int, int]:
     return int(found[2] or 0), int(found[1] or 0)
 
 
-def extra_args(settings: dict[str, Any], force_t_first_token: bool, force_t_special_tokens: bool) -> dict[str, Any]:
-    """What says in `extra_args` all that a `Rule` depends on."""
-    forced = {"force_t_first_token": force_t_first_token, "force_t_special_tokens": force_t_special_tokens}
-    return {PREFIX + name: value for name, value in (settings | forced).items()}
+def of_any_rank(numbers: list[dict[str, list[list[float]]]]) -> dict[str, list[list[float]]]:
+    """Of what all workers have popped: the ranks of a group have drawn the same, ranks that hold other layers none."""
+    return next((of_rank for of_rank in numbers if of_rank), {})
+
+
+def rule_fields(settings: Settings, options: Any) -> dict[str, Any]:
+    """All that a `Rule` is chosen by, as JSON has it; `options` has the attributes `FORCED`."""
+    return vars(settings) | {name: getattr(options, name) for name in FORCED}
 
 
 def rule(params: SamplingParams, pair: dict[str, Any]) -> Rule:

@@ -8,9 +8,12 @@ import json
 from typing import Any
 from uuid import uuid4
 
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import JSONResponse
+
 from qstar.decode import FIELDS, Request, Sample
 from qstar.formats import finite
-from qstar.vllm.params import PREFIX, numbers_key
+from qstar.vllm.params import PREFIX, numbers_key, of_any_rank
 
 PATHS = ("/v1/chat/completions", "/v1/completions")
 
@@ -27,7 +30,7 @@ class Numbers:
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in PATHS:
             return await self.app(scope, receive, send)
-        body = await read(receive)
+        body = await HTTPRequest(scope, receive).body()
         try:
             asked = json.loads(body)
         except ValueError:
@@ -39,7 +42,8 @@ class Numbers:
         try:
             body = json.dumps(with_numbers(asked, key, pair["eos_ids"])).encode()
         except ValueError as error:
-            return await refuse(send, str(error))
+            refusal = {"message": str(error), "type": "BadRequestError", "param": None, "code": 400}
+            return await JSONResponse({"error": refusal}, 400)(scope, receive, send)
         headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
         scope = {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
         answer = Answer(send, engine, key, asked.get("n") or 1, bool(wants_tokens))
@@ -124,8 +128,7 @@ class Answer:
             self.lengths[index] = self.lengths.get(index, 0) + len(choice.get("token_ids") or ())
         ended = {numbers_key(self.key, *divmod(c["index"], self.n)): c for c in choices if c.get("finish_reason")}
         if ended:
-            found = await self.engine.collective_rpc("pop_numbers", args=(list(ended),))
-            numbers = next((of_rank for of_rank in found if of_rank), {})
+            numbers = of_any_rank(await self.engine.collective_rpc("pop_numbers", args=(list(ended),)))
             for key, choice in ended.items():
                 choice["qstar"] = numbers_of_choice(numbers.get(key, []), self.lengths[choice["index"]])
         if not self.wants_tokens:
@@ -143,20 +146,10 @@ def numbers_of_choice(rows: list[list[float]], length: int) -> dict[str, Any]:
     """
     sample = Sample(Request(None, [], [], 0, length))
     for token, status, *values in rows[:length]:  # the engine may have gone on past a stop string
-        if not sample.add(status, values):
+        if not sample.draw(token, status, values):
             break
-        sample.token_ids.append(int(token))
     numbers = {name: [finite(value) for value in sample.fields[name]] for name in FIELDS}
     return {"token_ids": sample.token_ids, **numbers, "error": sample.error}
-
-
-async def read(receive) -> bytes:
-    """The whole body of a request."""
-    body, more = b"", True
-    while more:
-        message = await receive()
-        body, more = body + message.get("body", b""), message.get("more_body", False)
-    return body
 
 
 def replay(body: bytes, receive):
@@ -167,11 +160,3 @@ def replay(body: bytes, receive):
         return messages.pop() if messages else await receive()
 
     return first_the_body
-
-
-async def refuse(send, message: str) -> None:
-    """Answer HTTP 400."""
-    error = {"message": message, "type": "BadRequestError", "param": None, "code": 400}
-    headers = [(b"content-type", b"application/json")]
-    await send({"type": "http.response.start", "status": 400, "headers": headers})
-    await send({"type": "http.response.body", "body": json.dumps({"error": error}, ensure_ascii=False).encode()})
