@@ -1,5 +1,6 @@
 """Two-model decoding as people write it, and the clock that ours is taken apart with."""
 
+import copy
 import functools
 import time
 from collections.abc import Callable, Iterator
@@ -72,9 +73,10 @@ def plain_loop(
 
 def own_loop(pair: Pair, requests: list[Request], to_the_limit: bool, **options) -> list[Sample]:
     """Ours, in one batch unless `batch_size` says otherwise; `to_the_limit` draws all tokens asked for, past EOS."""
-    decoder = pair.decoder(DecodeOptions(**{"batch_size": len(requests)} | options))
     if to_the_limit:
-        decoder.eos_ids, decoder.eos_tensor = set(), torch.empty(0, dtype=torch.int64)
+        pair = copy.copy(pair)
+        pair.eos_ids = set()
+    decoder = pair.decoder(DecodeOptions(**{"batch_size": len(requests)} | options))
     return sorted(decoder.run(requests), key=lambda s: s.request.key)
 
 

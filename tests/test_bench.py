@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from bench.competitors import research_step
+from bench.loops import own_loop, plain_loop
 from bench.report import main
+from bench.test_decode import first_requests
 from bench.test_step import check_exact, llm_like
 from qstar_kernels import qstar_sample
+from qstar_kernels.types import Settings
 
 
 def run(ours: float, date: str = "2030-01-01T00:00:00", cpu: str = "Some CPU") -> dict:
@@ -97,6 +100,18 @@ def test_research_code_is_right():
     check_exact(theta, t, index)
     exact = qstar_sample(theta, t, seeds=index, positions=index, impl="reference")
     torch.testing.assert_close(research_step(theta, t)["alpha"], exact.alpha, atol=1e-4, rtol=0)
+
+
+def test_both_loops_go_on_past_eos(demo_pair):
+    """Whole loops are timed over as many tokens as were asked for, and on equal ones: at every batch size."""
+    requests = first_requests(demo_pair, 6, 40)
+    greedy = plain_loop(demo_pair, requests, cached=True, greedy=True)
+    assert torch.isin(greedy[:, :-1], torch.tensor(sorted(demo_pair.eos_ids))).any()
+    for batch_size in (1, 4, 6):
+        own = own_loop(demo_pair, requests, True, batch_size=batch_size, settings=Settings(temperature=0.0))
+        assert [s.token_ids for s in own] == greedy.tolist()
+    ended = own_loop(demo_pair, requests, False, settings=Settings(temperature=0.0))
+    assert any(s.finish_reason == "eos" for s in ended)
 
 
 def test_what_is_wrong_is_not_timed(monkeypatch):

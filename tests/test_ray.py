@@ -226,10 +226,11 @@ def test_kills(by_one_process, prompts, tmp_path):
             time.sleep(rng.uniform(0.05, 0.3))
             # while a part is in the works
             if any((folder / "attempts").glob("*.json")):
-                workers = [p for p in psutil.Process(run.pid).children(recursive=True) if "MapWorker" in p.name()]
-                if workers:
-                    rng.choice(workers).kill()
-                    killed += 1
+                with suppress(psutil.NoSuchProcess):  # it ended between the look and the kill
+                    workers = [p for p in psutil.Process(run.pid).children(recursive=True) if "MapWorker" in p.name()]
+                    if workers:
+                        rng.choice(workers).kill()
+                        killed += 1
         if runs < 2 and run.poll() is None:
             time.sleep(rng.uniform(0, 3))
             kill_all([run.pid])
