@@ -490,13 +490,14 @@ def finish_kernel(
         token = tl.full([], -1, tl.int64)
         if DRAW == GIVEN:
             token = tl.load(tokens + i_row)
-        elif (DRAW != NO_TOKEN) & (status == 0):
-            seed, position = tl.load(seeds + i_row), tl.load(positions + i_row)
-            # the masses may be this very program's stores, made by other threads
-            tl.debug_barrier()
-            token = draw_token(
-                theta, t, row, masses, seed, position, vocab_size, groups, tops, inv_temperature, DRAW, GROUPS
-            ).to(tl.int64)
+        elif DRAW != NO_TOKEN:
+            if status == 0:
+                seed, position = tl.load(seeds + i_row), tl.load(positions + i_row)
+                # the masses may be this very program's stores, made by other threads
+                tl.debug_barrier()
+                token = draw_token(
+                    theta, t, row, masses, seed, position, vocab_size, groups, tops, inv_temperature, DRAW, GROUPS
+                ).to(tl.int64)
         tl.store(statuses + i_row, status.to(tl.int64))
         if (DRAW == SAMPLED) | (DRAW == GREEDY):
             tl.store(tokens + i_row, token)
