@@ -44,14 +44,16 @@ def qstar_sample(
     count do not enter (theory/computation.md, «The draw»).
 
     Args:
-        logits_theta, logits_t: [B, V] floating point, any strides. −inf, or anything
-            below −1e30 such as finfo.min, marks a token that a model forbids.
+        logits_theta, logits_t: [B, V] floating point, any strides. A token that a model forbids is marked by −inf or
+            by the least finite number of the logits' own type: −65504 in float16, anything from −1e30 down in bfloat16,
+            float32 and float64. Any other number is a logit, −1e4 too.
         seeds: int64 [B], the seed of each sequence.
         positions: int64 [B], index of the token that is being drawn, the same token never twice for one seed.
         method: the rule for α: `kl_symmetry` (KL(q*‖π_θ) = KL(q*‖π_t), the minimax point), `ess_balance`,
             `reverse_kl_symmetry`, `entropy`, or `fixed` with `alpha`.
         alpha_min, alpha_max: α is clamped to this range after the solve.
-        temperature: divides both rows before they are mixed; 0 takes the most probable token of q* at temperature 1.
+        temperature: divides both rows before they are mixed, 1e-6 to 1e6; 0 takes the most probable token that is left
+            of q* at temperature 1.
         target_top_k, target_top_p: restrict q* to the tokens that π_t's top-k and top-p keep, after the α solve.
         top_k, top_p, min_p: truncate q* after that, in this order; the token that crosses `top_p` is kept, and so are
             ties of the last token kept.
@@ -63,6 +65,9 @@ def qstar_sample(
 
     Returns:
         `QStarStep` with every field set. A row that cannot be sampled from has `status` ≠ 0, token −1 and NaN numbers.
+        So has a row (`Status.INEXACT`) whose numbers contradict one another to the end: α outside its range, a negative
+        KL, a residual of the rule above its tolerance, log q above 0. The fast ways are looked at like this too, and
+        the row is solved again in float64 where they fail.
 
     Raises:
         ValueError: shapes, vocabularies or settings that do not fit; the message says what would.

@@ -10,6 +10,7 @@ log-partition curve F(α) = logsumexp_C(b + α d):
 with N_θ, N_t the log-normalisers of the whole rows and s = N_θ − N_t. The default rule is F'(α) = s.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,10 +18,9 @@ import torch
 from torch import Tensor
 
 from qstar_kernels.noise import GROUP_SIZE, GROUP_STREAM, TOKEN_STREAM, gumbel
-from qstar_kernels.types import QStarStep, Settings, Status
+from qstar_kernels.types import QStarStep, Settings, Status, mask_of
 
-# A logit below this means −inf: masks are also written as finfo.min, and −3e38 as a number makes a curve with corners
-LOWEST = -1e30
+TINY_ENTROPY = 1e-300  # entropies below this have lost digits, or themselves, to underflow: then α is ½
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Pair:
     common: Tensor  # bool [B, V], tokens finite in both rows
     norm_theta: Tensor  # [B], N_θ
     norm_t: Tensor  # [B], N_t
-    theta_inside: Tensor  # bool [B], π_θ has no mass outside the common support
+    theta_inside: Tensor  # bool [B], π_θ allows no token outside the common support
     t_inside: Tensor  # bool [B], likewise π_t
 
     @property
@@ -67,10 +67,10 @@ def status_of(theta: Tensor, t: Tensor) -> Tensor:
     return status
 
 
-def make_pair(theta: Tensor, t: Tensor) -> Pair:
+def make_pair(theta: Tensor, t: Tensor, temperature: float = 1.0) -> Pair:
     """Subtract the maxima of both rows, so that common offsets cost no precision, and find the supports."""
-    a = theta - theta.amax(-1, keepdim=True)
-    b = t - t.amax(-1, keepdim=True)
+    a = (theta - theta.amax(-1, keepdim=True)) / temperature
+    b = (t - t.amax(-1, keepdim=True)) / temperature
     common = a.isfinite() & b.isfinite()
     return Pair(
         a=a,
@@ -91,7 +91,8 @@ def solve_increasing(f: Callable[[Tensor], tuple[Tensor, Tensor]], like: Tensor)
     alpha = torch.full_like(like, 0.5)
     low, high = torch.zeros_like(like), torch.ones_like(like)
     done = torch.zeros_like(like, dtype=torch.bool)
-    for _ in range(80):
+    last, before = torch.ones_like(like), torch.ones_like(like)  # the two steps made last
+    for _ in range(200):
         value, derivative = f(alpha)
         # convergence first: at the root rounding can put the Newton step on the bracket's end, and a bisection there
         # would throw α half a bracket away
@@ -101,15 +102,34 @@ def solve_increasing(f: Callable[[Tensor], tuple[Tensor, Tensor]], like: Tensor)
         low = torch.where(value < 0, alpha, low)
         high = torch.where(value > 0, alpha, high)
         newton = alpha - value / derivative
-        inside = (newton > low) & (newton < high)
-        alpha = torch.where(done, alpha, torch.where(inside, newton, (low + high) / 2))
+        # steps that do not shrink are those of an exponential tail, hundreds of them
+        taken = (newton > low) & (newton < high) & ((newton - alpha).abs() < before / 2)
+        step = torch.where(taken, newton, (low + high) / 2)
+        last, before = (step - alpha).abs(), last
+        alpha = torch.where(done, alpha, step)
     return alpha
 
 
-def entropy(logits: Tensor, norm: Tensor) -> Tensor:
-    """Entropy in nats [B] of the softmax of `logits` [B, V]."""
-    log_p = logits - norm[:, None]
-    return -torch.where(log_p.isfinite(), log_p.exp() * log_p, 0.0).sum(-1)
+def entropy(a: Tensor) -> Tensor:
+    """Entropy in nats [B] of the softmax of `a` [B, V], whose maximum is 0.
+
+    A sum of terms that are not negative: log Σ e^a is 1e-40 on a nearly certain row, and so is its entropy.
+    """
+    top = a == 0
+    weights = torch.where(top, 0.0, a.exp())  # [B, V], of the others
+    others, maxima = weights.sum(-1), top.sum(-1)
+    first = torch.where(weights > 0, weights * a, 0.0).sum(-1)
+    return maxima.log() + (others / maxima).log1p() - first / (maxima + others)
+
+
+def balance(pair: Pair, method: str, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """What vanishes at the α of `kl_symmetry` or `ess_balance`, increasing in α, and its derivative: [B] each."""
+    if method == "kl_symmetry":
+        _, _, slope, curvature = pair.curve(alpha)
+        return slope - pair.secant, curvature
+    _, f_low, slope_low, _ = pair.curve(-alpha)
+    _, f_high, slope_high, _ = pair.curve(2 - alpha)
+    return f_low - f_high + 2 * pair.secant, slope_high - slope_low
 
 
 def solve_alpha(pair: Pair, settings: Settings) -> Tensor:
@@ -119,33 +139,23 @@ def solve_alpha(pair: Pair, settings: Settings) -> Tensor:
     if settings.method == "fixed":
         alpha = one * settings.alpha
     elif settings.method == "entropy":
-        h_theta, h_t = entropy(pair.a, pair.norm_theta), entropy(pair.b, pair.norm_t)
+        h_theta, h_t = entropy(pair.a), entropy(pair.b)
         total = h_theta + h_t
-        alpha = torch.where(total > 0, h_theta / total, 0.5)
+        alpha = torch.where(total > TINY_ENTROPY, h_theta / total, 0.5)
     else:
         _, f0, slope0, _ = pair.curve(zero)
         _, f1, slope1, _ = pair.curve(one)
-        if settings.method == "kl_symmetry":
-
-            def balance(alpha: Tensor) -> tuple[Tensor, Tensor]:
-                _, _, slope, curvature = pair.curve(alpha)
-                return slope - s, curvature
-
-            alpha = solve_increasing(balance, s)
-            at_zero, at_one = slope0 - s, slope1 - s
-        elif settings.method == "ess_balance":
-
-            def balance(alpha: Tensor) -> tuple[Tensor, Tensor]:
-                _, f_low, slope_low, _ = pair.curve(-alpha)
-                _, f_high, slope_high, _ = pair.curve(2 - alpha)
-                return f_low - f_high + 2 * s, slope_high - slope_low
-
-            alpha = solve_increasing(balance, s)
-            at_zero, at_one = balance(zero)[0], balance(one)[0]
-        else:  # reverse_kl_symmetry
+        if settings.method == "reverse_kl_symmetry":
             spread = slope1 - slope0
             alpha = torch.where(spread > 1e-14, (slope1 - s) / spread, 0.5)
             at_zero, at_one = slope0 - s, slope1 - s
+        else:
+
+            def rule(alpha: Tensor) -> tuple[Tensor, Tensor]:
+                return balance(pair, settings.method, alpha)
+
+            alpha = solve_increasing(rule, s)
+            at_zero, at_one = rule(zero)[0], rule(one)[0]
         # without a root inside, which takes different supports, the better of the two ends
         rootless = (at_zero > 0) | (at_one < 0)
         kl_at_zero = torch.maximum(*pair.kls(zero, f0, slope0))
@@ -153,6 +163,27 @@ def solve_alpha(pair: Pair, settings: Settings) -> Tensor:
         flat = pair.theta_inside & pair.t_inside  # equal supports always have a root; a missing one is rounding
         alpha = torch.where(rootless & ~flat, torch.where(kl_at_zero <= kl_at_one, zero, one), alpha)
     return alpha.clamp(settings.alpha_min, settings.alpha_max)
+
+
+def holds(pair: Pair, settings: Settings, alpha: Tensor, kl_theta: Tensor, kl_t: Tensor, logq: Tensor | None) -> Tensor:
+    """bool [B], the last look at a row: what must be true of its numbers whatever the logits are.
+
+    α in its range; both KLs not negative; the rule's residual within `tol` (relative to KLs above 1), or α at the end
+    of its range that the residual points to, or at an end for want of a root; log q of the drawn token finite and not
+    positive. Sums of float64 leave 1e-9 of rounding on the largest rows.
+    """
+    low, high = settings.alpha_min, settings.alpha_max
+    size = torch.maximum(kl_theta, kl_t).clamp(min=1)
+    good = (alpha >= low) & (alpha <= high) & (torch.minimum(kl_theta, kl_t) >= -1e-9 * size) & size.isfinite()
+    if settings.method in ("kl_symmetry", "ess_balance"):
+        residual, _ = balance(pair, settings.method, alpha)
+        at_low, at_high = alpha <= low, alpha >= high
+        rootless = ~(pair.theta_inside & pair.t_inside) & (at_low | at_high)
+        stopped = (at_low & (residual > 0)) | (at_high & (residual < 0))
+        good &= (residual.abs() <= settings.tol * size) | stopped | rootless
+    if logq is not None:
+        good &= (logq <= 1e-9) & logq.isfinite()
+    return good
 
 
 def top_p_threshold(log_p: Tensor, top_p: float) -> Tensor:
@@ -187,7 +218,7 @@ def truncate(log_q: Tensor, pair: Pair, settings: Settings) -> Tensor:
     empty = log_q.isneginf().all(-1, keepdim=True)
     log_q = cut(torch.where(empty, 0.0, log_q), settings.top_k, settings.top_p)
     if settings.min_p > 0:
-        floor = log_q.amax(-1, keepdim=True) + torch.tensor(settings.min_p, dtype=log_q.dtype).log()
+        floor = log_q.amax(-1, keepdim=True) + math.log(settings.min_p)
         log_q = log_q.masked_fill(log_q < floor, -torch.inf).log_softmax(-1)
     return log_q.masked_fill(empty, -torch.inf)
 
@@ -230,13 +261,12 @@ def qstar_reference(
     Returns:
         the fields in float64, and log q [B, V] in float64 or None.
     """
-    theta, t = logits_theta.double(), logits_t.double()
-    theta, t = (x.masked_fill(x < LOWEST, -torch.inf) for x in (theta, t))
+    masked = (x.masked_fill(x <= mask_of(x.dtype), -torch.inf) for x in (logits_theta, logits_t))
+    theta, t = (x.double() for x in masked)
     status = status_of(theta, t)
     bad = status != Status.OK
     theta, t = theta.masked_fill(bad[:, None], 0.0), t.masked_fill(bad[:, None], 0.0)
-    tempering = settings.temperature if settings.temperature > 0 else 1.0
-    pair = make_pair(theta / tempering, t / tempering)
+    pair = make_pair(theta, t, settings.temperature or 1.0)
     alpha = solve_alpha(pair, settings)
     log_q, f, slope, _ = pair.curve(alpha)
     kl_theta, kl_t = pair.kls(alpha, f, slope)
@@ -245,31 +275,33 @@ def qstar_reference(
     log_q = truncate(log_q, pair, settings)
     empty = log_q.isneginf().all(-1) & ~bad
     status = torch.where(empty, int(Status.EMPTY), status)
+    token, drawn = tokens, None
+    if seeds is not None:
+        token = log_q.argmax(-1) if settings.temperature == 0 else draw(log_q, seeds, positions)
+        drawn = log_q.gather(-1, token[:, None])[:, 0].masked_fill(status != Status.OK, 0.0)
+    bad |= ~holds(pair, settings, alpha, kl_theta, kl_t, drawn)
+    status = torch.where(bad & (status == Status.OK), int(Status.INEXACT), status)
+    unusable = status != Status.OK
 
-    def masked(field: Tensor) -> Tensor:
+    def of_row(field: Tensor) -> Tensor:
         return field.masked_fill(bad, torch.nan)
 
     step = QStarStep(
-        alpha=masked(alpha),
-        kl_theta=masked(kl_theta.clamp(min=0)),
-        kl_t=masked(kl_t.clamp(min=0)),
-        ess_theta=masked(ess_theta.clamp(max=1)),
-        ess_t=masked(ess_t.clamp(max=1)),
+        alpha=of_row(alpha),
+        kl_theta=of_row(kl_theta.clamp(min=0)),
+        kl_t=of_row(kl_t.clamp(min=0)),
+        ess_theta=of_row(ess_theta.clamp(max=1)),
+        ess_t=of_row(ess_t.clamp(max=1)),
         status=status,
     )
-    unusable = status != Status.OK
-    if seeds is not None:
-        chosen = log_q.argmax(-1) if settings.temperature == 0 else draw(log_q, seeds, positions)
-        step.token = chosen.masked_fill(unusable, -1)
-    elif tokens is not None:
-        step.token = tokens
-    if step.token is not None:
+    if token is not None:
+        step.token = token.masked_fill(unusable, -1) if seeds is not None else token
         known = (step.token >= 0) & (step.token < theta.shape[1]) & ~unusable
         index = step.token.clamp(0, theta.shape[1] - 1)[:, None]
 
         def at_token(log_p: Tensor) -> Tensor:
-            return log_p.gather(-1, index).squeeze(-1).masked_fill(~known, torch.nan)
+            return log_p.gather(-1, index).squeeze(-1).clamp(max=0).masked_fill(~known, torch.nan)
 
         step.logq = at_token(log_q)
         step.logp_theta, step.logp_t = at_token(theta.log_softmax(-1)), at_token(t.log_softmax(-1))
-    return step, log_q.masked_fill(unusable[:, None], torch.nan) if want_log_q else None
+    return step, log_q.clamp(max=0).masked_fill(unusable[:, None], torch.nan) if want_log_q else None

@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from enum import IntEnum
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -19,6 +20,21 @@ class Status(IntEnum):
     NO_SUPPORT = 3  # all logits of a row are −inf
     DISJOINT = 4  # no token is finite in both rows
     EMPTY = 5  # truncation leaves no token: π_t's top-k/top-p support has none that both models allow
+    INEXACT = 6  # the row failed the last look at its own numbers, in float64 too
+
+
+# What float64 can tell apart on rows of any kind. Beyond it a row is one token, or all of them alike
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
+
+
+def mask_of(dtype: torch.dtype) -> float:
+    """The greatest logit of a type that means −inf.
+
+    Masks are also written as the least finite number of the logits' type, which taken literally puts corners into the
+    curve that have nothing to do with the two models. That number is −65504 for float16; for the wider types anything
+    from −1e30 down is taken for one.
+    """
+    return torch.finfo(dtype).min if dtype == torch.float16 else -1e30
 
 
 @dataclass(frozen=True)
@@ -46,17 +62,31 @@ class Settings:
             if not accepted:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {range_}")
 
+        def number(name: str, low: float, high: float, range_: str, above: bool = False) -> None:
+            value = getattr(self, name)
+            real = isinstance(value, Real) and not isinstance(value, bool)
+            check(name, real and (low < value if above else low <= value) and value <= high, range_)
+            object.__setattr__(self, name, float(value))
+
+        def count(name: str) -> None:
+            value = getattr(self, name)
+            whole = isinstance(value, Integral) and not isinstance(value, bool)
+            check(name, whole and value >= 0, "an integer, at least 0 (0 keeps all tokens)")
+            object.__setattr__(self, name, min(int(value), 2**63 - 1))  # more than any vocabulary has
+
         check("method", self.method in METHODS, f"one of {', '.join(METHODS)}")
-        check("alpha", 0 <= self.alpha <= 1, "in [0, 1]: the weight of π_θ")
-        check("alpha_min", 0 <= self.alpha_min <= 1, "in [0, 1]")
-        check("alpha_max", self.alpha_min <= self.alpha_max <= 1, f"in [alpha_min = {self.alpha_min}, 1]")
-        check("temperature", 0 <= self.temperature < float("inf"), "finite and at least 0 (0 is greedy)")
-        check("top_k", self.top_k >= 0, "at least 0 (0 keeps all tokens)")
-        check("top_p", 0 < self.top_p <= 1, "in (0, 1] (1 keeps all tokens)")
-        check("min_p", 0 <= self.min_p <= 1, "in [0, 1] (0 keeps all tokens)")
-        check("target_top_k", self.target_top_k >= 0, "at least 0 (0 keeps all tokens)")
-        check("target_top_p", 0 < self.target_top_p <= 1, "in (0, 1] (1 keeps all tokens)")
-        check("tol", 0 < self.tol < 1, "in (0, 1)")
+        number("alpha", 0, 1, "in [0, 1]: the weight of π_θ")
+        number("alpha_min", 0, 1, "in [0, 1]")
+        number("alpha_max", self.alpha_min, 1, f"in [alpha_min = {self.alpha_min}, 1]")
+        range_ = f"0 (greedy), or in [{MIN_TEMPERATURE:g}, {MAX_TEMPERATURE:g}]"
+        number("temperature", 0, MAX_TEMPERATURE, range_)
+        check("temperature", self.temperature == 0 or self.temperature >= MIN_TEMPERATURE, range_)
+        count("top_k")
+        number("top_p", 0, 1, "in (0, 1] (1 keeps all tokens)", above=True)
+        number("min_p", 0, 1, "in [0, 1] (0 keeps all tokens)")
+        count("target_top_k")
+        number("target_top_p", 0, 1, "in (0, 1] (1 keeps all tokens)", above=True)
+        number("tol", 0, 1, "in (0, 1]", above=True)
 
     @property
     def truncates(self) -> bool:

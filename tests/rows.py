@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from qstar_kernels import QStarStep
-from qstar_kernels.reference import LOWEST, make_pair
+from qstar_kernels.reference import make_pair
+from qstar_kernels.types import mask_of
 
 FLOATS = ("alpha", "kl_theta", "kl_t", "ess_theta", "ess_t", "logq", "logp_theta", "logp_t")
 FIELDS = (*FLOATS, "status", "token")
@@ -100,9 +101,8 @@ def check_step(got: QStarStep, want: QStarStep, theta: Tensor, t: Tensor, names,
     """`got` is within the accuracy promised of the reference's `want`; `names` of the rows, `kwargs` of the call."""
     got = got.to(torch.float64)
     assert torch.equal(got.status, want.status)
-    tempering = kwargs.get("temperature") or 1.0
-    usable = (x.double().masked_fill(x < LOWEST, -INF) / tempering for x in (theta, t))
-    curvature = make_pair(*usable).curve(want.alpha)[3]
+    usable = (x.double().masked_fill(x <= mask_of(x.dtype), -INF) for x in (theta, t))
+    curvature = make_pair(*usable, kwargs.get("temperature") or 1.0).curve(want.alpha)[3]
     size = torch.maximum(want.kl_theta, want.kl_t).clamp(min=1)
     symmetric = kwargs.get("method", "kl_symmetry") == "kl_symmetry"
 
