@@ -124,7 +124,7 @@ def rescale(m0, m1, m2, drop_theta, drop_t, inv_temperature):
 
 @triton.jit
 def curve_tile(
-    a, b, tops, m0, m1, m2, rest, cold, extra, inv_temperature, TEMPERED: tl.constexpr, METHOD: tl.constexpr
+    a, b, tops, m0, m1, m2, rest, cold, extra, inv_temperature, TEMPERED: tl.constexpr, ENTROPIES: tl.constexpr
 ):
     """Add one tile of logits [N, SUB] to the sums of the first sweep; blocks [N] hold a sum a thread.
 
@@ -144,7 +144,7 @@ def curve_tile(
         difference = difference * scale_theta + m0[0] * (scale_theta - scale_t)
         outside_theta, outside_t = outside_theta * scale_theta, outside_t * scale_t
         m0, m1, m2 = rescale(m0, m1, m2, drop_theta, drop_t, inv_temperature)
-        if METHOD == BY_ENTROPY:
+        if ENTROPIES:
             count_theta, others_theta, first_theta, count_t, others_t, first_t = extra
             mass = (count_theta + others_theta) * scale_theta
             first_theta = first_theta * scale_theta + drop_theta * mass
@@ -164,7 +164,7 @@ def curve_tile(
     b = tl.maximum(b - top_t, FLOOR)  # [N, SUB]
     if TEMPERED:
         cold = (cold[0] + tl.sum(tl.exp(a), axis=1), cold[1] + tl.sum(tl.exp(b), axis=1))  # [N]
-    if METHOD == BY_ENTROPY:
+    if ENTROPIES:
         # maxima are counted apart: Σ e^a is 1 + tiny on a nearly certain row, and its entropy is made of the tiny part
         count_theta, others_theta, first_theta, count_t, others_t, first_t = extra
         mass_theta, mass_t = tl.exp(a * inv_temperature), tl.exp(b * inv_temperature)  # [N, SUB]
@@ -201,7 +201,7 @@ def curve_tile(
     return (top_theta, top_t), n0, n1, n2, (difference, outside_theta, outside_t, nans), cold, extra
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["s_partial"])
 def curve_kernel(
     theta,
     t,
@@ -212,7 +212,7 @@ def curve_kernel(
     s_partial,
     inv_temperature,
     TEMPERED: tl.constexpr,
-    METHOD: tl.constexpr,
+    ENTROPIES: tl.constexpr,
     CHUNK: tl.constexpr,
     LANES: tl.constexpr,
     SUB: tl.constexpr,
@@ -237,13 +237,13 @@ def curve_kernel(
         a = as_logits(tl.load(theta + first + o))  # [LANES, SUB]
         b = as_logits(tl.load(t + first + o))  # [LANES, SUB]
         tops, m0, m1, m2, rest, cold, extra = curve_tile(
-            a, b, tops, m0, m1, m2, rest, cold, extra, inv_temperature, TEMPERED, METHOD
+            a, b, tops, m0, m1, m2, rest, cold, extra, inv_temperature, TEMPERED, ENTROPIES
         )
     if whole < stop:
         a = as_logits(tl.load(theta + whole + o, mask=whole + o < stop, other=-INF))  # [LANES, SUB]
         b = as_logits(tl.load(t + whole + o, mask=whole + o < stop, other=-INF))  # [LANES, SUB]
         tops, m0, m1, m2, rest, cold, extra = curve_tile(
-            a, b, tops, m0, m1, m2, rest, cold, extra, inv_temperature, TEMPERED, METHOD
+            a, b, tops, m0, m1, m2, rest, cold, extra, inv_temperature, TEMPERED, ENTROPIES
         )
 
     partial += i_row * s_partial + i_chunk * CURVE_COLUMNS
@@ -255,7 +255,7 @@ def curve_kernel(
         tl.store(partial + DIFFERENCE + k, tl.sum(rest[k]))
     tl.store(partial + MAX_THETA, tops[0])
     tl.store(partial + MAX_T, tops[1])
-    if METHOD == BY_ENTROPY:
+    if ENTROPIES:
         for k in tl.static_range(6):
             tl.store(partial + ENTROPY + k, tl.sum(extra[k]))
     if TEMPERED:
@@ -332,7 +332,7 @@ def root_between(low, high, gap, curvature, o_node):
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def solve_kernel(
     partial,
     row,
@@ -508,7 +508,7 @@ def evaluate_tile(a, b, sums, mixed, sides, center, inv_temperature, SLOPES: tl.
     return (mass, first, second, mass_high, mass_low, first_high, first_low), lane_mass, tl.max(x, axis=2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks", "groups"])
 def evaluate_kernel(
     theta,
     t,
@@ -614,6 +614,17 @@ class Launch:
         self.kernel[self.grid](**self.arguments, num_warps=max(1, self.threads // warp))
 
 
+def aligned(logits: Tensor) -> Tensor:
+    """The same rows [B, V] where the kernels can read them 128 bits at a time: a copy where they do not lie so.
+
+    Triton lays out a program's threads by what it knows of the addresses, and with it the order of all sums. A row's
+    bits would depend on where it lies in memory, and the sweeps on unaligned rows hold eight times the sums a thread.
+    """
+    rows, vocab_size = logits.shape
+    lie_so = (logits.stride(1) == 1 or vocab_size == 1) and logits.stride(0) % 16 == 0 and logits.data_ptr() % 16 == 0
+    return logits if lie_so else logits.new_empty(rows, triton.cdiv(vocab_size, 16) * 16)[:, :vocab_size].copy_(logits)
+
+
 def plan(
     theta: Tensor,
     t: Tensor,
@@ -623,7 +634,10 @@ def plan(
     tokens: Tensor | None = None,
     want_log_q: bool = False,
 ) -> tuple[list[Launch], tuple[QStarStep, Tensor | None]]:
-    """The launches for at least one row, and what they fill; all sizes depend on B, V and the settings only."""
+    """The launches for at least one row, and what they fill; all sizes depend on B, V and the settings only.
+
+    The logits are `aligned`.
+    """
     rows, vocab_size = theta.shape
     method = METHODS.index(settings.method)
     tempering = settings.temperature if settings.temperature > 0 else 1.0
@@ -632,6 +646,10 @@ def plan(
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=theta.device)
+
+    def count(k: int) -> float:
+        """Exact; as an integer it would be compiled apart when it is 1, and when it is a multiple of 16."""
+        return float(min(k, vocab_size))
 
     out = empty(8, rows)  # [8, B]
     status = empty(rows, dtype=torch.int64)  # [B]
@@ -645,6 +663,8 @@ def plan(
         draw, tokens = GIVEN, tokens.contiguous()
     if draw != NO_TOKEN:
         step.token, step.logq, step.logp_theta, step.logp_t = tokens, *out[5:]
+    # what asks only for the groups' masses need not be compiled twice
+    drawing = draw if draw in (SAMPLED, GREEDY) else NO_TOKEN
 
     partial = empty(rows, chunks, CURVE_COLUMNS.value)  # [B, C, 40]
     evaluated = empty(rows, chunks, EVALUATED_COLUMNS.value)  # [B, C, 8]
@@ -665,7 +685,7 @@ def plan(
         "partial": partial,
         "s_partial": partial.stride(0),
         "TEMPERED": tempering != 1,
-        "METHOD": method,
+        "ENTROPIES": method == BY_ENTROPY.value,
         "CHUNK": CHUNK,
         "LANES": lanes(),
         "SUB": sub,
@@ -688,7 +708,7 @@ def plan(
         "chunks": chunks,
         "groups": groups,
         "SLOPES": method == ESS_BALANCE.value,
-        "DRAW": draw.value,
+        "DRAW": drawing.value,
         "CHUNK": CHUNK,
         "TILE_GROUPS": TILE_GROUPS,
         "SUB": sub,
@@ -744,9 +764,9 @@ def plan(
             "row": row,
             "masses": masses,
             "groups": groups,
-            "target_top_k": settings.target_top_k,
+            "target_top_k": count(settings.target_top_k),
             "target_top_p": settings.target_top_p,
-            "top_k": settings.top_k,
+            "top_k": count(settings.top_k),
             "top_p": settings.top_p,
             "log2_min_p": math.log2(settings.min_p) if settings.min_p > 0 else 0.0,
             "HAS_TARGET_TOP_K": 0 < settings.target_top_k < vocab_size,
@@ -754,13 +774,16 @@ def plan(
             "HAS_TOP_K": 0 < settings.top_k < vocab_size,
             "HAS_TOP_P": settings.top_p < 1,
             "HAS_MIN_P": settings.min_p > 0,
-            "DRAW": draw.value,
+            "DRAW": drawing.value,
             "BLOCK_GROUPS": groups_of_a_row_program(),
         }
+        # each half is told of the other's choices nothing that would have it compiled once more
+        refine = {"CHOOSE": False, "DRAW": drawing.value, "GROUPS": 1, "seeds": None, "positions": None, "tokens": None}
+        choose = {"REFINE": False, "METHOD": FIXED.value, "CHUNKS": 1}
         launches += [
-            Launch(finish_kernel, (rows,), 256, finish | {"CHOOSE": False}),
+            Launch(finish_kernel, (rows,), 256, finish | refine),
             Launch(truncate_kernel, (rows,), 256, truncate),
-            Launch(finish_kernel, (rows,), 256, finish | {"REFINE": False}),
+            Launch(finish_kernel, (rows,), 256, finish | choose),
         ]
     else:
         launches.append(Launch(finish_kernel, (rows,), 256, finish))
@@ -787,9 +810,7 @@ def qstar_triton(
     for name, logits in (("logits_theta", theta), ("logits_t", t)):
         if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"{name} is {logits.dtype}; the kernels take float32, bfloat16 or float16")
-    # a token's neighbours must be its neighbours in memory; rows may lie anywhere
-    theta, t = (x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous() for x in (theta, t))
-    launches, filled = plan(theta, t, settings, seeds, positions, tokens, want_log_q)
+    launches, filled = plan(aligned(theta), aligned(t), settings, seeds, positions, tokens, want_log_q)
     if len(theta):
         with torch.cuda.device_of(theta):
             for launch in launches:
