@@ -45,6 +45,7 @@ EXAMPLES = Path(__file__).with_name("fixtures") / "fuzz.jsonl"
 INF = torch.inf
 FLOATS = ("alpha", "kl_theta", "kl_t", "ess_theta", "ess_t")
 AT_TOKEN = ("logq", "logp_theta", "logp_t")
+SHRINKING = 60.0  # seconds for each disagreement
 UNIT = 2.0**-52  # a step of float64 at 1
 HALF32 = 2.0**-24  # what rounding to float32 moves a number by, relative
 
@@ -61,6 +62,37 @@ BAD = ("nan", "+inf", "none", "none by finfo.min", "disjoint")
 
 
 @st.composite
+def rows(draw) -> dict:
+    """What `pair_of` makes a pair of rows from."""
+    base = draw(st.sampled_from(("normal", "zipf", "sharp", "flat", "near", "identical")))
+    made = {"base": base, "seed": draw(st.integers(0, 9999))}
+    if base in ("normal", "zipf"):
+        made["noise"] = draw(st.sampled_from((1.0, 0.1, 0.5, 2.0, 4.0, 8.0, 0.01)))
+    elif base == "near":
+        made["noise"] = draw(st.sampled_from((1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)))
+    feature = draw(st.integers(0, 15))
+    if feature in (8, 9, 10):
+        made["spikes"] = [
+            [draw(st.sampled_from(("theta", "t"))), draw(st.integers(0, 9)), draw(st.integers(15, 200))]
+            for _ in range(draw(st.integers(1, 3)))
+        ]
+    if feature in (10, 11, 12):
+        made["mask"] = [
+            draw(st.sampled_from(("theta", "t", "both", "each"))),
+            draw(st.sampled_from((0.5, 0.1, 0.9, 1.0))),  # 1: all but one
+            draw(st.sampled_from(MASKS)),
+            draw(st.sampled_from(MASKS)),
+        ]
+    if feature in (12, 13):
+        made["grid"] = draw(st.sampled_from((1.0, 0.25, 4.0)))
+    if feature in (13, 14):
+        made["offset"] = [draw(st.sampled_from((0.0, 3e4, -3e4, 1.0))), draw(st.sampled_from((0.0, 3e4, -3e4)))]
+    if feature == 15:
+        made["bad"] = draw(st.sampled_from(BAD))
+    return made
+
+
+@st.composite
 def cases(draw, interpreted: bool, copies: int = 1, float64: bool = True) -> dict:
     """A call: what, with which settings, on which rows. Everything shrinks towards the plain."""
 
@@ -70,35 +102,12 @@ def cases(draw, interpreted: bool, copies: int = 1, float64: bool = True) -> dic
     def fraction(*extremes: float) -> float:
         return draw(st.sampled_from(FRACTIONS + extremes)) if draw(st.booleans()) else draw(st.floats(1e-6, 1 - 1e-6))
 
-    def row() -> dict:
-        base = draw(st.sampled_from(("normal", "zipf", "sharp", "flat", "near", "identical")))
-        made = {"base": base, "seed": draw(st.integers(0, 9999))}
-        if base in ("normal", "zipf"):
-            made["noise"] = draw(st.sampled_from((1.0, 0.1, 0.5, 2.0, 4.0, 8.0, 0.01)))
-        elif base == "near":
-            made["noise"] = draw(st.sampled_from((1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)))
-        feature = draw(st.integers(0, 15))
-        if feature in (8, 9, 10):
-            made["spikes"] = [
-                [draw(st.sampled_from(("theta", "t"))), draw(st.integers(0, 9)), draw(st.integers(15, 200))]
-                for _ in range(draw(st.integers(1, 3)))
-            ]
-        if feature in (10, 11, 12):
-            made["mask"] = [
-                draw(st.sampled_from(("theta", "t", "both", "each"))),
-                draw(st.sampled_from((0.5, 0.1, 0.9, 1.0))),  # 1: all but one
-                draw(st.sampled_from(MASKS)),
-                draw(st.sampled_from(MASKS)),
-            ]
-        if feature in (12, 13):
-            made["grid"] = draw(st.sampled_from((1.0, 0.25, 4.0)))
-        if feature in (13, 14):
-            made["offset"] = [draw(st.sampled_from((0.0, 3e4, -3e4, 1.0))), draw(st.sampled_from((0.0, 3e4, -3e4)))]
-        if feature == 15:
-            made["bad"] = draw(st.sampled_from(BAD))
-        return made
-
-    sizes = [st.integers(1, 12), st.integers(1, 40), st.integers(41, 300), st.sampled_from((255, 256, 257, 1023, 1024, 1025))]
+    sizes = [
+        st.integers(1, 12),
+        st.integers(1, 40),
+        st.integers(41, 300),
+        st.sampled_from((255, 256, 257, 1023, 1024, 1025)),
+    ]
     large = st.integers(301, 1100) if interpreted else st.integers(301, 5000)
     sizes += [large, st.sampled_from((1100, 2048, 2049) if interpreted else (2047, 2048, 2049, 3073, 4096, 5000))]
     size = draw(st.sampled_from((0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 3, 4) + (() if interpreted else (5,))))
@@ -112,7 +121,7 @@ def cases(draw, interpreted: bool, copies: int = 1, float64: bool = True) -> dic
         case["types"] = ["float32", "float32"]
     if one_in(4):
         case["layouts"] = [draw(st.sampled_from(LAYOUTS)), draw(st.sampled_from(LAYOUTS))]
-    case["rows"] = [row() for _ in range(draw(st.integers(1, 4)))]
+    case["rows"] = draw(st.lists(rows(), min_size=1, max_size=4))
     if copies > 1:
         case["copies"] = copies
     chosen = {"method": draw(st.sampled_from(METHODS))}
@@ -440,7 +449,11 @@ class Comparison:
         for name in ("ess_theta", "ess_t"):
             x = getattr(got, name)
             self.report(f"{name} outside [0, 1]", (x < 0) | (x > 1), x)
-        ends = torch.tensor([self.settings.alpha_min, self.settings.alpha_max], dtype=torch.float64).to(self.dtype).double()
+        ends = (
+            torch.tensor([self.settings.alpha_min, self.settings.alpha_max], dtype=torch.float64)
+            .to(self.dtype)
+            .double()
+        )
         self.report("alpha outside its range", (got.alpha < ends[0].item()) | (got.alpha > ends[1].item()), got.alpha)
         if not (drawn or looked_up):
             fields = (got.token, *(getattr(got, name) for name in AT_TOKEN))
@@ -476,7 +489,9 @@ class Comparison:
             pair = {int(self.got.status[row]), int(self.want.status[row])}
             self.found.append(
                 Disagreement(
-                    "status " + " for ".join(Status(int(s.status[row])).name for s in (self.got, self.want)), row, str(pair)
+                    "status " + " for ".join(Status(int(s.status[row])).name for s in (self.got, self.want)),
+                    row,
+                    str(pair),
                 )
             )
             self.counts["disagreements"] += 1
@@ -493,7 +508,14 @@ class Comparison:
         for name in ("kl_theta", "kl_t"):
             x = getattr(got, name)
             slack = self.allowed.relative * here[name].abs().clamp(min=1) + self.half * here[name].abs() + self.rounding
-            self.report(f"{name} at its own alpha", self.usable & self.outside(x, name, slack), x, here[name], "at", here["alpha"])
+            self.report(
+                f"{name} at its own alpha",
+                self.usable & self.outside(x, name, slack),
+                x,
+                here[name],
+                "at",
+                here["alpha"],
+            )
         tiny = 1e-300 if self.dtype == torch.float64 else 1e-37  # subnormal numbers have lost digits
         floor = math.log(tiny) if self.impl != "triton" else math.log(1e-30)
         slack = self.allowed.log_ess + self.half * 2 + 16 * UNIT * (here["f"].abs() + here["f_sides"]) + self.rounding
@@ -504,7 +526,14 @@ class Comparison:
             for part in (self.here, self.low, self.high):
                 part[name] = part[name].clamp(min=floor, max=0)
             log = x.log().clamp(min=floor, max=0)
-            self.report(f"{name} at its own alpha", self.usable & inside & self.outside(log, name, slack), log, here[name], "at", here["alpha"])
+            self.report(
+                f"{name} at its own alpha",
+                self.usable & inside & self.outside(log, name, slack),
+                log,
+                here[name],
+                "at",
+                here["alpha"],
+            )
 
     def rule(self) -> None:
         """α where it is determined, and the rule's residual at it."""
@@ -555,14 +584,35 @@ class Comparison:
             <= self.allowed.relative * size + rounding
         )
         nearly_rootless = kinks & (torch.minimum(at_zero.abs(), at_one.abs()) <= tolerance * size + rounding)
-        self.report("alpha without a root", self.usable & rootless & ~tied & ~nearly_rootless & (off > slack), got.alpha, want.alpha)
-        self.report("alpha", self.usable & ~rootless & ~nearly_rootless & determined & (off > slack), got.alpha, want.alpha, "curvature", weight)
-        low_end, high_end = (torch.tensor(x, dtype=torch.float64).to(self.dtype).item() for x in (chosen.alpha_min, chosen.alpha_max))
+        self.report(
+            "alpha without a root",
+            self.usable & rootless & ~tied & ~nearly_rootless & (off > slack),
+            got.alpha,
+            want.alpha,
+        )
+        self.report(
+            "alpha",
+            self.usable & ~rootless & ~nearly_rootless & determined & (off > slack),
+            got.alpha,
+            want.alpha,
+            "curvature",
+            weight,
+        )
+        low_end, high_end = (
+            torch.tensor(x, dtype=torch.float64).to(self.dtype).item() for x in (chosen.alpha_min, chosen.alpha_max)
+        )
         bound = tolerance * size + rounding
         above = (residual[0] > bound) & (got.alpha > low_end)  # the root lies below α
         below = (residual[1] < -bound) & (got.alpha < high_end)
         self.report(
-            "residual of the rule", self.usable & exists & ~rootless & ~nearly_rootless & (above | below), residual[0], residual[1], "at", here["alpha"], "for", want.alpha
+            "residual of the rule",
+            self.usable & exists & ~rootless & ~nearly_rootless & (above | below),
+            residual[0],
+            residual[1],
+            "at",
+            here["alpha"],
+            "for",
+            want.alpha,
         )
 
     def support(self) -> Tensor:
@@ -593,7 +643,9 @@ class Comparison:
         pairs = torch.stack((self.pair.a[row], self.pair.b[row]), 1)[self.pair.common[row]]
         kept = kept[self.pair.common[row]]
         _, group = pairs.unique(dim=0, return_inverse=True)
-        counts = torch.zeros(len(pairs), 2, device=kept.device).index_put_((group, kept.long()), torch.ones_like(kept, dtype=torch.float32), accumulate=True)
+        counts = torch.zeros(len(pairs), 2, device=kept.device).index_put_(
+            (group, kept.long()), torch.ones_like(kept, dtype=torch.float32), accumulate=True
+        )
         return bool((counts.amin(-1) > 0).any())
 
     def value_slack(self, row: int) -> Tensor:
@@ -644,7 +696,12 @@ class Comparison:
             parts.append(kept - kept.logsumexp(-1, keepdim=True).nan_to_num(neginf=0.0))
         ends = torch.stack(parts)
         size = ends[0].abs().nan_to_num(posinf=0)
-        slack = self.allowed.relative * size.clamp(min=1) + self.half * size + 32 * UNIT * self.token_size + self.rounding[:, None]
+        slack = (
+            self.allowed.relative * size.clamp(min=1)
+            + self.half * size
+            + 32 * UNIT * self.token_size
+            + self.rounding[:, None]
+        )
         return ends.amin(0) - slack, ends.amax(0) + slack, ends[0]
 
     def at_token(self, support: Tensor, drawn: bool) -> None:
@@ -657,7 +714,9 @@ class Comparison:
             self.report("token outside the support", known & ~inside, got.token, got.logq)
         else:
             self.report("logq of a token that is cut", known & ~inside & (got.logq > -INF), got.logq)
-        self.report("logq", known & inside & ~((got.logq >= low) & (got.logq <= high)), got.logq, here, "at", self.here["alpha"])
+        self.report(
+            "logq", known & inside & ~((got.logq >= low) & (got.logq <= high)), got.logq, here, "at", self.here["alpha"]
+        )
         for name, logits in (("logp_theta", self.theta), ("logp_t", self.t)):
             x = getattr(got, name)
             usable = logits.masked_fill(~self.usable[:, None], 0.0)
@@ -678,7 +737,9 @@ class Comparison:
             else:
                 self.counts["disagreements"] += 1
                 self.found.append(
-                    Disagreement("token", row, f"{int(got.token[row])} for {int(want.token[row])}, which leads by {lead}")
+                    Disagreement(
+                        "token", row, f"{int(got.token[row])} for {int(want.token[row])}, which leads by {lead}"
+                    )
                 )
 
     def lead(self, row: int, support: Tensor) -> str | None:
@@ -702,7 +763,13 @@ class Comparison:
         doubt_of_group = ((padded - mass[:, None]).exp().nan_to_num(nan=0.0) * doubt).sum(-1)
         levels = (
             (mass, doubt_of_group, 0, GROUP_STREAM, token // GROUP_SIZE),
-            (padded[token // GROUP_SIZE], doubt[token // GROUP_SIZE], token // GROUP_SIZE * GROUP_SIZE, TOKEN_STREAM, token % GROUP_SIZE),
+            (
+                padded[token // GROUP_SIZE],
+                doubt[token // GROUP_SIZE],
+                token // GROUP_SIZE * GROUP_SIZE,
+                TOKEN_STREAM,
+                token % GROUP_SIZE,
+            ),
         )
         for values, doubts, first, stream, chosen in levels:
             noise = gumbel(seeds, positions, torch.full_like(seeds, first), len(values), stream)[0]
@@ -716,7 +783,9 @@ class Comparison:
         return None
 
 
-def cut_bounds(value: Tensor, slack: Tensor, surely: Tensor, possibly: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+def cut_bounds(
+    value: Tensor, slack: Tensor, surely: Tensor, possibly: Tensor, top_k: int, top_p: float
+) -> tuple[Tensor, Tensor]:
     """Top-k, then top-p of values [V] that are each known to within `slack`: the tokens kept for certain, and those that
     may be, of those that take part for certain and those that may."""
     if 0 < top_k < len(value):
@@ -736,7 +805,9 @@ def cut_bounds(value: Tensor, slack: Tensor, surely: Tensor, possibly: Tensor, t
     return surely, possibly
 
 
-def above(value: Tensor, slack: Tensor, surely: Tensor, possibly: Tensor, low: Tensor, high: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def above(
+    value: Tensor, slack: Tensor, surely: Tensor, possibly: Tensor, low: Tensor, high: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """What stands above each token [V], at least and at most; `low` and `high` are what each token counts."""
     high = low if high is None else high
     bottom, top = value - slack, value + slack
@@ -815,16 +886,23 @@ def quick_interpreter() -> None:
     interpreter.InterpretedFunction.__call__ = call_device_function
 
 
-def in_a_child(case: dict, impl: str, seconds: float) -> str | None:
-    """What becomes of a process that runs the case: None if it returns."""
+def in_a_child(compare, case: dict, seconds: float) -> list[tuple[str, str]]:
+    """`compare(case)` in a process of its own, whose end is a finding too."""
+    reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        signal.alarm(math.ceil(seconds))
-        with suppress(Exception):
-            disagreements(case, impl)
+        os.close(reader)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        with os.fdopen(writer, "w") as pipe:
+            json.dump(compare(case), pipe)
         os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        answer = pipe.read()
     _, status = os.waitpid(child, 0)
-    return None if status == 0 else fate(os.waitstatus_to_exitcode(status))
+    if status == 0:
+        return [tuple(x) for x in json.loads(answer)]
+    return [(f"{fate(os.waitstatus_to_exitcode(status))}, {case['settings']['method']}", "")]
 
 
 def fate(code: int) -> str:
@@ -837,25 +915,35 @@ class Worker:
     def __init__(self, options: argparse.Namespace):
         self.options, self.folder = options, Path(options.worker)
         self.known: set[str] = set(json.loads((self.folder / "known.json").read_text()))
-        self.counts, self.kinds = Counter(), Counter()
+        self.counts, self.kinds, self.proved = Counter(), Counter(), Counter()
         self.deadline = time.monotonic() + options.seconds
 
     def save(self) -> None:
-        numbers = {"counts": self.counts, "kinds": self.kinds, "known": sorted(self.known)}
+        numbers = {"counts": self.counts, "kinds": self.kinds}
         temporary = self.folder / "counts.tmp"
         temporary.write_text(json.dumps(numbers))
         temporary.replace(self.folder / "counts.json")
 
-    def found(self, case: dict, kind: str, detail: str) -> None:
-        self.known.add(kind)
-        with (self.folder / "found.jsonl").open("a") as file:
-            file.write(json.dumps({"impl": self.options.impl, "kind": kind, "detail": detail, "case": case}) + "\n")
-
-    def chunk(self, number: int, run) -> tuple[dict, str, str] | None:
-        """Cases of one Hypothesis run through `run`, which gives (kind, detail) of what is wrong; the shrunk failure."""
-        options, smallest = self.options, {}
+    def chunk(self, number: int) -> None:
+        """The cases of one Hypothesis run, until one disagrees in a way not seen yet, which is shrunk."""
+        options, smallest, seen = self.options, {}, {}
         interpreted = options.impl == "triton" and options.device == "cpu"
-        strategy = cases(interpreted, options.copies, float64=options.impl != "triton")
+        stop = math.inf
+
+        def run(case: dict) -> list[tuple[str, str]]:
+            return in_a_child(self.compare, case, options.patience) if options.isolated else self.compare(case)
+
+        def compare(case: dict) -> list[tuple[str, str]]:
+            key = json.dumps(case)
+            if key not in seen:
+                if time.monotonic() > stop:  # small enough; Hypothesis still wants to see the smallest case fail again
+                    return []
+                found = run(case)
+                if not smallest:
+                    self.count(case, found)
+                    return found
+                seen[key] = found
+            return seen[key]
 
         @seed(options.seed * 1_000_003 + number)
         @settings(
@@ -867,13 +955,16 @@ class Worker:
             report_multiple_bugs=False,
             print_blob=False,
         )
-        @given(strategy)
+        @given(cases(interpreted, options.copies, float64=options.impl != "triton"))
         def test(case: dict) -> None:
+            nonlocal stop
             if not smallest and time.monotonic() > self.deadline:
                 return
-            shrinking = bool(smallest)
-            for kind, detail in run(case, shrinking):
+            for kind, detail in (found := compare(case)):
                 if kind not in self.known:
+                    if not smallest:
+                        stop = time.monotonic() + SHRINKING
+                        seen[json.dumps(case)] = found
                     smallest[kind] = case, detail
                     raise wrong_as(kind)(kind)
 
@@ -882,63 +973,56 @@ class Worker:
         except AssertionError as error:
             if not hasattr(error, "kind"):
                 raise
-            return (smallest[error.kind][0], error.kind, smallest[error.kind][1])
-        return None
+        for kind, (case, detail) in smallest.items():
+            self.known.add(kind)
+            case = alone_if_still_wrong(case, kind, run)
+            with (self.folder / "found.jsonl").open("a") as file:
+                file.write(json.dumps({"impl": options.impl, "kind": kind, "detail": detail, "case": case}) + "\n")
 
     def run(self, number: int) -> None:
-        """Chunks from `number` on."""
+        """Chunks from `number` on, one only if cases are isolated."""
         while time.monotonic() < self.deadline:
             (self.folder / "chunk").write_text(str(number))
             self.save()
-            if failure := self.chunk(number, self.compare):
-                case, kind, detail = failure
-                self.found(alone_if_still_wrong(case, kind, self.options), kind, detail)
+            self.chunk(number)
             number += 1
+            if self.options.isolated:
+                break
         self.save()
 
-    def compare(self, case: dict, shrinking: bool) -> list[tuple[str, str]]:
-        counts = Counter()
+    def compare(self, case: dict) -> list[tuple[str, str]]:
+        """Kind and details of what is wrong."""
+        self.proved = Counter()
         try:
-            found = disagreements(case, self.options.impl, self.options.device, counts)
+            found = disagreements(case, self.options.impl, self.options.device, self.proved)
         except Exception as error:  # what an implementation raises on a case that is right is a finding like any other
             found = [Disagreement(f"{type(error).__name__}: {str(error)[:60]}", 0, repr(error))]
-        kinds = [(f"{x.kind}, {case['settings']['method']}", f"row {x.row}: {x.detail}") for x in found]
-        if not shrinking:
-            self.counts.update(counts)
-            self.counts["cases"] += 1
-            self.counts["rows"] += len(case["rows"]) * case.get("copies", 1)
-            self.counts["cases that disagree"] += bool(found)
-            self.kinds.update(kind for kind, _ in kinds)
-            if self.counts["cases"] % 50 == 0:
-                self.save()
-        return kinds
+        return [(f"{x.kind}, {case['settings']['method']}", f"row {x.row}: {x.detail}") for x in found]
 
-    def shrink_fatal(self, number: int) -> None:
-        """The chunk again up to the case that was fatal; from there each in a child."""
-        fatal = json.loads((self.folder / "now.json").read_text())
-        met = False
-
-        def run(case: dict, shrinking: bool) -> list[tuple[str, str]]:
-            nonlocal met
-            met = met or case == fatal
-            what = in_a_child(case, self.options.impl, self.options.patience) if met else None
-            return [(f"{what}, {case['settings']['method']}", "")] if what else []
-
-        self.deadline = math.inf
-        Watch.file = None
-        failure = self.chunk(number, run)
-        case, kind, detail = failure or (fatal, f"fatal once, {fatal['settings']['method']}", "")
-        self.found(case, kind, detail)
+    def count(self, case: dict, found: list[tuple[str, str]]) -> None:
+        self.counts.update(self.proved)
+        self.counts["cases"] += 1
+        self.counts["rows"] += len(case["rows"]) * case.get("copies", 1)
+        self.counts["cases that disagree"] += bool(found)
+        self.kinds.update(kind for kind, _ in found)
+        if self.counts["cases"] % 50 == 0:
+            self.save()
 
 
-def alone_if_still_wrong(case: dict, kind: str, options: argparse.Namespace) -> dict:
+def alone_if_still_wrong(case: dict, kind: str, compare) -> dict:
     """The case with the failing row only, if that fails the same way."""
-    rows = len(case["rows"]) * case.get("copies", 1)
-    for row in range(rows if rows > 1 else 0):
-        single = case | {"only": [row]}
-        with suppress(Exception):
-            if any(kind.startswith(x.kind) for x in disagreements(single, options.impl, options.device)):
-                return single
+    copies = case.get("copies", 1)
+    for i in range(len(case["rows"]) * copies):
+        if copies == 1:
+            single = case | {"rows": case["rows"][i : i + 1]}
+            if "seed" in case:
+                single |= {"seed": (case["seed"] + 7 * i + 2**63) % 2**64 - 2**63, "position": case["position"] + i}
+            if "tokens" in case:
+                single["tokens"] = [case["tokens"][i % len(case["tokens"])]]
+        else:
+            single = case | {"only": [i]}
+        if single != case and any(found == kind for found, _ in compare(single)):
+            return single
     return case
 
 
@@ -972,48 +1056,47 @@ def fuzz(impl: str, seconds: float, seed: int, device: str = "cpu", copies: int 
     counts, kinds, known = Counter(), Counter(), set()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        shrink = False
-        while (left := seconds - (time.monotonic() - start)) > 1 or shrink:
+        isolated = False
+        while (left := seconds - (time.monotonic() - start)) > 1 or isolated:
             (folder / "known.json").write_text(json.dumps(sorted(known)))
             command = [sys.executable, "-m", "tests.fuzz", "--worker", folder, "--impl", impl, "--device", device]
-            command += ["--copies", copies, "--chunk", chunk, "--seed", seed, "--seconds", left, "--first", number]
-            command += ["--shrink-fatal"] if shrink else []
-            root = Path(__file__).parents[1]
+            command += ["--copies", copies, "--chunk", chunk, "--seed", seed, "--first", number]
+            command += ["--isolated", "--seconds", 60] if isolated else ["--seconds", left]
             run = subprocess.run(
-                [str(x) for x in command], cwd=root, env=environment_of(impl, device), capture_output=True, text=True
+                [str(x) for x in command],
+                cwd=Path(__file__).parents[1],
+                env=environment_of(impl, device),
+                capture_output=True,
+                text=True,
             )
             if (file := folder / "counts.json").exists():
                 numbers = json.loads(file.read_text())
                 counts.update(numbers["counts"])
                 kinds.update(numbers["kinds"])
-                known.update(numbers["known"])
                 file.unlink()
+            news = []
             if (file := folder / "found.jsonl").exists():
                 news = [json.loads(line) for line in file.read_text().splitlines()]
-                found += news
-                known.update(x["kind"] for x in news)
                 file.unlink()
-                for x in news:
-                    print(f"\n# {impl}: {x['kind']}\n# {x['detail']}\n{reproduction(x['case'], impl)}", flush=True)
-            if (file := folder / "chunk").exists():
-                number = int(file.read_text()) + 1
-                file.unlink()
-            if run.returncode == 0:
-                shrink = False
-                continue
-            if shrink or not (folder / "now.json").exists():
-                raise RuntimeError(f"the worker failed: {run.stderr[-3000:]}")
-            fatal = json.loads((folder / "now.json").read_text())
-            kind = f"{fate(run.returncode)}, {fatal['settings']['method']}"
-            kinds[kind] += 1
-            counts["cases that disagree"] += 1
-            number -= 1  # the chunk again, to shrink it
-            shrink = kind not in known and device == "cpu"
-            if not shrink:
-                number += 1
-                if kind not in known:
-                    found.append({"impl": impl, "kind": kind, "detail": "", "case": fatal})
-                known.add(kind)
+            number = int((folder / "chunk").read_text()) + 1
+            if run.returncode != 0:
+                if isolated or not (folder / "now.json").exists():
+                    raise RuntimeError(f"the worker failed: {run.stderr[-3000:]}")
+                fatal = json.loads((folder / "now.json").read_text())
+                kind = f"{fate(run.returncode)}, {fatal['settings']['method']}"
+                counts["cases"] += 1
+                counts["cases that disagree"] += 1
+                kinds[kind] += 1
+                if kind not in known and device == "cpu":  # the chunk again, to shrink it
+                    isolated, number = True, number - 1
+                elif kind not in known:
+                    news.append({"impl": impl, "kind": kind, "detail": "", "case": fatal})
+            else:
+                isolated = False
+            for x in news:
+                print(f"\n# {impl}: {x['kind']}\n# {x['detail']}\n{reproduction(x['case'], impl)}", flush=True)
+            found += news
+            known.update(x["kind"] for x in news)
     return Report(counts, kinds, found, time.monotonic() - start)
 
 
@@ -1068,14 +1151,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--case", type=json.loads, help="run this case only")
     for hidden in ("--worker", "--seconds", "--first", "--chunk"):
         parser.add_argument(hidden, help=argparse.SUPPRESS, type=str if hidden == "--worker" else float, default=None)
-    parser.add_argument("--shrink-fatal", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--isolated", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    options.patience = 3.0 if options.impl == "cpu" else 60.0
+    options.patience = 2.0 if options.impl == "cpu" else 60.0
     torch.set_num_threads(1)
     if options.worker or options.case:
         if options.impl == "triton" and options.device == "cpu":
             if os.environ.get("TRITON_INTERPRET") != "1":
-                return subprocess.run([sys.executable, "-m", "tests.fuzz", *sys.argv[1:]], env=environment_of("triton", "cpu")).returncode
+                return subprocess.run(
+                    [sys.executable, "-m", "tests.fuzz", *sys.argv[1:]], env=environment_of("triton", "cpu")
+                ).returncode
             quick_interpreter()
     if options.case:
         found = disagreements(options.case, options.impl, options.device)
@@ -1084,11 +1169,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.worker:
         options.chunk, options.first = int(options.chunk), int(options.first)
         worker = Worker(options)
-        Watch.file, Watch.seconds = worker.folder / "now.json", 4 * options.patience
-        if options.shrink_fatal:
-            worker.shrink_fatal(options.first)
-        else:
-            worker.run(options.first)
+        Watch.seconds = 3 * options.patience
+        Watch.file = None if options.isolated else worker.folder / "now.json"
+        worker.run(options.first)
         return 0
     report = fuzz(options.impl, 60 * options.minutes, options.seed, options.device, options.copies)
     print(f"\nseed {options.seed}: {report}")
