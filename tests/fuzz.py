@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -786,8 +786,10 @@ class Comparison:
 def cut_bounds(
     value: Tensor, slack: Tensor, surely: Tensor, possibly: Tensor, top_k: int, top_p: float
 ) -> tuple[Tensor, Tensor]:
-    """Top-k, then top-p of values [V] that are each known to within `slack`: the tokens kept for certain, and those that
-    may be, of those that take part for certain and those that may."""
+    """Top-k, then top-p of values [V] that are each known to within `slack`.
+
+    Takes the tokens that are there for certain and those that may be, and returns the same of what is kept: bool [V].
+    """
     if 0 < top_k < len(value):
         least, most = above(value, slack, surely, possibly, torch.ones_like(value))
         surely, possibly = surely & (most < top_k), possibly & (least < top_k)
@@ -1039,7 +1041,7 @@ class Report:
             f"{counts['cases']} cases ({counts['rows']} rows) in {self.seconds:.0f} s: "
             f"{counts['cases'] / self.seconds:.0f} cases and {counts['rows'] / self.seconds:.0f} rows a second; "
             f"{counts['cases that disagree']} cases disagree; "
-            f"{counts['ties']} tokens were ties, {counts['tokens at a boundary']} rows had tokens at a boundary of truncation"
+            f"proved: {counts['ties']} tokens are ties, {counts['tokens at a boundary']} rows have a token at a boundary"
         ]
         lines += [f"{n:6d} ({n / minutes:.1f} a minute)  {kind}" for kind, n in self.kinds.most_common()]
         return "\n".join(lines)
@@ -1155,13 +1157,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     options.patience = 2.0 if options.impl == "cpu" else 60.0
     torch.set_num_threads(1)
-    if options.worker or options.case:
-        if options.impl == "triton" and options.device == "cpu":
-            if os.environ.get("TRITON_INTERPRET") != "1":
-                return subprocess.run(
-                    [sys.executable, "-m", "tests.fuzz", *sys.argv[1:]], env=environment_of("triton", "cpu")
-                ).returncode
-            quick_interpreter()
+    if (options.worker or options.case) and options.impl == "triton" and options.device == "cpu":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            command = [sys.executable, "-m", "tests.fuzz", *sys.argv[1:]]
+            return subprocess.run(command, env=environment_of("triton", "cpu")).returncode
+        quick_interpreter()
     if options.case:
         found = disagreements(options.case, options.impl, options.device)
         print(*found or ["no disagreement"], sep="\n")
