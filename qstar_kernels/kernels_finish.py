@@ -490,7 +490,7 @@ def finish_kernel(
         token = tl.full([], -1, tl.int64)
         if DRAW == GIVEN:
             token = tl.load(tokens + i_row)
-        elif DRAW != NO_TOKEN:
+        elif DRAW != NO_TOKEN:  # noqa: SIM102 - with `and` both would be asked at run time
             if status == 0:
                 seed, position = tl.load(seeds + i_row), tl.load(positions + i_row)
                 # the masses may be this very program's stores, made by other threads
