@@ -40,12 +40,14 @@ from qstar_kernels import METHODS, QStarStep, Status, qstar_logprobs, qstar_samp
 from qstar_kernels.noise import GROUP_SIZE, GROUP_STREAM, TOKEN_STREAM, gumbel
 from qstar_kernels.reference import Pair, entropy, make_pair, qstar_reference, truncate
 from qstar_kernels.types import Settings, mask_of, output_dtype
+from tests.interpreter import interpret_quickly, poisoned
 
 EXAMPLES = Path(__file__).with_name("fixtures") / "fuzz.jsonl"
 INF = torch.inf
 FLOATS = ("alpha", "kl_theta", "kl_t", "ess_theta", "ess_t")
 AT_TOKEN = ("logq", "logp_theta", "logp_t")
-SHRINKING = 60.0  # seconds for each disagreement
+CHUNK = 300  # cases that one run of Hypothesis makes
+SHRINKING = 20.0  # seconds for each disagreement
 UNIT = 2.0**-52  # a step of float64 at 1
 HALF32 = 2.0**-24  # what rounding to float32 moves a number by, relative
 
@@ -320,9 +322,9 @@ def stacked(pair: Pair, times: int) -> Pair:
 
 
 def neighbourhood(alpha: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The ends of what rounds to α in the output's type."""
+    """The ends of what rounds to α in the output's type; a bracket of float64 is not closed further than 1e-15."""
     if dtype == torch.float64:
-        return alpha, alpha
+        return (alpha - 1e-15).clamp(min=0), (alpha + 1e-15).clamp(max=1)
     narrow = alpha.to(dtype)
     ends = (narrow.nextafter(torch.full_like(narrow, x)).double() for x in (-1.0, 2.0))
     low, high = ((alpha + x) / 2 for x in ends)
@@ -345,8 +347,7 @@ def disagreements(case: dict, impl: str, device: str = "cpu", counts: Counter | 
     theta, t = rows_of(case, device)
     chosen = Settings(**case["settings"])
     index = index_of(case, len(theta), device)
-    watch = watched(case)
-    with poisoned(), watch:
+    with poisoned(), Watch.over(case):
         got, got_log_q = call(case, impl, theta, t, index)
         support_log_q = got_log_q
         if support_log_q is None and chosen.truncates:
@@ -470,14 +471,16 @@ class Comparison:
                 known = ok & (got.token >= 0) & (got.token < vocab_size)
             for name in AT_TOKEN:
                 x = getattr(got, name)
-                bad = x.isnan() | (x > 0) | (x.isinf() & drawn)
-                self.report(f"{name} not finite or above 0", known & bad, x)
+                self.report(f"{name} not finite", known & (x.isnan() | x.isposinf() | (x.isinf() & drawn)), x)
+                self.report(f"{name} above 0 by rounding", known & (x > 0) & (x <= 1e-6), x)
+                self.report(f"{name} above 0", known & (x > 1e-6), x)
                 self.report(f"{name} without a token is not NaN", ~known & ~x.isnan(), x)
         for log_q in (self.log_q, self.support_log_q):
             if log_q is None:
                 continue
             worst = log_q.amax(-1)
-            self.report("log q above 0", ok & (worst > 0), worst)
+            self.report("log q above 0 by rounding", ok & (worst > 0) & (worst <= 1e-6), worst)
+            self.report("log q above 0", ok & (worst > 1e-6), worst)
             self.report("log q NaN", ok & log_q.isnan().any(-1))
             self.report("log q of an unusable row is not NaN", ~ok & ~log_q.isnan().all(-1))
             break
@@ -541,17 +544,18 @@ class Comparison:
         off = (got.alpha - want.alpha).abs()
         size = torch.maximum(there["kl_theta"], there["kl_t"]).clamp(min=1)
         slack = self.half * want.alpha.abs() + self.allowed.alpha
-        tolerance = max(self.allowed.relative, chosen.tol if self.impl == "triton" else 0.0)
+        iterative = chosen.method in ("kl_symmetry", "ess_balance")
+        tolerance = chosen.tol if self.impl == "triton" and iterative else self.allowed.relative
         if chosen.method == "fixed":
             exact = min(max(chosen.alpha, chosen.alpha_min), chosen.alpha_max)
             exact = torch.tensor(exact, dtype=torch.float64).to(self.dtype).item()
-            self.report("alpha of fixed", self.usable & (got.alpha != exact), got.alpha)
+            self.report(f"alpha of {chosen.method}", self.usable & (got.alpha != exact), got.alpha)
             return
         if chosen.method == "entropy":
             total = entropy(self.pair.a) + entropy(self.pair.b)
             # float32 sums have nothing to say about entropies below its range
             determined = total > (1e-30 if self.impl == "triton" else 1e-290)
-            self.report("alpha of entropy", self.usable & determined & (off > slack), got.alpha, want.alpha)
+            self.report(f"alpha of {chosen.method}", self.usable & determined & (off > slack), got.alpha, want.alpha)
             return
         at_ends = At(stacked(self.pair, 2), torch.cat((torch.zeros_like(off), torch.ones_like(off))))
         rows = len(off)
@@ -575,40 +579,28 @@ class Comparison:
             exists = torch.ones_like(determined)
         kinks = ~(self.pair.theta_inside & self.pair.t_inside)
         rootless = kinks & ((at_zero > 0) | (at_one < 0))
+        # whether there is a root, and which end is the better one without it, hang on numbers that rounding may turn
+        worse = [torch.maximum(part["kl_theta"], part["kl_t"]) for part in (zero, one)]
+        unclear = rootless & ((worse[0] - worse[1]).abs() <= self.allowed.relative * size + rounding)
+        unclear |= kinks & (torch.minimum(at_zero.abs(), at_one.abs()) <= tolerance * size + rounding)
         slack = slack + rounding / weight.clamp(min=1e-6)
-        if tolerance > 1e-5:
+        if tolerance > self.allowed.alpha:
             slack = slack + tolerance * size / weight.clamp(min=1e-6)
-        # which end is the better one without a root hangs on a difference that rounding may turn
-        tied = rootless & (
-            (torch.maximum(zero["kl_theta"], zero["kl_t"]) - torch.maximum(one["kl_theta"], one["kl_t"])).abs()
-            <= self.allowed.relative * size + rounding
-        )
-        nearly_rootless = kinks & (torch.minimum(at_zero.abs(), at_one.abs()) <= tolerance * size + rounding)
-        self.report(
-            "alpha without a root",
-            self.usable & rootless & ~tied & ~nearly_rootless & (off > slack),
-            got.alpha,
-            want.alpha,
-        )
-        self.report(
-            "alpha",
-            self.usable & ~rootless & ~nearly_rootless & determined & (off > slack),
-            got.alpha,
-            want.alpha,
-            "curvature",
-            weight,
-        )
+        wrong = self.usable & (off > slack)
+        numbers = got.alpha, want.alpha, "curvature", weight
+        self.report("alpha without a root", wrong & rootless & ~unclear, *numbers)
+        self.report(f"alpha of {chosen.method}", wrong & ~rootless & ~unclear & determined, *numbers)
         low_end, high_end = (
-            torch.tensor(x, dtype=torch.float64).to(self.dtype).item() for x in (chosen.alpha_min, chosen.alpha_max)
+            x.to(self.dtype).item() for x in torch.tensor([chosen.alpha_min, chosen.alpha_max], dtype=torch.float64)
         )
         bound = tolerance * size + rounding
         above = (residual[0] > bound) & (got.alpha > low_end)  # the root lies below α
         below = (residual[1] < -bound) & (got.alpha < high_end)
+        at_an_end = (got.alpha == low_end) | (got.alpha == high_end)
         self.report(
-            "residual of the rule",
-            self.usable & exists & ~rootless & ~nearly_rootless & (above | below),
-            residual[0],
-            residual[1],
+            f"residual of {chosen.method}",
+            self.usable & exists & (~rootless | unclear) & (above | below) & ~(unclear & at_an_end),
+            *residual,
             "at",
             here["alpha"],
             "for",
@@ -790,57 +782,36 @@ def cut_bounds(
 
     Takes the tokens that are there for certain and those that may be, and returns the same of what is kept: bool [V].
     """
+    bottom, top = value - slack, value + slack
+    itself = top > bottom
+
+    def above(ends: Tensor, members: Tensor, counts: Tensor, limits: Tensor) -> Tensor:
+        """Sum of `counts` [V] over the members whose end is above a token's limit, [V]."""
+        order = ends.masked_fill(~members, -INF).sort(descending=True)
+        sums = torch.cat((counts.new_zeros(1), counts.masked_fill(~members, 0.0)[order.indices].cumsum(0)))
+        return sums[torch.searchsorted(-order.values, -limits)]
+
     if 0 < top_k < len(value):
-        least, most = above(value, slack, surely, possibly, torch.ones_like(value))
+        one = torch.ones_like(value)
+        least = above(bottom, surely, one, top)
+        most = above(top, possibly, one, bottom) - (possibly & itself).double()
         surely, possibly = surely & (most < top_k), possibly & (least < top_k)
     if top_p < 1 and possibly.any():
         mass = (value - value.masked_fill(~possibly, -INF).amax()).exp()
-        low, high = mass * (1 - 2 * slack), mass * torch.exp(2 * slack)
-        sums = 1 + len(value) * UNIT  # of rounding, as every sum makes it
-        least, most = above(value, slack, surely, possibly, low.clamp(min=0), high)
-        total_low, total_high = low[surely].clamp(min=0).sum(), high[possibly].sum()
-        rest_low = (total_low - least).clamp(min=0)
-        # the share above a token: of the greatest mass above and the least below, and the other way round
-        greatest = most / (most + rest_low).clamp(min=1e-320)
-        smallest = least / total_high
-        surely, possibly = surely & (greatest * sums < top_p), possibly & (smallest / sums < top_p)
+        low, high = mass * (1 - 2 * slack).clamp(min=0), mass * (2 * slack).exp()
+        # the share above a token is greatest where what may be above it weighs much, and the rest of the certain little
+        over = above(top, possibly, high, bottom) - torch.where(possibly & itself, high, 0.0)
+        rest = low[surely].sum() - (above(top, surely, low, bottom) - torch.where(surely & itself, low, 0.0))
+        greatest = over.clamp(min=0) / (over + rest).clamp(min=1e-320)
+        over = above(bottom, surely, low, top)
+        rest = high[possibly].sum() - above(bottom, possibly, high, top)
+        smallest = over / (over + rest).clamp(min=1e-320)
+        rounding = 1 + len(value) * UNIT  # of a sum in any order
+        surely, possibly = surely & (greatest * rounding < top_p), possibly & (smallest / rounding < top_p)
     return surely, possibly
 
 
-def above(
-    value: Tensor, slack: Tensor, surely: Tensor, possibly: Tensor, low: Tensor, high: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """What stands above each token [V], at least and at most; `low` and `high` are what each token counts."""
-    high = low if high is None else high
-    bottom, top = value - slack, value + slack
-
-    def over(ends: Tensor, members: Tensor, counts: Tensor, limit: Tensor) -> Tensor:
-        order = ends.masked_fill(~members, -INF).sort(descending=True)
-        sums = torch.cat((counts.new_zeros(1), counts.masked_fill(~members, 0.0)[order.indices].cumsum(0)))
-        return sums[torch.searchsorted(-order.values, -limit)]
-
-    least = over(bottom, surely, low, top)  # bottoms above the token's top
-    most = over(top, possibly, high, bottom) - torch.where(possibly & (top > bottom), high, 0.0)
-    return least, most.clamp(min=0)
-
-
 # Running
-
-
-@contextmanager
-def poisoned():
-    """Fresh memory holds NaN or nonsense, so that an element which nobody writes is seen."""
-    empty, empty_like = torch.empty, torch.empty_like
-
-    def fill(x: Tensor) -> Tensor:
-        return x.fill_(torch.nan if x.is_floating_point() else -77777)
-
-    torch.empty = lambda *args, **kwargs: fill(empty(*args, **kwargs))
-    torch.empty_like = lambda *args, **kwargs: fill(empty_like(*args, **kwargs))
-    try:
-        yield
-    finally:
-        torch.empty, torch.empty_like = empty, empty_like
 
 
 class Watch:
@@ -863,29 +834,10 @@ class Watch:
             faulthandler.cancel_dump_traceback_later()
 
 
-def watched(case: dict):
-    return Watch.over(case)
-
-
 @cache
 def wrong_as(kind: str) -> type[AssertionError]:
     """An exception for each kind of disagreement: Hypothesis shrinks within a type."""
     return type("Wrong", (AssertionError,), {"kind": kind})
-
-
-def quick_interpreter() -> None:
-    """Triton's interpreter patches the language again at every call of a device function: half of all the time."""
-    from triton.runtime import interpreter
-
-    patch_language, patched = interpreter._patch_lang, set()
-
-    def call_device_function(self, *args, **kwargs):
-        if id(self.fn.__globals__) not in patched:
-            patch_language(self.fn)
-            patched.add(id(self.fn.__globals__))
-        return self.rewrite()(*args, **kwargs)
-
-    interpreter.InterpretedFunction.__call__ = call_device_function
 
 
 def in_a_child(compare, case: dict, seconds: float) -> list[tuple[str, str]]:
@@ -904,7 +856,7 @@ def in_a_child(compare, case: dict, seconds: float) -> list[tuple[str, str]]:
     _, status = os.waitpid(child, 0)
     if status == 0:
         return [tuple(x) for x in json.loads(answer)]
-    return [(f"{fate(os.waitstatus_to_exitcode(status))}, {case['settings']['method']}", "")]
+    return [(fate(os.waitstatus_to_exitcode(status)), "")]
 
 
 def fate(code: int) -> str:
@@ -915,7 +867,7 @@ class Worker:
     """Runs chunks of cases, each a Hypothesis test of its own, and writes down what it finds."""
 
     def __init__(self, options: argparse.Namespace):
-        self.options, self.folder = options, Path(options.worker)
+        self.options, self.folder = options, options.worker
         self.known: set[str] = set(json.loads((self.folder / "known.json").read_text()))
         self.counts, self.kinds, self.proved = Counter(), Counter(), Counter()
         self.deadline = time.monotonic() + options.seconds
@@ -949,7 +901,7 @@ class Worker:
 
         @seed(options.seed * 1_000_003 + number)
         @settings(
-            max_examples=options.chunk,
+            max_examples=CHUNK,
             database=None,
             deadline=None,
             phases=(Phase.generate, Phase.shrink),
@@ -977,9 +929,7 @@ class Worker:
                 raise
         for kind, (case, detail) in smallest.items():
             self.known.add(kind)
-            case = alone_if_still_wrong(case, kind, run)
-            with (self.folder / "found.jsonl").open("a") as file:
-                file.write(json.dumps({"impl": options.impl, "kind": kind, "detail": detail, "case": case}) + "\n")
+            self.write(kind, detail, alone_if_still_wrong(case, kind, run))
 
     def run(self, number: int) -> None:
         """Chunks from `number` on, one only if cases are isolated."""
@@ -992,6 +942,17 @@ class Worker:
                 break
         self.save()
 
+    def replay(self, number: int) -> None:
+        """The cases of the supervisor's list from `number` on."""
+        for i, case in enumerate(json.loads((self.folder / "cases.json").read_text())[number:], number):
+            (self.folder / "chunk").write_text(str(i))
+            for kind, detail in self.compare(case):
+                self.write(kind, detail, case)
+
+    def write(self, kind: str, detail: str, case: dict) -> None:
+        with (self.folder / "found.jsonl").open("a") as file:
+            file.write(json.dumps({"impl": self.options.impl, "kind": kind, "detail": detail, "case": case}) + "\n")
+
     def compare(self, case: dict) -> list[tuple[str, str]]:
         """Kind and details of what is wrong."""
         self.proved = Counter()
@@ -999,7 +960,7 @@ class Worker:
             found = disagreements(case, self.options.impl, self.options.device, self.proved)
         except Exception as error:  # what an implementation raises on a case that is right is a finding like any other
             found = [Disagreement(f"{type(error).__name__}: {str(error)[:60]}", 0, repr(error))]
-        return [(f"{x.kind}, {case['settings']['method']}", f"row {x.row}: {x.detail}") for x in found]
+        return [(x.kind, f"row {x.row}: {x.detail}") for x in found]
 
     def count(self, case: dict, found: list[tuple[str, str]]) -> None:
         self.counts.update(self.proved)
@@ -1040,8 +1001,8 @@ class Report:
         lines = [
             f"{counts['cases']} cases ({counts['rows']} rows) in {self.seconds:.0f} s: "
             f"{counts['cases'] / self.seconds:.0f} cases and {counts['rows'] / self.seconds:.0f} rows a second; "
-            f"{counts['cases that disagree']} cases disagree; "
-            f"proved: {counts['ties']} tokens are ties, {counts['tokens at a boundary']} rows have a token at a boundary"
+            f"{counts['cases that disagree']} cases disagree; proved: {counts['ties']} tokens are ties, "
+            f"{counts['tokens at a boundary']} rows have a token at a boundary of truncation"
         ]
         lines += [f"{n:6d} ({n / minutes:.1f} a minute)  {kind}" for kind, n in self.kinds.most_common()]
         return "\n".join(lines)
@@ -1052,7 +1013,28 @@ def environment_of(impl: str, device: str) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | more
 
 
-def fuzz(impl: str, seconds: float, seed: int, device: str = "cpu", copies: int = 1, chunk: int = 300) -> Report:
+def work(folder: Path, impl: str, device: str, *flags) -> subprocess.CompletedProcess:
+    """One worker, until it ends or is ended."""
+    command = [sys.executable, "-m", "tests.fuzz", "--worker", folder, "--impl", impl, "--device", device, *flags]
+    return subprocess.run(
+        [str(x) for x in command],
+        cwd=Path(__file__).parents[1],
+        env=environment_of(impl, device),
+        capture_output=True,
+        text=True,
+    )
+
+
+def taken(file: Path) -> list[dict]:
+    """The lines of a worker's file, which is removed."""
+    if not file.exists():
+        return []
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    file.unlink()
+    return lines
+
+
+def fuzz(impl: str, seconds: float, seed: int, device: str = "cpu", copies: int | None = None) -> Report:
     """Workers, one after another, until time is up."""
     start, number, found = time.monotonic(), 0, []
     counts, kinds, known = Counter(), Counter(), set()
@@ -1061,45 +1043,51 @@ def fuzz(impl: str, seconds: float, seed: int, device: str = "cpu", copies: int 
         isolated = False
         while (left := seconds - (time.monotonic() - start)) > 1 or isolated:
             (folder / "known.json").write_text(json.dumps(sorted(known)))
-            command = [sys.executable, "-m", "tests.fuzz", "--worker", folder, "--impl", impl, "--device", device]
-            command += ["--copies", copies, "--chunk", chunk, "--seed", seed, "--first", number]
-            command += ["--isolated", "--seconds", 60] if isolated else ["--seconds", left]
-            run = subprocess.run(
-                [str(x) for x in command],
-                cwd=Path(__file__).parents[1],
-                env=environment_of(impl, device),
-                capture_output=True,
-                text=True,
-            )
-            if (file := folder / "counts.json").exists():
-                numbers = json.loads(file.read_text())
+            flags = ["--seed", seed, "--first", number, *(["--copies", copies] if copies else [])]
+            flags += ["--isolated", "--seconds", 60] if isolated else ["--seconds", left]
+            run = work(folder, impl, device, *flags)
+            for numbers in taken(folder / "counts.json"):
                 counts.update(numbers["counts"])
                 kinds.update(numbers["kinds"])
-                file.unlink()
-            news = []
-            if (file := folder / "found.jsonl").exists():
-                news = [json.loads(line) for line in file.read_text().splitlines()]
-                file.unlink()
+            news = taken(folder / "found.jsonl")
+            if run.returncode != 0 and (isolated or not (folder / "now.json").exists()):
+                raise RuntimeError(f"the worker failed: {run.stderr[-3000:]}")
             number = int((folder / "chunk").read_text()) + 1
+            isolated = False
             if run.returncode != 0:
-                if isolated or not (folder / "now.json").exists():
-                    raise RuntimeError(f"the worker failed: {run.stderr[-3000:]}")
-                fatal = json.loads((folder / "now.json").read_text())
-                kind = f"{fate(run.returncode)}, {fatal['settings']['method']}"
-                counts["cases"] += 1
-                counts["cases that disagree"] += 1
+                kind = fate(run.returncode)
+                counts.update({"cases": 1, "cases that disagree": 1})
                 kinds[kind] += 1
                 if kind not in known and device == "cpu":  # the chunk again, to shrink it
                     isolated, number = True, number - 1
                 elif kind not in known:
+                    fatal = json.loads((folder / "now.json").read_text())
                     news.append({"impl": impl, "kind": kind, "detail": "", "case": fatal})
-            else:
-                isolated = False
             for x in news:
                 print(f"\n# {impl}: {x['kind']}\n# {x['detail']}\n{reproduction(x['case'], impl)}", flush=True)
             found += news
             known.update(x["kind"] for x in news)
     return Report(counts, kinds, found, time.monotonic() - start)
+
+
+def replay(cases: list[dict], impl: str, device: str = "cpu") -> list[dict]:
+    """What is wrong with the cases, run one after another."""
+    found, number = [], 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "known.json").write_text("[]")
+        (folder / "cases.json").write_text(json.dumps(cases))
+        while number < len(cases):
+            run = work(folder, impl, device, "--first", number)
+            found += taken(folder / "found.jsonl")
+            if run.returncode == 0:
+                break
+            if not (folder / "now.json").exists():
+                raise RuntimeError(f"the worker failed: {run.stderr[-3000:]}")
+            number = int((folder / "chunk").read_text())
+            found.append({"impl": impl, "kind": fate(run.returncode), "detail": "", "case": cases[number]})
+            number += 1
+    return found
 
 
 def keep(found: list[dict]) -> None:
@@ -1148,30 +1136,32 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="triton on the CPU is interpreted")
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--copies", type=int, default=1, help="rows made from each kind of row of a case")
+    parser.add_argument("--copies", type=int, help="rows made from each kind of row (4; interpreted 1; on a GPU 64)")
     parser.add_argument("--keep", action="store_true", help="append what is found to the examples of test_fuzz.py")
     parser.add_argument("--case", type=json.loads, help="run this case only")
-    for hidden in ("--worker", "--seconds", "--first", "--chunk"):
-        parser.add_argument(hidden, help=argparse.SUPPRESS, type=str if hidden == "--worker" else float, default=None)
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--first", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--isolated", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.copies is None:
+        options.copies = 64 if options.device == "cuda" else 4 if options.impl == "cpu" else 1
     options.patience = 2.0 if options.impl == "cpu" else 60.0
     torch.set_num_threads(1)
     if (options.worker or options.case) and options.impl == "triton" and options.device == "cpu":
         if os.environ.get("TRITON_INTERPRET") != "1":
             command = [sys.executable, "-m", "tests.fuzz", *sys.argv[1:]]
             return subprocess.run(command, env=environment_of("triton", "cpu")).returncode
-        quick_interpreter()
+        interpret_quickly()
     if options.case:
         found = disagreements(options.case, options.impl, options.device)
         print(*found or ["no disagreement"], sep="\n")
         return bool(found)
     if options.worker:
-        options.chunk, options.first = int(options.chunk), int(options.first)
         worker = Worker(options)
         Watch.seconds = 3 * options.patience
         Watch.file = None if options.isolated else worker.folder / "now.json"
-        worker.run(options.first)
+        (worker.replay if (worker.folder / "cases.json").exists() else worker.run)(options.first)
         return 0
     report = fuzz(options.impl, 60 * options.minutes, options.seed, options.device, options.copies)
     print(f"\nseed {options.seed}: {report}")
