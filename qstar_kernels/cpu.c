@@ -165,6 +165,12 @@ static double residual(const Point *p, int64_t method, double *derivative) {
     return p->gap;
 }
 
+/* What rounding leaves of a residual that is 0. */
+static double rounding(const Point *p, int64_t method) {
+    const double size = method == ESS_BALANCE ? fabs(p->f_low) + fabs(p->f_high) : fabs(p->slope) + sqrt(p->curvature);
+    return fmax(ROUNDING, 4e-16 * size);
+}
+
 /* Move a point and its group masses by a small step of α. */
 static void shift_point(Point *p, double step, int64_t groups, double *group) {
     const double rise = step * (p->curvature + step * p->skew / 2);
@@ -242,14 +248,13 @@ static double solve(const Job *job, Row *row, const Passes *pass, int even, int 
     alpha = clamp(alpha, min, max);
     double low = min - 1, high = max + 1; /* so that the ends themselves may still be tried */
     double last = 1, before = 1;          /* the two steps made last */
-    const double floor = fmax(ROUNDING, 4e-16 * row->spread);
     for (int sweeps = 1;; sweeps++) {
         pass->sweep(row, alpha, point, groups);
         if (held || sweeps == MOST_SWEEPS) return alpha;
         center_on_secant(row, point->norm);
         double slope;
         const double value = residual(point, job->method, &slope);
-        if (fabs(value) <= floor) return alpha;
+        if (fabs(value) <= rounding(point, job->method)) return alpha;
         if ((value > 0 && alpha <= min) || (value < 0 && alpha >= max)) return alpha;
         if (value < 0) low = alpha;
         else high = alpha;
@@ -262,7 +267,7 @@ static double solve(const Job *job, Row *row, const Passes *pass, int even, int 
             shift_point(point, next - alpha, row->groups, groups);
             return next;
         }
-        if (high - low <= 1e-15) return alpha;
+        if (high - low <= fmax(2.3e-16 * high, 1e-30)) return alpha;
         /* steps that do not shrink are those of an exponential tail, hundreds of them */
         if (!(next > low && next < high && fabs(next - alpha) < before / 2))
             next = ((low > min ? low : min) + (high < max ? high : max)) / 2;
@@ -320,6 +325,7 @@ static Row one_sided(const Row *row, int side) {
     Row twice = *row;
     twice.logits[1 - side] = row->logits[side], twice.stride[1 - side] = row->stride[side];
     twice.dtype[1 - side] = row->dtype[side], twice.high[1 - side] = row->high[side];
+    twice.mask[1 - side] = row->mask[side];
     return twice;
 }
 
@@ -450,6 +456,10 @@ static int64_t greatest_of(const Row *row, const Passes *pass, const Mixture *q)
     int64_t id = -1;
     for (int64_t start = 0; start < row->vocab_size; start += TILE) {
         pass->log_q(row, start, q, log_q);
+        double top[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+        for (int i = 0; i < TILE; i += 4)
+            for (int k = 0; k < 4; k++) top[k] = log_q[i + k] > top[k] ? log_q[i + k] : top[k];
+        if (!(top[0] > best || top[1] > best || top[2] > best || top[3] > best)) continue;
         for (int i = 0; i < TILE; i++)
             if (log_q[i] > best) best = log_q[i], id = start + i;
     }

@@ -57,7 +57,7 @@ from qstar_kernels.kernels_common import (
     LOG_COLD_T,
     LOG_COLD_THETA,
     LOW,
-    LOWEST,
+    MASK,
     MAX_T,
     MAX_THETA,
     NANS,
@@ -86,6 +86,7 @@ from qstar_kernels.kernels_common import (
     TINY_ENTROPY,
     TOP_T,
     TOP_THETA,
+    as_logits,
     bounds_of_sides,
     entropy_of,
     mix,
@@ -158,7 +159,7 @@ def curve_tile(
             cold = (cold[0] * tl.exp(drop_theta), cold[1] * tl.exp(drop_t))
         top_theta, top_t = new_theta, new_t
 
-    usable = (a >= LOWEST) & (b >= LOWEST)  # [N, SUB]
+    usable = (a > MASK) & (b > MASK)  # [N, SUB]
     a = tl.maximum(a - top_theta, FLOOR)  # [N, SUB]
     b = tl.maximum(b - top_t, FLOOR)  # [N, SUB]
     if TEMPERED:
@@ -233,14 +234,14 @@ def curve_kernel(
     whole = start + (stop - start) // TILE * TILE
     # whole tiles need no mask: with one, loads are as narrow as the vocabulary's divisibility by 16 allows
     for first in range(start, whole, TILE):
-        a = tl.load(theta + first + o).to(tl.float32)  # [LANES, SUB]
-        b = tl.load(t + first + o).to(tl.float32)  # [LANES, SUB]
+        a = as_logits(tl.load(theta + first + o))  # [LANES, SUB]
+        b = as_logits(tl.load(t + first + o))  # [LANES, SUB]
         tops, m0, m1, m2, rest, cold, extra = curve_tile(
             a, b, tops, m0, m1, m2, rest, cold, extra, inv_temperature, TEMPERED, METHOD
         )
     if whole < stop:
-        a = tl.load(theta + whole + o, mask=whole + o < stop, other=-INF).to(tl.float32)  # [LANES, SUB]
-        b = tl.load(t + whole + o, mask=whole + o < stop, other=-INF).to(tl.float32)  # [LANES, SUB]
+        a = as_logits(tl.load(theta + whole + o, mask=whole + o < stop, other=-INF))  # [LANES, SUB]
+        b = as_logits(tl.load(t + whole + o, mask=whole + o < stop, other=-INF))  # [LANES, SUB]
         tops, m0, m1, m2, rest, cold, extra = curve_tile(
             a, b, tops, m0, m1, m2, rest, cold, extra, inv_temperature, TEMPERED, METHOD
         )
@@ -547,16 +548,16 @@ def evaluate_kernel(
         stop = tl.minimum(start + CHUNK, vocab_size)
         whole = start + (stop - start) // TILE * TILE
         for first in range(start, whole, TILE):
-            a = tl.load(theta + first + o).to(tl.float32)  # [GROUPS, LANES, SUB]
-            b = tl.load(t + first + o).to(tl.float32)  # [GROUPS, LANES, SUB]
+            a = as_logits(tl.load(theta + first + o))  # [GROUPS, LANES, SUB]
+            b = as_logits(tl.load(t + first + o))  # [GROUPS, LANES, SUB]
             sums, mass, highest = evaluate_tile(a, b, sums, mixed, sides, center, inv_temperature, SLOPES)
             if DRAW == SAMPLED:
                 tl.store(masses + first // GROUP + o_group, tl.sum(mass, axis=1))
             elif DRAW == GREEDY:
                 tl.store(masses + first // GROUP + o_group, tl.max(highest, axis=1))
         if whole < stop:
-            a = tl.load(theta + whole + o, mask=whole + o < stop, other=-INF).to(tl.float32)  # [GROUPS, LANES, SUB]
-            b = tl.load(t + whole + o, mask=whole + o < stop, other=-INF).to(tl.float32)  # [GROUPS, LANES, SUB]
+            a = as_logits(tl.load(theta + whole + o, mask=whole + o < stop, other=-INF))  # [GROUPS, LANES, SUB]
+            b = as_logits(tl.load(t + whole + o, mask=whole + o < stop, other=-INF))  # [GROUPS, LANES, SUB]
             sums, mass, highest = evaluate_tile(a, b, sums, mixed, sides, center, inv_temperature, SLOPES)
             group = whole // GROUP + o_group  # [GROUPS]
             if DRAW == SAMPLED:

@@ -2,12 +2,12 @@
 
 # ruff: noqa: RUF005 - Triton knows no starred tuples
 
+import torch
 import triton
 import triton.language as tl
 
 from qstar_kernels.noise import GROUP_SIZE, GROUP_STREAM, TOKEN_STREAM
-from qstar_kernels.reference import LOWEST as LOWEST_LOGIT
-from qstar_kernels.types import METHODS, Status
+from qstar_kernels.types import METHODS, Status, mask_of
 
 # Between the nodes α = 0, 1/6, …, 1. On pairs of Zipf rows that differ by normal noise of 2 nats, the polynomial
 # through all nodes leaves a residual of at most 1e-4 with four intervals, 3e-8 with six and 3e-9 with eight.
@@ -16,8 +16,9 @@ NODES = tl.constexpr(7)
 GROUP = tl.constexpr(GROUP_SIZE)
 STREAM_OF_GROUPS = tl.constexpr(GROUP_STREAM)
 STREAM_OF_TOKENS = tl.constexpr(TOKEN_STREAM)
-LOWEST = tl.constexpr(LOWEST_LOGIT)  # a logit below this means −inf
-NO_MAXIMUM = tl.constexpr(2 * LOWEST_LOGIT)  # the maximum of a row without a finite logit
+MASK = tl.constexpr(mask_of(torch.float32))  # a logit up to this means −inf
+HALF_MASK = tl.constexpr(mask_of(torch.float16))
+NO_MAXIMUM = tl.constexpr(2 * mask_of(torch.float32))  # the maximum of a row without a finite logit
 FLOOR = tl.constexpr(-1e15)  # logits less their maximum are raised to this, so that d² stays finite in float32
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -95,6 +96,15 @@ GIVEN = tl.constexpr(3)
 
 
 @triton.jit
+def as_logits(x):
+    """Loaded logits in float32; float16's mask becomes −inf, those of the other types are below `MASK`."""
+    y = x.to(tl.float32)
+    if x.dtype == tl.float16:
+        y = tl.where(y <= HALF_MASK, -INF, y)
+    return y
+
+
+@triton.jit
 def zeros_of(like, COUNT: tl.constexpr):
     """A tuple of `COUNT` zero blocks."""
     out = ()
@@ -120,7 +130,7 @@ def mixing(row, tops, inv_temperature):
 def mix(a, b, mixed):
     """From raw logits: those less their maxima, and log2 of q's mass relative to the bound, −inf where forbidden."""
     top_theta, top_t, weight_theta, weight_t, bound = mixed
-    usable = (a >= LOWEST) & (b >= LOWEST)
+    usable = (a > MASK) & (b > MASK)
     a = tl.maximum(a - top_theta, FLOOR)
     b = tl.maximum(b - top_t, FLOOR)
     # A convex combination, not b + α d: exact at both ends even where d is huge. The fma are written out so that all

@@ -34,7 +34,7 @@ from qstar_kernels.kernels_common import (
     LOG_COLD_THETA,
     LOG_NORM,
     LOW,
-    LOWEST,
+    MASK,
     MASSES_ARE_LOGS,
     NO_TOKEN,
     NORM_T,
@@ -53,6 +53,7 @@ from qstar_kernels.kernels_common import (
     TOP_T,
     TOP_THETA,
     WIDEST,
+    as_logits,
     bounds_of_sides,
     entropy_of,
     mix,
@@ -63,9 +64,9 @@ from qstar_kernels.kernels_common import (
 @triton.jit
 def exact_tile(theta, t, o, vocab_size, tops, inv_temperature):
     """Logits less the maxima, over the temperature, in float64, and whether both models allow the token: [N] each."""
-    a = tl.load(theta + o, mask=o < vocab_size, other=-INF).to(tl.float32)  # [N]
-    b = tl.load(t + o, mask=o < vocab_size, other=-INF).to(tl.float32)  # [N]
-    allow_theta, allow_t = a >= LOWEST, b >= LOWEST  # [N]
+    a = as_logits(tl.load(theta + o, mask=o < vocab_size, other=-INF))  # [N]
+    b = as_logits(tl.load(t + o, mask=o < vocab_size, other=-INF))  # [N]
+    allow_theta, allow_t = a > MASK, b > MASK  # [N]
     a = (tl.where(allow_theta, a, 0.0).to(tl.float64) - tops[0]) * inv_temperature  # [N]
     b = (tl.where(allow_t, b, 0.0).to(tl.float64) - tops[1]) * inv_temperature  # [N]
     return a, b, allow_theta, allow_t
@@ -411,8 +412,8 @@ def draw_token(
     first = tl.argmax(key, axis=0).to(tl.int32) * GROUP
 
     o = first + tl.arange(0, GROUP)  # [GROUP]
-    a = tl.load(theta + o, mask=o < vocab_size, other=-INF).to(tl.float32)  # [GROUP]
-    b = tl.load(t + o, mask=o < vocab_size, other=-INF).to(tl.float32)  # [GROUP]
+    a = as_logits(tl.load(theta + o, mask=o < vocab_size, other=-INF))  # [GROUP]
+    b = as_logits(tl.load(t + o, mask=o < vocab_size, other=-INF))  # [GROUP]
     _a, low_b, x, usable = mix(a, b, mixing(row, tops, inv_temperature))  # [GROUP] each
     kept = usable & (x >= tl.load(row + FLOOR_X)) & (low_b >= tl.load(row + FLOOR_T))  # [GROUP]
     key = tl.where(kept, x * LN2, -INF)  # [GROUP]
@@ -526,9 +527,9 @@ def exact_log_q(a, b, row, tops, inv_temperature):
 @triton.jit
 def look_up(theta, t, row, token, tops, inv_temperature):
     """log q of a token, and the models' own log-probabilities of it at temperature 1."""
-    a, b = tl.load(theta + token).to(tl.float32), tl.load(t + token).to(tl.float32)
-    log_p_theta = tl.where(a >= LOWEST, a.to(tl.float64) - tops[0] - tl.load(row + LOG_COLD_THETA), -INF)
-    log_p_t = tl.where(b >= LOWEST, b.to(tl.float64) - tops[1] - tl.load(row + LOG_COLD_T), -INF)
+    a, b = as_logits(tl.load(theta + token)), tl.load(t + token).to(tl.float32)
+    log_p_theta = tl.where(a > MASK, a.to(tl.float64) - tops[0] - tl.load(row + LOG_COLD_THETA), -INF)
+    log_p_t = tl.where(b > MASK, b.to(tl.float64) - tops[1] - tl.load(row + LOG_COLD_T), -INF)
     return exact_log_q(a, b, row, tops, inv_temperature), log_p_theta, log_p_t
 
 
@@ -543,8 +544,8 @@ def log_q_kernel(theta, t, row, log_q, vocab_size, s_theta, s_t, s_log_q, inv_te
     o = i_block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     mask = o < vocab_size  # [BLOCK]
     if tl.load(row + STATUS) == 0:
-        a = tl.load(theta + o, mask=mask, other=-INF).to(tl.float32)  # [BLOCK]
-        b = tl.load(t + o, mask=mask, other=-INF).to(tl.float32)  # [BLOCK]
+        a = as_logits(tl.load(theta + o, mask=mask, other=-INF))  # [BLOCK]
+        b = as_logits(tl.load(t + o, mask=mask, other=-INF))  # [BLOCK]
         tops = (tl.load(row + TOP_THETA), tl.load(row + TOP_T))
         tl.store(log_q + o, exact_log_q(a, b, row, tops, inv_temperature).to(tl.float32), mask=mask)
     else:

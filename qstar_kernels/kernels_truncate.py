@@ -19,7 +19,7 @@ from qstar_kernels.kernels_common import (
     INF,
     LN2,
     LOG_NORM,
-    LOWEST,
+    MASK,
     MASSES_ARE_LOGS,
     NORM_T,
     ROW_COLUMNS,
@@ -28,6 +28,7 @@ from qstar_kernels.kernels_common import (
     STATUS_EMPTY,
     TOP_T,
     TOP_THETA,
+    as_logits,
     mix,
     mixing,
     zeros_of,
@@ -40,9 +41,9 @@ OF_Q = tl.constexpr(1)  # the values are log2 of q's mass, over the tokens that 
 @triton.jit
 def values_of(theta, t, o, vocab_size, mixed, log_norm_t, floor_t, inv_temperature, WHICH: tl.constexpr):
     """Value and probability (not normalised, for q) of the tokens [N], and whether they take part."""
-    a = tl.load(theta + o, mask=o < vocab_size, other=-INF).to(tl.float32)  # [N]
-    b = tl.load(t + o, mask=o < vocab_size, other=-INF).to(tl.float32)  # [N]
-    allowed = b >= LOWEST  # [N]
+    a = as_logits(tl.load(theta + o, mask=o < vocab_size, other=-INF))  # [N]
+    b = as_logits(tl.load(t + o, mask=o < vocab_size, other=-INF))  # [N]
+    allowed = b > MASK  # [N]
     _a, b, x, usable = mix(a, b, mixed)  # [N] each
     if WHICH == OF_T:
         value, part = b, allowed
