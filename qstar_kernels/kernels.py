@@ -786,23 +786,26 @@ def plan(
             Launch(evaluate_kernel, (rows, chunks), 128, evaluate),
         ]
     if settings.truncates:
-        truncate = logits | {
-            "row": row,
-            "masses": masses,
-            "groups": groups,
-            "target_top_k": count(settings.target_top_k),
-            "target_top_p": settings.target_top_p,
-            "top_k": count(settings.top_k),
-            "top_p": settings.top_p,
-            "log_min_p": math.log(settings.min_p) if settings.min_p > 0 else 0.0,
-            "HAS_TARGET_TOP_K": 0 < settings.target_top_k < vocab_size,
-            "HAS_TARGET_TOP_P": settings.target_top_p < 1,
-            "HAS_TOP_K": 0 < settings.top_k < vocab_size,
-            "HAS_TOP_P": settings.top_p < 1,
-            "HAS_MIN_P": settings.min_p > 0,
-            "DRAW": drawing.value,
-            "BLOCK_GROUPS": groups_of_a_row_program(),
-        }
+        truncate = (
+            logits
+            | halves("top_p", settings.top_p)
+            | halves("target_top_p", settings.target_top_p)
+            | {
+                "row": row,
+                "masses": masses,
+                "groups": groups,
+                "target_top_k": count(settings.target_top_k),
+                "top_k": count(settings.top_k),
+                "log_min_p": math.log(settings.min_p) if settings.min_p > 0 else 0.0,
+                "HAS_TARGET_TOP_K": 0 < settings.target_top_k < vocab_size,
+                "HAS_TARGET_TOP_P": settings.target_top_p < 1,
+                "HAS_TOP_K": 0 < settings.top_k < vocab_size,
+                "HAS_TOP_P": settings.top_p < 1,
+                "HAS_MIN_P": settings.min_p > 0,
+                "DRAW": drawing.value,
+                "BLOCK_GROUPS": groups_of_a_row_program(),
+            }
+        )
         # each half is told of the other's choices nothing that would have it compiled once more
         refine = {"CHOOSE": False, "DRAW": drawing.value, "GROUPS": 1, "seeds": None, "positions": None, "tokens": None}
         choose = {"REFINE": False, "METHOD": FIXED.value, "CHUNKS": 1}

@@ -32,7 +32,7 @@ WIDEST = tl.constexpr(100.0)
 DEEPEST = tl.constexpr(24.0)
 ALPHA_TOL = tl.constexpr(5e-6)  # largest Newton step still to be made at an accepted α
 FLAT = tl.constexpr(5e-7)  # Var_q[d] below which α does not matter
-SMOOTH = tl.constexpr(1e-4)  # the quadratures over 7 and 4 nodes agree to this part of F'': see `solve_kernel`
+SMOOTH = tl.constexpr(2e-5)  # the quadratures over 7 and 4 nodes agree to this part of F'': see `solve_kernel`
 
 STEEP = tl.constexpr(0.1)  # derivative of the ESS rule above which the 1e-7 of float32's F does not move α by 5e-6
 SMALL_ENTROPY = tl.constexpr(1e-30)  # below this float32's weights that make up a row's entropy may have underflowed

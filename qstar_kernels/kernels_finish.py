@@ -236,7 +236,8 @@ def judge(row, point, center, alpha_min, alpha_max, tol, METHOD: tl.constexpr):
     elif METHOD == ESS_BALANCE:
         residual, steepness = f_low - f_high + 2 * s, mean_high - mean_low
         fit = fit & (steepness >= STEEP)
-        accepted = (tl.abs(residual) <= steepness * (ALPHA_TOL / 2)) & (alpha > alpha_min) & (alpha < alpha_max)
+        accepted = (tl.abs(residual) <= tl.minimum(steepness * (ALPHA_TOL / 2), tol)) & (alpha > alpha_min)
+        accepted = accepted & (alpha < alpha_max)
     else:
         if METHOD != FIXED:
             fit = fit & smooth

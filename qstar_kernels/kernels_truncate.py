@@ -1,9 +1,10 @@
 """Top-k, top-p and min-p on the device without sorting the vocabulary.
 
-Both ask for the greatest value v such that the tokens at or above v number k, or weigh p: all of them are kept, ties of
-the last one included. float32 orders like its bits read as an integer (the negative ones flipped), so v is found digit
-by digit in base 16: a sweep over the row counts, or weighs, the tokens at or above each of 15 candidates, and eight
-sweeps fix all 32 bits. That is exact, whatever the logits are, and costs the same for every k and p.
+Both ask for the greatest value v such that the tokens that reach v number k, or those below it weigh at most 1 − p: all
+that reach v are kept, ties of the last one included. float32 orders like its bits read as an integer (the negative ones
+flipped), so v is found digit by digit in base 16: a sweep over the row counts the tokens that reach each of 15
+candidates, or weighs those that do not, and eight sweeps fix all 32 bits. That costs the same for every k and p. Values
+are relative to the greatest that is left, subtracted in float64, whatever mass q has there.
 """
 
 # ruff: noqa: RUF005 - Triton knows no starred tuples
@@ -79,25 +80,10 @@ def unordered(index):
 
 
 @triton.jit
-def weight_above(
-    theta, t, floor, vocab_size, row, tops, top_x, floor_t, inv_temperature, WHICH: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Mass of the tokens whose value is at least `floor`."""
-    total = tl.full([], 0.0, tl.float64)
-    for start in range(0, vocab_size, BLOCK):
-        o = start + tl.arange(0, BLOCK)  # [BLOCK]
-        value, mass, _part = values_of(
-            theta, t, o, vocab_size, row, tops, top_x, floor_t, inv_temperature, WHICH
-        )  # [BLOCK] each
-        total += tl.sum(tl.where(value >= floor, mass, 0.0)).to(tl.float64)
-    return total
-
-
-@triton.jit
 def pivot(
     theta,
     t,
-    enough,
+    target,
     floor,
     vocab_size,
     row,
@@ -109,11 +95,15 @@ def pivot(
     COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The greatest value such that the tokens at or above it, of those above `floor`, number or weigh `enough`."""
+    """Of the tokens not below `floor`: the greatest value that `target` of them reach (`COUNT`), or the greatest below
+    which there is no more mass than `target`.
+
+    The mass below, not above: the tail of a top-p near 1 is then a sum of small numbers, without loss of digits.
+    """
     best = tl.full([], -(2**31), tl.int64)
     unit = tl.full([], 2**28, tl.int64)
     for _ in range(8):
-        above = zeros_of(tl.full([], 0.0, tl.float64), 15)
+        sums = zeros_of(tl.full([], 0.0, tl.float64), 15)
         for start in range(0, vocab_size, BLOCK):
             o = start + tl.arange(0, BLOCK)  # [BLOCK]
             value, mass, part = values_of(
@@ -125,16 +115,47 @@ def pivot(
             index = ordered(value)  # [BLOCK]
             more = ()
             for j in tl.static_range(15):
-                hit = tl.where(index >= best + unit * (j + 1), mass, 0.0)  # [BLOCK]
-                more = more + (above[j] + tl.sum(hit).to(tl.float64),)
-            above = more
+                reaches = index >= best + unit * (j + 1)  # [BLOCK]
+                hit = tl.where(reaches == COUNT, mass, 0.0)  # [BLOCK]
+                more = more + (sums[j] + tl.sum(hit).to(tl.float64),)
+            sums = more
         digit = tl.full([], 0, tl.int64)
         for j in tl.static_range(15):
-            digit += (above[j] >= enough).to(tl.int64)
+            holds = sums[j] >= target if COUNT else sums[j] <= target
+            digit += holds.to(tl.int64)
         best += digit * unit
         unit = unit // 16
-    # where not even all of them are enough, as rounding may have it, nothing is cut
-    return tl.where(best == -(2**31), -INF, unordered(best))
+    # where not even all of them are enough nothing is cut; and never the greatest, whose value is 0
+    return tl.where(best == -(2**31), -INF, tl.minimum(unordered(best), 0.0))
+
+
+@triton.jit
+def top_p_floor(
+    theta,
+    t,
+    share,
+    share_low,
+    floor,
+    vocab_size,
+    row,
+    tops,
+    top_x,
+    floor_t,
+    inv_temperature,
+    WHICH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The value of the token at which the tokens not below `floor`, in order, have the share of their mass."""
+    whole = tl.full([], 0.0, tl.float64)
+    for start in range(0, vocab_size, BLOCK):
+        o = start + tl.arange(0, BLOCK)  # [BLOCK]
+        value, mass, _part = values_of(
+            theta, t, o, vocab_size, row, tops, top_x, floor_t, inv_temperature, WHICH
+        )  # [BLOCK] each
+        whole += tl.sum(tl.where(value >= floor, mass, 0.0)).to(tl.float64)
+    rest = whole * ((1 - as_double(share, 0.0)) - share_low)
+    found = pivot(theta, t, rest, floor, vocab_size, row, tops, top_x, floor_t, inv_temperature, WHICH, False, BLOCK)
+    return tl.maximum(floor, found)
 
 
 @triton.jit
@@ -151,8 +172,10 @@ def truncate_kernel(
     inv_temperature_low,
     target_top_k,
     target_top_p,
+    target_top_p_low,
     top_k,
     top_p,
+    top_p_low,
     log_min_p,
     HAS_TARGET_TOP_K: tl.constexpr,
     HAS_TARGET_TOP_P: tl.constexpr,
@@ -192,12 +215,21 @@ def truncate_kernel(
                 BLOCK,
             )
         if HAS_TARGET_TOP_P:
-            whole = weight_above(theta, t, floor_t, vocab_size, row, tops, none, nothing, inv_temperature, OF_T, BLOCK)
-            enough = whole * target_top_p
-            found = pivot(
-                theta, t, enough, floor_t, vocab_size, row, tops, none, nothing, inv_temperature, OF_T, False, BLOCK
+            floor_t = top_p_floor(
+                theta,
+                t,
+                target_top_p,
+                target_top_p_low,
+                floor_t,
+                vocab_size,
+                row,
+                tops,
+                none,
+                nothing,
+                inv_temperature,
+                OF_T,
+                BLOCK,
             )
-            floor_t = tl.maximum(floor_t, found)
 
         # what is left may have no mass that float32 has: all values are relative to the greatest
         greatest = tl.full([], -INF, tl.float64)
@@ -228,14 +260,11 @@ def truncate_kernel(
                     BLOCK,
                 )
             if HAS_TOP_P:
-                whole = weight_above(
-                    theta, t, floor_x, vocab_size, row, tops, greatest, floor_t, inv_temperature, OF_Q, BLOCK
-                )
-                enough = whole * top_p
-                found = pivot(
+                floor_x = top_p_floor(
                     theta,
                     t,
-                    enough,
+                    top_p,
+                    top_p_low,
                     floor_x,
                     vocab_size,
                     row,
@@ -244,10 +273,8 @@ def truncate_kernel(
                     floor_t,
                     inv_temperature,
                     OF_Q,
-                    False,
                     BLOCK,
                 )
-                floor_x = tl.maximum(floor_x, found)
             if HAS_MIN_P:
                 floor_x = tl.maximum(floor_x, log_min_p)
 
