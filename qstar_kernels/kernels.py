@@ -123,7 +123,7 @@ def rescale(m0, m1, m2, drop_theta, drop_t, inv_temperature):
 
 @triton.jit
 def curve_tile(
-    a, b, tops, m0, m1, m2, rest, cold, extra, inv_temperature, TEMPERED: tl.constexpr, METHOD: tl.constexpr
+    a, b, tops, m0, m1, m2, rest, cold, extra, inv_temperature, TEMPERED: tl.constexpr, ENTROPIES: tl.constexpr
 ):
     """Add one tile of logits [N, SUB] to the sums of the first sweep; blocks [N] hold a sum a thread.
 
@@ -143,7 +143,7 @@ def curve_tile(
         difference = difference * scale_theta + m0[0] * (scale_theta - scale_t)
         outside_theta, outside_t = outside_theta * scale_theta, outside_t * scale_t
         m0, m1, m2 = rescale(m0, m1, m2, drop_theta, drop_t, inv_temperature)
-        if METHOD == BY_ENTROPY:
+        if ENTROPIES:
             count_theta, others_theta, first_theta, count_t, others_t, first_t = extra
             mass = (count_theta + others_theta) * scale_theta
             first_theta = first_theta * scale_theta + drop_theta * mass
@@ -163,7 +163,7 @@ def curve_tile(
     b = tl.maximum(b - top_t, FLOOR)  # [N, SUB]
     if TEMPERED:
         cold = (cold[0] + tl.sum(tl.exp(a), axis=1), cold[1] + tl.sum(tl.exp(b), axis=1))  # [N]
-    if METHOD == BY_ENTROPY:
+    if ENTROPIES:
         # maxima are counted apart: Σ e^a is 1 + tiny on a nearly certain row, and its entropy is made of the tiny part
         count_theta, others_theta, first_theta, count_t, others_t, first_t = extra
         mass_theta, mass_t = tl.exp(a * inv_temperature), tl.exp(b * inv_temperature)  # [N, SUB]
@@ -200,7 +200,7 @@ def curve_tile(
     return (top_theta, top_t), n0, n1, n2, (difference, outside_theta, outside_t, nans), cold, extra
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["s_partial"])
 def curve_kernel(
     theta,
     t,
@@ -211,7 +211,7 @@ def curve_kernel(
     s_partial,
     inv_temperature,
     TEMPERED: tl.constexpr,
-    METHOD: tl.constexpr,
+    ENTROPIES: tl.constexpr,
     CHUNK: tl.constexpr,
     LANES: tl.constexpr,
     SUB: tl.constexpr,
@@ -236,13 +236,13 @@ def curve_kernel(
         a = tl.load(theta + first + o).to(tl.float32)  # [LANES, SUB]
         b = tl.load(t + first + o).to(tl.float32)  # [LANES, SUB]
         tops, m0, m1, m2, rest, cold, extra = curve_tile(
-            a, b, tops, m0, m1, m2, rest, cold, extra, inv_temperature, TEMPERED, METHOD
+            a, b, tops, m0, m1, m2, rest, cold, extra, inv_temperature, TEMPERED, ENTROPIES
         )
     if whole < stop:
         a = tl.load(theta + whole + o, mask=whole + o < stop, other=-INF).to(tl.float32)  # [LANES, SUB]
         b = tl.load(t + whole + o, mask=whole + o < stop, other=-INF).to(tl.float32)  # [LANES, SUB]
         tops, m0, m1, m2, rest, cold, extra = curve_tile(
-            a, b, tops, m0, m1, m2, rest, cold, extra, inv_temperature, TEMPERED, METHOD
+            a, b, tops, m0, m1, m2, rest, cold, extra, inv_temperature, TEMPERED, ENTROPIES
         )
 
     partial += i_row * s_partial + i_chunk * CURVE_COLUMNS
@@ -254,7 +254,7 @@ def curve_kernel(
         tl.store(partial + DIFFERENCE + k, tl.sum(rest[k]))
     tl.store(partial + MAX_THETA, tops[0])
     tl.store(partial + MAX_T, tops[1])
-    if METHOD == BY_ENTROPY:
+    if ENTROPIES:
         for k in tl.static_range(6):
             tl.store(partial + ENTROPY + k, tl.sum(extra[k]))
     if TEMPERED:
@@ -331,7 +331,7 @@ def root_between(low, high, gap, curvature, o_node):
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def solve_kernel(
     partial,
     row,
@@ -507,7 +507,7 @@ def evaluate_tile(a, b, sums, mixed, sides, center, inv_temperature, SLOPES: tl.
     return (mass, first, second, mass_high, mass_low, first_high, first_low), lane_mass, tl.max(x, axis=2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks", "groups"])
 def evaluate_kernel(
     theta,
     t,
@@ -632,6 +632,10 @@ def plan(
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=theta.device)
 
+    def count(k: int) -> float:
+        """Exact; as an integer it would be compiled apart when it is 1, and when it is a multiple of 16."""
+        return float(min(k, vocab_size))
+
     out = empty(8, rows)  # [8, B]
     status = empty(rows, dtype=torch.int64)  # [B]
     log_q = empty(rows, vocab_size) if want_log_q else None  # [B, V]
@@ -644,6 +648,8 @@ def plan(
         draw, tokens = GIVEN, tokens.contiguous()
     if draw != NO_TOKEN:
         step.token, step.logq, step.logp_theta, step.logp_t = tokens, *out[5:]
+    # what asks only for the groups' masses need not be compiled twice
+    drawing = draw if draw in (SAMPLED, GREEDY) else NO_TOKEN
 
     partial = empty(rows, chunks, CURVE_COLUMNS.value)  # [B, C, 40]
     evaluated = empty(rows, chunks, EVALUATED_COLUMNS.value)  # [B, C, 8]
@@ -664,7 +670,7 @@ def plan(
         "partial": partial,
         "s_partial": partial.stride(0),
         "TEMPERED": tempering != 1,
-        "METHOD": method,
+        "ENTROPIES": method == BY_ENTROPY.value,
         "CHUNK": CHUNK,
         "LANES": lanes(),
         "SUB": sub,
@@ -687,7 +693,7 @@ def plan(
         "chunks": chunks,
         "groups": groups,
         "SLOPES": method == ESS_BALANCE.value,
-        "DRAW": draw.value,
+        "DRAW": drawing.value,
         "CHUNK": CHUNK,
         "TILE_GROUPS": TILE_GROUPS,
         "SUB": sub,
@@ -743,9 +749,9 @@ def plan(
             "row": row,
             "masses": masses,
             "groups": groups,
-            "target_top_k": settings.target_top_k,
+            "target_top_k": count(settings.target_top_k),
             "target_top_p": settings.target_top_p,
-            "top_k": settings.top_k,
+            "top_k": count(settings.top_k),
             "top_p": settings.top_p,
             "log2_min_p": math.log2(settings.min_p) if settings.min_p > 0 else 0.0,
             "HAS_TARGET_TOP_K": 0 < settings.target_top_k < vocab_size,
@@ -753,13 +759,16 @@ def plan(
             "HAS_TOP_K": 0 < settings.top_k < vocab_size,
             "HAS_TOP_P": settings.top_p < 1,
             "HAS_MIN_P": settings.min_p > 0,
-            "DRAW": draw.value,
+            "DRAW": drawing.value,
             "BLOCK_GROUPS": groups_of_a_row_program(),
         }
+        # each half is told of the other's choices nothing that would have it compiled once more
+        refine = {"CHOOSE": False, "DRAW": drawing.value, "GROUPS": 1, "seeds": None, "positions": None, "tokens": None}
+        choose = {"REFINE": False, "METHOD": FIXED.value, "CHUNKS": 1}
         launches += [
-            Launch(finish_kernel, (rows,), 256, finish | {"CHOOSE": False}),
+            Launch(finish_kernel, (rows,), 256, finish | refine),
             Launch(truncate_kernel, (rows,), 256, truncate),
-            Launch(finish_kernel, (rows,), 256, finish | {"REFINE": False}),
+            Launch(finish_kernel, (rows,), 256, finish | choose),
         ]
     else:
         launches.append(Launch(finish_kernel, (rows,), 256, finish))
