@@ -613,6 +613,17 @@ class Launch:
         self.kernel[self.grid](**self.arguments, num_warps=max(1, self.threads // warp))
 
 
+def aligned(logits: Tensor) -> Tensor:
+    """The same rows [B, V] where the kernels can read them 128 bits at a time: a copy where they do not lie so.
+
+    Triton lays out a program's threads by what it knows of the addresses, and with it the order of all sums. A row's
+    bits would depend on where it lies in memory, and the sweeps on unaligned rows hold eight times the sums a thread.
+    """
+    rows, vocab_size = logits.shape
+    lie_so = (logits.stride(1) == 1 or vocab_size == 1) and logits.stride(0) % 16 == 0 and logits.data_ptr() % 16 == 0
+    return logits if lie_so else logits.new_empty(rows, triton.cdiv(vocab_size, 16) * 16)[:, :vocab_size].copy_(logits)
+
+
 def plan(
     theta: Tensor,
     t: Tensor,
@@ -622,7 +633,10 @@ def plan(
     tokens: Tensor | None = None,
     want_log_q: bool = False,
 ) -> tuple[list[Launch], tuple[QStarStep, Tensor | None]]:
-    """The launches for at least one row, and what they fill; all sizes depend on B, V and the settings only."""
+    """The launches for at least one row, and what they fill; all sizes depend on B, V and the settings only.
+
+    The logits are `aligned`.
+    """
     rows, vocab_size = theta.shape
     method = METHODS.index(settings.method)
     tempering = settings.temperature if settings.temperature > 0 else 1.0
@@ -795,9 +809,7 @@ def qstar_triton(
     for name, logits in (("logits_theta", theta), ("logits_t", t)):
         if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"{name} is {logits.dtype}; the kernels take float32, bfloat16 or float16")
-    # a token's neighbours must be its neighbours in memory; rows may lie anywhere
-    theta, t = (x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous() for x in (theta, t))
-    launches, filled = plan(theta, t, settings, seeds, positions, tokens, want_log_q)
+    launches, filled = plan(aligned(theta), aligned(t), settings, seeds, positions, tokens, want_log_q)
     if len(theta):
         with torch.cuda.device_of(theta):
             for launch in launches:
