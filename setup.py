@@ -48,6 +48,7 @@ setup(
             "pytest-benchmark>=5",
             "matplotlib>=3.8",
             "playwright>=1.50",
+            "hypothesis>=6.100",
             "psutil>=5.9",
             "ray[data]>=2.60,<3",
             "scipy>=1.11",

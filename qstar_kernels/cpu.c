@@ -14,13 +14,14 @@
 enum { TILE = 256, GROUP = 1024 };
 enum { FLOAT32, BFLOAT16, FLOAT16, FLOAT64 };
 enum { KL_SYMMETRY, ESS_BALANCE, REVERSE_KL_SYMMETRY, ENTROPY, FIXED }; /* METHODS of types.py */
-enum { OK, HAS_NAN, POSITIVE_INFINITY, NO_SUPPORT, DISJOINT, EMPTY };
+enum { OK, HAS_NAN, POSITIVE_INFINITY, NO_SUPPORT, DISJOINT, EMPTY, INEXACT };
 enum { NOTHING, DRAW, LOOK_UP };
 
-static const double LOWEST = -1e30;  /* a logit below this means −inf */
-static const double ABSENT = -1e32;  /* stands for −inf where ∞ − ∞ and 0 · ∞ must not arise */
+static const double ABSENT = -1e300; /* stands for −inf where ∞ − ∞ and 0 · ∞ must not arise */
 static const double RANGE = 340;     /* nats below its maximum from where exponentials of 2a − x may overflow */
 static const double ROUNDING = 1e-14;
+static const double TINY_ENTROPY = 1e-300; /* of reference.py */
+enum { MOST_SWEEPS = 200 };
 
 typedef struct {
     const void *logits[2]; /* π_θ, π_t */
@@ -28,7 +29,9 @@ typedef struct {
     int64_t dtype[2];
     int64_t vocab_size;
     int64_t method, what, log_q_is_double;
-    double alpha, alpha_min, alpha_max, temperature;
+    double mask[2];       /* the greatest logit that means −inf */
+    double largest_logit; /* the least that means +inf */
+    double alpha, alpha_min, alpha_max, temperature, tol;
     int64_t top_k, target_top_k;
     double top_p, min_p, target_top_p;
     const int64_t *seeds, *positions, *tokens;
@@ -41,8 +44,11 @@ typedef struct {
 typedef struct {
     const void *logits[2];
     int64_t stride[2], dtype[2], vocab_size, groups;
+    double mask[2];
     double high[2]; /* subtracted from the logits */
     double scale;   /* 1 / temperature */
+    double spread;  /* no two values of d over the common support differ by more */
+    double center;  /* subtracted from d where moments are taken */
     int masked, far;
 } Row;
 
@@ -61,6 +67,7 @@ typedef struct {
 
 typedef struct {
     double norm[2], f, slope, curvature, skew, f_high, slope_high, f_low, slope_low;
+    double gap; /* F′ − s */
 } Point;
 
 typedef struct {
@@ -85,7 +92,6 @@ typedef struct {
     void (*outline)(const Row *, Outline *);
     void (*ends)(const Row *, Ends *);
     void (*sweep)(const Row *, double, Point *, double *);
-    int64_t (*greatest)(const Row *, double);
     void (*log_q)(const Row *, int64_t, const Mixture *, double *);
     void (*weights)(const double *, double *);
     void (*philox)(int64_t, int64_t, uint32_t, int64_t, int, uint64_t *);
@@ -152,23 +158,39 @@ static double guess_alpha(const Outline *o) {
 
 /* What the rule wants to be 0, increasing in α, and its derivative. */
 static double residual(const Point *p, int64_t method, double *derivative) {
-    const double s = p->norm[0] - p->norm[1];
     if (method == ESS_BALANCE) {
         *derivative = p->slope_high - p->slope_low;
-        return p->f_low - p->f_high + 2 * s;
+        return p->f_low - p->f_high + 2 * (p->norm[0] - p->norm[1]);
     }
     *derivative = p->curvature;
-    return p->slope - s;
+    return p->gap;
+}
+
+/* What rounding leaves of a residual that is 0. */
+static double rounding(const Point *p, int64_t method) {
+    const double size = method == ESS_BALANCE ? fabs(p->f_low) + fabs(p->f_high) : fabs(p->slope) + sqrt(p->curvature);
+    return fmax(ROUNDING, 4e-16 * size);
 }
 
 /* Move a point and its group masses by a small step of α. */
 static void shift_point(Point *p, double step, int64_t groups, double *group) {
+    const double rise = step * (p->curvature + step * p->skew / 2);
     p->f += step * (p->slope + step * (p->curvature / 2 + step * p->skew / 6));
-    p->slope += step * (p->curvature + step * p->skew / 2);
+    p->slope += rise;
+    p->gap += rise;
     p->f_high -= step * p->slope_high;
     p->f_low -= step * p->slope_low;
     for (int64_t c = 0; c < groups; c++)
         if (isfinite(group[c])) group[c] += step * (group[groups + c] + step * group[2 * groups + c] / 2);
+}
+
+/* Whether Taylor's formula is proved to carry a point over a step. With u = |step| · spread every weight of q changes by
+ * a factor within e^±u, cumulants are at most 4 spreadⁿ⁻² F″, and what the formula leaves out is at most u³/6 of a
+ * group's log-mass, u²/8 of log ESS, (7/6) |step| u² of α and F″ times that of the residual. */
+static int carries(const Row *row, const Point *p, int64_t method, double step) {
+    const double size = fabs(step), u = size * row->spread;
+    if (method == ESS_BALANCE) return u <= 4e-4 && size * u <= 5e-8;
+    return u <= 8e-3 && size * u * u * fmax(p->curvature, 1) <= 1e-7;
 }
 
 static double larger_kl(const Point *p, double alpha) {
@@ -176,70 +198,102 @@ static double larger_kl(const Point *p, double alpha) {
     return theta > t ? theta : t;
 }
 
-/* α by the rule, and the curve and the group masses there. */
-static double solve(const Job *job, const Row *row, const Passes *pass, int even, Point *point, double *groups) {
+static void center_on_secant(Row *row, const double *norm) {
+    if (isfinite(norm[0] - norm[1])) row->center = norm[0] - norm[1];
+}
+
+/* α by the rule, and the curve and the group masses there. `carefully` takes nothing for granted: every exponent is
+ * relative to its own maximum, and α is where a sweep was. */
+static double solve(const Job *job, Row *row, const Passes *pass, int even, int carefully, Point *point, double *groups) {
     const double min = job->alpha_min, max = job->alpha_max;
+    const int far = row->far |= carefully;
     double alpha = 0.5;
     int held = 1; /* α is known before the sweep */
     if (job->method == FIXED) {
         alpha = job->alpha;
-    } else if (job->method == ENTROPY || job->method == REVERSE_KL_SYMMETRY) {
+    } else if (job->method == ENTROPY) {
+        Ends ends;
+        pass->ends(row, &ends);
+        const double entropies = ends.entropy[0] + ends.entropy[1];
+        alpha = entropies > TINY_ENTROPY ? ends.entropy[0] / entropies : 0.5;
+    } else if (job->method == REVERSE_KL_SYMMETRY && even && !far) {
         Ends ends;
         pass->ends(row, &ends);
         const double s = ends.norm[0] - ends.norm[1], spread = ends.slope[0] - ends.slope[1];
-        const double entropies = ends.entropy[0] + ends.entropy[1];
-        if (job->method == ENTROPY)
-            alpha = entropies > 0 ? ends.entropy[0] / entropies : 0.5;
-        else
-            alpha = spread > ROUNDING ? (ends.slope[0] - s) / spread : 0.5;
+        alpha = spread > ROUNDING ? (ends.slope[0] - s) / spread : 0.5;
     } else {
-        held = 0;
-        if (!row->far) {
+        held = job->method == REVERSE_KL_SYMMETRY;
+        if (!far) {
             Outline outline;
             pass->outline(row, &outline);
+            center_on_secant(row, outline.norm);
             alpha = guess_alpha(&outline);
         }
-    }
-    if (!even && job->method != FIXED && job->method != ENTROPY) {
-        /* different supports may leave the rule without a root: then the end with the smaller max{KL, KL} */
-        double value[2], worst[2], derivative;
-        for (int end = 0; end < 2; end++) {
-            pass->sweep(row, end, point, groups);
-            value[end] = residual(point, job->method, &derivative);
-            worst[end] = larger_kl(point, end);
-        }
-        if (value[0] > 0 || value[1] < 0) {
-            alpha = worst[0] <= worst[1] ? 0 : 1;
-            held = 1;
+        if (far || !even) {
+            /* different supports may leave the rule without a root: then the end with the smaller max{KL, KL} */
+            double value[2], worst[2], gap[2], derivative;
+            for (int end = 0; end < 2; end++) {
+                pass->sweep(row, end, point, groups);
+                center_on_secant(row, point->norm);
+                value[end] = residual(point, held ? KL_SYMMETRY : job->method, &derivative);
+                worst[end] = larger_kl(point, end);
+                gap[end] = point->gap;
+            }
+            if (held) alpha = gap[1] - gap[0] > ROUNDING ? gap[1] / (gap[1] - gap[0]) : 0.5;
+            if (!even && (value[0] > 0 || value[1] < 0)) {
+                alpha = worst[0] <= worst[1] ? 0 : 1;
+                held = 1;
+            }
         }
     }
     alpha = clamp(alpha, min, max);
     double low = min - 1, high = max + 1; /* so that the ends themselves may still be tried */
-    for (int sweeps = 0;; sweeps++) {
+    double last = 1, before = 1;          /* the two steps made last */
+    for (int sweeps = 1;; sweeps++) {
         pass->sweep(row, alpha, point, groups);
-        double derivative;
-        const double value = residual(point, job->method, &derivative);
-        if (held || sweeps == 100 || fabs(value) <= ROUNDING) return alpha;
+        if (held || sweeps == MOST_SWEEPS) return alpha;
+        center_on_secant(row, point->norm);
+        double slope;
+        const double value = residual(point, job->method, &slope);
+        if (fabs(value) <= rounding(point, job->method)) return alpha;
         if ((value > 0 && alpha <= min) || (value < 0 && alpha >= max)) return alpha;
         if (value < 0) low = alpha;
         else high = alpha;
-        double slope = derivative, reach, bend = 0;
         if (job->method == KL_SYMMETRY) {
-            bend = point->skew;
-            const double halley = derivative - value * bend / (2 * derivative);
-            if (halley > derivative / 2 && halley < derivative * 2) slope = halley;
-            reach = 1e-3 / sqrt(derivative);
-        } else {
-            reach = 1e-5;
+            const double halley = slope - value * point->skew / (2 * slope);
+            if (halley > slope / 2 && halley < slope * 2) slope = halley;
         }
-        const double next = clamp(alpha - value / slope, min, max), step = next - alpha;
-        if (fabs(step) <= reach && fabs(step * bend) <= 0.01 * derivative) {
-            shift_point(point, step, row->groups, groups);
+        double next = clamp(alpha - value / slope, min, max);
+        if (!carefully && carries(row, point, job->method, next - alpha)) {
+            shift_point(point, next - alpha, row->groups, groups);
             return next;
         }
-        if (high - low <= 1e-15) return alpha;
-        alpha = next > low && next < high ? next : ((low > min ? low : min) + (high < max ? high : max)) / 2;
+        if (high - low <= fmax(2.3e-16 * high, 1e-30)) return alpha;
+        /* steps that do not shrink are those of an exponential tail, hundreds of them */
+        if (!(next > low && next < high && fabs(next - alpha) < before / 2))
+            next = ((low > min ? low : min) + (high < max ? high : max)) / 2;
+        before = last;
+        last = fabs(next - alpha);
+        alpha = next;
     }
+}
+
+/* The last look at a row, `holds` of reference.py; and that the groups' masses make up F, which they must after a step by
+ * Taylor's formula too. */
+static int holds(const Job *job, const Solved *solved, const double *groups) {
+    const Point *p = &solved->point;
+    const double alpha = solved->q.alpha, low = job->alpha_min, high = job->alpha_max;
+    const double theta = (alpha - 1) * p->slope - p->f + p->norm[0], t = alpha * p->slope - p->f + p->norm[1];
+    const double size = fmax(fmax(theta, t), 1);
+    double derivative, mass = 0;
+    if (!(alpha >= low && alpha <= high && fmin(theta, t) >= -1e-9 * size && isfinite(size))) return 0;
+    if (!(isfinite(p->f_high) && isfinite(p->f_low))) return 0;
+    for (int64_t c = 0; c < solved->row.groups; c++) mass += exp(groups[c] - p->f);
+    if (!(fabs(mass - 1) <= 1e-6)) return 0;
+    if (job->method != KL_SYMMETRY && job->method != ESS_BALANCE) return 1;
+    const double value = residual(p, job->method, &derivative);
+    if (fabs(value) <= job->tol * size || (alpha <= low && value > 0) || (alpha >= high && value < 0)) return 1;
+    return !(solved->theta_inside && solved->t_inside) && (alpha <= low || alpha >= high);
 }
 
 /* argmax of log w + Gumbel noise over `count` ids from `first` on, as the least E / w of exponential variables E (the
@@ -272,20 +326,21 @@ static Row one_sided(const Row *row, int side) {
     Row twice = *row;
     twice.logits[1 - side] = row->logits[side], twice.stride[1 - side] = row->stride[side];
     twice.dtype[1 - side] = row->dtype[side], twice.high[1 - side] = row->high[side];
+    twice.mask[1 - side] = row->mask[side];
     return twice;
 }
 
-/* The greatest of the n values v (which it reorders) so that the values that reach it have at least the mass `target`,
- * counted each as exp(v), or as 1. */
-static double crossing(double *v, int64_t n, double target, int by_mass) {
-    double above = 0;
+/* The greatest of the n values v (which it reorders) so that the values that reach it have at least the mass `target` > 0,
+ * counted each as exp(v − greatest), or as 1; the lowest where all of them have less. */
+static double crossing(double *v, int64_t n, double target, double greatest, int by_mass) {
+    double above = 0; /* less than the target; every turn leaves out a value */
     for (;;) {
         const double x = v[0], y = v[n / 2], z = v[n - 1];
         const double pivot = x < y ? (y < z ? y : x < z ? z : x) : (x < z ? x : y < z ? z : y);
         int64_t greater = 0, end = n; /* [0, greater) > pivot, [end, n) < pivot */
         double mass_greater = 0, mass_equal = 0;
         for (int64_t i = 0; i < end;) {
-            const double value = v[i], mass = value < pivot ? 0 : by_mass ? exp(value) : 1;
+            const double value = v[i], mass = value < pivot ? 0 : by_mass ? exp(value - greatest) : 1;
             if (value > pivot) {
                 v[i++] = v[greater];
                 v[greater++] = value;
@@ -325,21 +380,21 @@ static double threshold(const Row *row, const Passes *pass, const Mixture *q, do
     double bucket[BUCKETS] = {0}, total = 0;
     for (int64_t start = 0; start < row->vocab_size; start += TILE) {
         pass->log_q(row, start, q, value);
-        if (count == 0) pass->weights(value, w);
+        for (int i = 0; i < TILE; i++) w[i] = value[i] - greatest;
+        if (count == 0) pass->weights(w, w);
         for (int i = 0; i < TILE; i++)
             if (value[i] > -INFINITY && value[i] >= lowest)
                 bucket[bucket_of(greatest, value[i])] += count ? 1 : w[i];
     }
     for (int i = 0; i < BUCKETS; i++) total += bucket[i];
     const double target = count ? (double)count : share * total;
-    double above = 0;
+    double above = 0, before = 0;
     int crossed = 0;
-    for (int i = 0; i < BUCKETS; i++) {
+    for (int i = 0; i < BUCKETS && above < target; i++) {
         if (bucket[i] == 0) continue;
+        before = above;
         above += bucket[crossed = i];
-        if (above >= target) break;
     }
-    above -= bucket[crossed];
     int64_t n = 0;
     for (int64_t start = 0; start < row->vocab_size; start += TILE) {
         pass->log_q(row, start, q, value);
@@ -347,7 +402,7 @@ static double threshold(const Row *row, const Passes *pass, const Mixture *q, do
             if (value[i] > -INFINITY && value[i] >= lowest && bucket_of(greatest, value[i]) == crossed)
                 v[n++] = value[i];
     }
-    return crossing(v, n, target - above, count == 0);
+    return crossing(v, n, target - before, greatest, count == 0);
 }
 
 /* The lowest value x − f of q that top-k and then top-p keep, +inf where there is none; `greatest` becomes the greatest. */
@@ -384,31 +439,62 @@ static int truncate_q(const Job *job, const Row *row, const Passes *pass, Solved
         double mass = 0;
         for (int64_t start = group * GROUP; start < (group + 1) * GROUP && start < row->vocab_size; start += TILE) {
             pass->log_q(row, start, q, log_q);
+            for (int i = 0; i < TILE; i++) log_q[i] -= greatest; /* what is left may have no mass that float64 has */
             pass->weights(log_q, w);
             for (int i = 0; i < TILE; i++) mass += w[i];
         }
         sum += mass;
-        groups[group] = log(mass) + q->f;
+        groups[group] = log(mass) + greatest + q->f;
     }
-    q->extra = log(sum);
+    q->extra = log(sum) + greatest;
     return 1;
+}
+
+/* The lowest id of the greatest log q. */
+static int64_t greatest_of(const Row *row, const Passes *pass, const Mixture *q) {
+    _Alignas(32) double log_q[TILE];
+    double best = -INFINITY;
+    int64_t id = -1;
+    for (int64_t start = 0; start < row->vocab_size; start += TILE) {
+        pass->log_q(row, start, q, log_q);
+        double top[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+        for (int i = 0; i < TILE; i += 4)
+            for (int k = 0; k < 4; k++) top[k] = log_q[i + k] > top[k] ? log_q[i + k] : top[k];
+        if (!(top[0] > best || top[1] > best || top[2] > best || top[3] > best)) continue;
+        for (int i = 0; i < TILE; i++)
+            if (log_q[i] > best) best = log_q[i], id = start + i;
+    }
+    return id;
+}
+
+/* exp(v − max v) of n values, in place. */
+static void relative_weights(const Passes *pass, double *v, int64_t n) {
+    _Alignas(32) double part[TILE];
+    double top = -INFINITY;
+    for (int64_t i = 0; i < n; i++) top = v[i] > top ? v[i] : top;
+    for (int64_t start = 0; start < n; start += TILE) {
+        for (int64_t i = 0; i < TILE; i++) part[i] = start + i < n ? v[start + i] - top : -INFINITY;
+        pass->weights(part, part);
+        for (int64_t i = 0; i < TILE && start + i < n; i++) v[start + i] = part[i];
+    }
 }
 
 static int64_t draw(const Row *row, const Passes *pass, const Mixture *q, const double *groups, double *mass, int64_t seed,
                     int64_t position) {
-    for (int64_t c = 0; c < row->groups; c++) mass[c] = exp(groups[c] - q->f - q->extra);
+    memcpy(mass, groups, sizeof(double) * row->groups);
+    relative_weights(pass, mass, row->groups);
     const int64_t group = race(pass, seed, position, 0, 0, row->groups, mass);
     if (group < 0) return -1;
-    _Alignas(32) double w[GROUP], log_q[TILE];
-    for (int start = 0; start < GROUP; start += TILE) {
-        pass->log_q(row, group * GROUP + start, q, log_q);
-        pass->weights(log_q, w + start);
-    }
-    return group * GROUP + race(pass, seed, position, 1, group * GROUP, GROUP, w);
+    _Alignas(32) double w[GROUP];
+    for (int start = 0; start < GROUP; start += TILE) pass->log_q(row, group * GROUP + start, q, w + start);
+    relative_weights(pass, w, GROUP);
+    const int64_t token = race(pass, seed, position, 1, group * GROUP, GROUP, w);
+    return token < 0 ? -1 : group * GROUP + token;
 }
 
 /* Everything about row i but its token. */
-static void solve_row(const Job *job, int64_t i, const Passes *pass, Solved *solved, double *groups, double *scratch) {
+static void solve_row(const Job *job, int64_t i, const Passes *pass, int carefully, Solved *solved, double *groups,
+                      double *scratch) {
     static const int64_t size[] = {4, 2, 2, 8};
     Row *row = &solved->row;
     memset(solved, 0, sizeof *solved);
@@ -416,28 +502,34 @@ static void solve_row(const Job *job, int64_t i, const Passes *pass, Solved *sol
     row->groups = (job->vocab_size + GROUP - 1) / GROUP;
     row->scale = job->temperature > 0 ? 1 / job->temperature : 1;
     for (int side = 0; side < 2; side++) {
-        row->dtype[side] = job->dtype[side], row->stride[side] = job->stride[side];
+        row->dtype[side] = job->dtype[side], row->stride[side] = job->stride[side], row->mask[side] = job->mask[side];
         row->logits[side] = (const char *)job->logits[side] + i * job->row_stride[side] * size[job->dtype[side]];
     }
     Scan scan;
     pass->scan(row, &scan);
     const double *high = scan.high;
-    solved->status = scan.nan                                        ? HAS_NAN
-                     : high[0] == INFINITY || high[1] == INFINITY    ? POSITIVE_INFINITY
-                     : high[0] < LOWEST || high[1] < LOWEST          ? NO_SUPPORT
-                     : !scan.common                                  ? DISJOINT
-                                                                     : OK;
+    solved->status = scan.nan                                                  ? HAS_NAN
+                     : fmax(high[0], high[1]) >= job->largest_logit             ? POSITIVE_INFINITY
+                     : high[0] <= row->mask[0] || high[1] <= row->mask[1]      ? NO_SUPPORT
+                     : !scan.common                                            ? DISJOINT
+                                                                               : OK;
     if (solved->status != OK) return;
     row->masked = scan.masked;
     for (int side = 0; side < 2; side++) {
+        const double reach = (high[side] - scan.low[side]) * row->scale;
         row->high[side] = high[side];
-        row->far |= (high[side] - scan.low[side]) * row->scale > RANGE;
+        row->spread += reach;
+        row->far |= reach > RANGE;
     }
     solved->theta_inside = !scan.only_theta, solved->t_inside = !scan.only_t;
     Point *point = &solved->point;
-    solved->q.alpha = solve(job, row, pass, solved->theta_inside && solved->t_inside, point, groups);
+    solved->q.alpha = solve(job, row, pass, solved->theta_inside && solved->t_inside, carefully, point, groups);
     solved->q.f = point->f;
     solved->q.lowest = solved->q.lowest_b = -INFINITY;
+    if (!holds(job, solved, groups)) {
+        solved->status = INEXACT;
+        return;
+    }
     for (int side = 0; side < 2; side++) solved->raw_norm[side] = point->norm[side];
     if (row->scale != 1 && job->what != NOTHING) {
         Row raw = *row;
@@ -455,7 +547,7 @@ static void write_log_q(const Job *job, int64_t i, const Passes *pass, const Sol
     for (int64_t start = 0; start < job->vocab_size; start += TILE) {
         if (solved->status == OK) pass->log_q(&solved->row, start, &solved->q, log_q);
         for (int64_t j = 0; j < TILE && start + j < job->vocab_size; j++) {
-            const double value = solved->status == OK ? log_q[j] - solved->q.extra : NAN;
+            const double value = solved->status == OK ? fmin(log_q[j] - solved->q.extra, 0) : NAN;
             if (job->log_q_is_double) ((double *)job->log_q)[first + start + j] = value;
             else ((float *)job->log_q)[first + start + j] = (float)value;
         }
@@ -477,11 +569,44 @@ static void look_up(const Solved *solved, const Passes *pass, int64_t token, dou
     }
 }
 
+/* Row i but for its log q [V]: `solved` holds what is known of it, unless it is `known` from the row before. */
+static void do_row(const Job *job, int64_t i, const Passes *pass, int known, int carefully, Solved *solved, double *groups,
+                   double *scratch) {
+    /* `groups` has log-mass, mean and variance of d of each, and room for their weights */
+    double *mass = groups + 3 * ((job->vocab_size + GROUP - 1) / GROUP), field[8];
+    if (!known) solve_row(job, i, pass, carefully, solved, groups, scratch);
+    int64_t token = job->what == LOOK_UP ? job->tokens[i] : -1;
+    for (int k = 0; k < 8; k++) field[k] = NAN;
+    if (job->what == DRAW && solved->status == OK)
+        token = job->temperature == 0 ? greatest_of(&solved->row, pass, &solved->q)
+                                      : draw(&solved->row, pass, &solved->q, groups, mass, job->seeds[i], job->positions[i]);
+    if (solved->status == OK && token >= 0 && token < job->vocab_size) look_up(solved, pass, token, field + 5);
+    /* a token that was drawn has a probability, and no probability is above 1 but for rounding */
+    if (solved->status == OK && (field[5] > 1e-9 || (job->what == DRAW && !isfinite(field[5])))) solved->status = INEXACT;
+    if (solved->status == INEXACT && !carefully) {
+        do_row(job, i, pass, 0, 1, solved, groups, scratch);
+        return;
+    }
+    const Point *p = &solved->point;
+    const double alpha = solved->q.alpha;
+    if (solved->status == OK || solved->status == EMPTY) {
+        field[0] = alpha;
+        field[1] = fmax((alpha - 1) * p->slope - p->f + p->norm[0], 0);
+        field[2] = fmax(alpha * p->slope - p->f + p->norm[1], 0);
+        field[3] = solved->theta_inside ? fmin(exp(2 * p->norm[0] - p->f - p->f_high), 1) : 0;
+        field[4] = solved->t_inside ? fmin(exp(2 * p->norm[1] - p->f - p->f_low), 1) : 0;
+    }
+    for (int k = 0; k < 8; k++)
+        job->fields[k * job->batch + i] = k < 5 ? field[k] : solved->status == OK ? field[k] > 0 ? 0 : field[k] : NAN;
+    if (job->what == DRAW) job->drawn[i] = solved->status == OK ? token : -1;
+    job->status[i] = solved->status;
+}
+
 /* Rows first, …, last − 1 of a job; the return value is 0, or 1 if memory is short. */
 int qstar_rows(const Job *job, int64_t first, int64_t last) {
     const Passes *pass = best_passes();
     const int64_t count = (job->vocab_size + GROUP - 1) / GROUP;
-    double *groups = malloc(sizeof(double) * 4 * count), *mass = groups + 3 * count;
+    double *groups = malloc(sizeof(double) * 4 * count);
     double *scratch = truncates(job) ? malloc(sizeof(double) * job->vocab_size) : NULL;
     if (!groups || (truncates(job) && !scratch)) {
         free(groups);
@@ -491,28 +616,9 @@ int qstar_rows(const Job *job, int64_t first, int64_t last) {
     Solved solved;
     for (int64_t i = first; i < last; i++) {
         /* rows that are one row expanded are solved once */
-        if (i == first || job->row_stride[0] != 0 || job->row_stride[1] != 0)
-            solve_row(job, i, pass, &solved, groups, scratch);
-        const Point *p = &solved.point;
-        const double alpha = solved.q.alpha;
-        double field[8];
-        for (int k = 0; k < 8; k++) field[k] = NAN;
-        if (solved.status == OK || solved.status == EMPTY) {
-            field[0] = alpha;
-            field[1] = fmax((alpha - 1) * p->slope - p->f + p->norm[0], 0);
-            field[2] = fmax(alpha * p->slope - p->f + p->norm[1], 0);
-            field[3] = solved.theta_inside ? fmin(exp(2 * p->norm[0] - p->f - p->f_high), 1) : 0;
-            field[4] = solved.t_inside ? fmin(exp(2 * p->norm[1] - p->f - p->f_low), 1) : 0;
-        }
-        int64_t token = job->what == LOOK_UP ? job->tokens[i] : -1;
-        if (job->what == DRAW && solved.status == OK)
-            token = job->temperature == 0 ? pass->greatest(&solved.row, alpha)
-                                          : draw(&solved.row, pass, &solved.q, groups, mass, job->seeds[i], job->positions[i]);
-        if (solved.status == OK && token >= 0 && token < job->vocab_size) look_up(&solved, pass, token, field + 5);
-        if (job->what == DRAW) job->drawn[i] = token;
+        const int known = i > first && job->row_stride[0] == 0 && job->row_stride[1] == 0;
+        do_row(job, i, pass, known, 0, &solved, groups, scratch);
         if (job->log_q) write_log_q(job, i, pass, &solved);
-        for (int k = 0; k < 8; k++) job->fields[k * job->batch + i] = field[k];
-        job->status[i] = solved.status;
     }
     free(groups);
     free(scratch);

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from qstar_kernels.types import METHODS, QStarStep, Settings, output_dtype
+from qstar_kernels.types import LARGEST_LOGIT, METHODS, QStarStep, Settings, mask_of, output_dtype
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 MIN_SHARE = 1 << 17  # logits of one side that are worth a thread
@@ -30,10 +30,13 @@ class Job(ctypes.Structure):
         ("method", ctypes.c_int64),
         ("what", ctypes.c_int64),
         ("log_q_is_double", ctypes.c_int64),
+        ("mask", ctypes.c_double * 2),
+        ("largest_logit", ctypes.c_double),
         ("alpha", ctypes.c_double),
         ("alpha_min", ctypes.c_double),
         ("alpha_max", ctypes.c_double),
         ("temperature", ctypes.c_double),
+        ("tol", ctypes.c_double),
         ("top_k", ctypes.c_int64),
         ("target_top_k", ctypes.c_int64),
         ("top_p", ctypes.c_double),
@@ -88,11 +91,12 @@ def qstar_cpu(
         types = " and ".join(f"{side.dtype} on {side.device}" for side in sides)
         raise ValueError(f"the logits are {types}; impl='cpu' takes {', '.join(map(str, DTYPES))} on a CPU")
     batch, vocab_size = sides[0].shape
-    fields = torch.empty(8, batch, dtype=torch.float64)
-    status = torch.empty(batch, dtype=torch.int64)
     dtype = output_dtype(*sides)
-    log_q = torch.empty(batch, vocab_size, dtype=dtype) if want_log_q else None
-    drawn = None if seeds is None else torch.empty(batch, dtype=torch.int64)
+    # beside the logits, whatever torch's default device is: their addresses are all that the C code gets
+    fields = torch.empty(8, batch, dtype=torch.float64, device="cpu")
+    status = torch.empty(batch, dtype=torch.int64, device="cpu")
+    log_q = torch.empty(batch, vocab_size, dtype=dtype, device="cpu") if want_log_q else None
+    drawn = None if seeds is None else torch.empty(batch, dtype=torch.int64, device="cpu")
     # held until the call returns
     index = [None if x is None else x.contiguous() for x in (seeds, positions, tokens)]
     job = Job(
@@ -104,10 +108,13 @@ def qstar_cpu(
         METHODS.index(settings.method),
         1 if seeds is not None else 2 if tokens is not None else 0,
         dtype == torch.float64,
+        (ctypes.c_double * 2)(*(mask_of(side.dtype) for side in sides)),
+        LARGEST_LOGIT,
         settings.alpha,
         settings.alpha_min,
         settings.alpha_max,
         settings.temperature,
+        settings.tol,
         settings.top_k,
         settings.target_top_k,
         settings.top_p,

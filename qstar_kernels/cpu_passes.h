@@ -91,7 +91,7 @@ static void NAME(load)(const Row *row, int side, int64_t start, double *restrict
     default: READ(double, )
     }
 #undef READ
-    for (int i = count; i < TILE; i++) out[i] = 2 * LOWEST;
+    for (int i = count; i < TILE; i++) out[i] = -INFINITY;
 }
 
 /* Maxima, minima over what is not masked, and which kinds of token there are. */
@@ -107,7 +107,7 @@ static void NAME(scan)(const Row *row, Scan *scan) {
             l4 ok[2];
             for (int side = 0; side < 2; side++) {
                 d4 x = AT(d4, raw[side], i);
-                ok[side] = x >= LOWEST;
+                ok[side] = x > row->mask[side];
                 nan |= x != x;
                 l4 higher = x > high[side], lower = (x < low[side]) & ok[side];
                 high[side] = (d4)(((l4)x & higher) | ((l4)high[side] & ~higher));
@@ -145,7 +145,7 @@ static __attribute__((noinline)) void NAME(tile)(const Row *row, int64_t start, 
         d4 d = a - b, x = b + alpha * d;
         if (!whole) {
             const d4 absent = (d4){0} + ABSENT;
-            l4 ok_theta = AT(d4, tile->a, i) >= LOWEST, ok_t = AT(d4, tile->b, i) >= LOWEST, ok = ok_theta & ok_t;
+            l4 ok_theta = AT(d4, tile->a, i) > row->mask[0], ok_t = AT(d4, tile->b, i) > row->mask[1], ok = ok_theta & ok_t;
             a = (d4)(((l4)a & ok_theta) | ((l4)absent & ~ok_theta));
             b = (d4)(((l4)b & ok_t) | ((l4)absent & ~ok_t));
             d = (d4)((l4)d & ok);
@@ -205,17 +205,21 @@ static void NAME(outline)(const Row *row, Outline *outline) {
     outline->norm[1] = log(sums[10]);
 }
 
-/* Normalisers, entropies and the slopes of F at both ends. */
+/* Normalisers, entropies and the slopes of F at both ends. Maxima are counted apart: on a nearly certain row the
+ * normaliser's logarithm and the entropy are made of the others alone. */
 static void NAME(ends)(const Row *row, Ends *ends) {
     Tile tile;
-    d4 norm[2] = {{0}}, log_mean[2] = {{0}}, mass[2] = {{0}}, slope[2] = {{0}};
+    d4 maxima[2] = {{0}}, others[2] = {{0}}, log_mean[2] = {{0}}, mass[2] = {{0}}, slope[2] = {{0}};
+    const d4 one = (d4){0} + 1.0;
     for (int64_t start = 0; start < row->vocab_size; start += TILE) {
         NAME(tile)(row, start, 0.5, &tile);
         for (int i = 0; i < TILE; i += 4) {
             l4 common = AT(d4, tile.x, i) > ABSENT;
             for (int side = 0; side < 2; side++) {
                 d4 logit = side ? AT(d4, tile.b, i) : AT(d4, tile.a, i), e = NAME(exp_d)(logit);
-                norm[side] += e;
+                l4 at_top = logit == 0;
+                maxima[side] += (d4)((l4)one & at_top);
+                others[side] += (d4)((l4)e & ~at_top);
                 log_mean[side] += e * logit;
                 mass[side] += (d4)((l4)e & common);
                 slope[side] += e * AT(d4, tile.d, i);
@@ -223,16 +227,18 @@ static void NAME(ends)(const Row *row, Ends *ends) {
         }
     }
     for (int side = 0; side < 2; side++) {
-        double sum = NAME(total)(norm[side]);
-        ends->norm[side] = log(sum);
-        ends->entropy[side] = ends->norm[side] - NAME(total)(log_mean[side]) / sum;
+        const double count = NAME(total)(maxima[side]), rest = NAME(total)(others[side]);
+        ends->norm[side] = log(count) + log1p(rest / count);
+        ends->entropy[side] = ends->norm[side] - NAME(total)(log_mean[side]) / (count + rest);
         ends->slope[side] = NAME(total)(slope[side]) / NAME(total)(mass[side]);
     }
 }
 
-/* Second sweep, exact: the curve at α, 2 − α and −α, and of every group log Σ w, mean and variance of d. */
+/* Second sweep, exact: the curve at α, 2 − α and −α, and of every group log Σ w, mean and variance of d. Moments are of
+ * d − center: with the center near the root's slope neither the residual nor the variance there cancels. */
 static void NAME(sweep)(const Row *row, double alpha, Point *point, double *groups) {
     Tile tile;
+    const double center = row->center;
     double top[3] = {0, 0, 0}; /* of x, 2a − x and 2b − x; where no exponential overflows they are not needed */
     if (row->far) {
         d4 high[3];
@@ -273,7 +279,7 @@ static void NAME(sweep)(const Row *row, double alpha, Point *point, double *grou
             }
             NAME(exp_all)(tile.x, w);
             for (int i = 0; i < TILE; i += 4) {
-                d4 mass = AT(d4, w, i), d = AT(d4, tile.d, i), first = mass * d, second = first * d;
+                d4 mass = AT(d4, w, i), d = AT(d4, tile.d, i) - center, first = mass * d, second = first * d;
                 d4 theta = AT(d4, ea, i), t = AT(d4, eb, i), high, low;
                 if (row->far) {
                     high = AT(d4, hi, i);
@@ -300,41 +306,22 @@ static void NAME(sweep)(const Row *row, double alpha, Point *point, double *grou
         for (int k = 0; k < 10; k++) sums[k] += of_group[k] = NAME(total)(s[k]);
         const double mean = of_group[1] / of_group[0];
         groups[group] = log(of_group[0]);
-        groups[row->groups + group] = mean;
+        groups[row->groups + group] = center + mean;
         groups[2 * row->groups + group] = of_group[2] / of_group[0] - mean * mean;
     }
+    const double mean = sums[1] / sums[0], second = sums[2] / sums[0], third = sums[3] / sums[0];
     point->f = top[0] + log(sums[0]);
-    point->slope = sums[1] / sums[0];
-    const double second = sums[2] / sums[0], third = sums[3] / sums[0], mean = point->slope;
+    point->slope = center + mean;
     point->curvature = second - mean * mean > 0 ? second - mean * mean : 0;
     point->skew = third - 3 * mean * second + 2 * mean * mean * mean;
     point->norm[0] = log(sums[4]);
     point->norm[1] = log(sums[5]);
     point->f_high = top[1] + log(sums[6]);
-    point->slope_high = sums[7] / sums[6];
+    point->gap = mean + (center - (point->norm[0] - point->norm[1]));
+    point->slope_high = center + sums[7] / sums[6];
     point->f_low = top[2] + log(sums[8]);
-    point->slope_low = sums[9] / sums[8];
+    point->slope_low = center + sums[9] / sums[8];
     for (int64_t group = 0; group < row->groups; group++) groups[group] += top[0];
-}
-
-/* Lowest id of the greatest x. */
-static int64_t NAME(greatest)(const Row *row, double alpha) {
-    Tile tile;
-    double best = -INFINITY;
-    int64_t id = 0;
-    for (int64_t start = 0; start < row->vocab_size; start += TILE) {
-        NAME(tile)(row, start, alpha, &tile);
-        d4 high = AT(d4, tile.x, 0);
-        for (int i = 4; i < TILE; i += 4) {
-            d4 x = AT(d4, tile.x, i);
-            l4 higher = x > high;
-            high = (d4)(((l4)x & higher) | ((l4)high & ~higher));
-        }
-        if (high[0] > best || high[1] > best || high[2] > best || high[3] > best)
-            for (int i = 0; i < TILE; i++)
-                if (tile.x[i] > best) best = tile.x[i], id = start + i;
-    }
-    return id;
 }
 
 /* x − f of a tile where truncation keeps the token, −inf elsewhere. */
@@ -380,7 +367,7 @@ static void NAME(philox)(int64_t seed, int64_t position, uint32_t stream, int64_
 }
 
 static const Passes NAME(passes) = {
-    NAME(scan), NAME(outline), NAME(ends), NAME(sweep), NAME(greatest), NAME(log_q), NAME(weights),
+    NAME(scan), NAME(outline), NAME(ends), NAME(sweep), NAME(log_q), NAME(weights),
     NAME(philox),
 };
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qstar_kernels.noise import GROUP_SIZE, GROUP_STREAM, TOKEN_STREAM, gumbel
-from qstar_kernels.types import QStarStep, Settings, Status, mask_of
+from qstar_kernels.types import LARGEST_LOGIT, QStarStep, Settings, Status, mask_of
 
 TINY_ENTROPY = 1e-300  # entropies below this have lost digits, or themselves, to underflow: then α is ½
 
@@ -43,11 +43,16 @@ class Pair:
         """log q, F, F', F'' at α [B]: [B, V] and three [B]."""
         d = torch.where(self.common, self.a - self.b, 0.0)  # [B, V]
         x = torch.where(self.common, self.b + alpha[:, None] * d, -torch.inf)  # [B, V]
-        f = x.logsumexp(-1)  # [B]
-        log_q = x - f[:, None]
-        q = log_q.exp()
-        slope = (q * d).sum(-1)
-        return log_q, f, slope, (q * (d - slope[:, None]).square()).sum(-1)
+        top, mode = x.max(-1, keepdim=True)
+        # weights that sum to 1 and moments about the mode's d, so that d of 1e9, as a mask may be written in one of
+        # the models, costs the slope no digits
+        log_q = x - top
+        w = log_q.exp()
+        mass = w.sum(-1, keepdim=True)
+        q, center = w / mass, d.gather(-1, mode)
+        slope = center[:, 0] + (q * (d - center)).sum(-1)
+        f = (top + mass.log())[:, 0]  # [B]
+        return log_q - mass.log(), f, slope, (q * (d - slope[:, None]).square()).sum(-1)
 
     def kls(self, alpha: Tensor, f: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
         """KL(q‖π_θ) and KL(q‖π_t) in nats, [B] each, from F and F' at α."""
@@ -60,7 +65,7 @@ def status_of(theta: Tensor, t: Tensor) -> Tensor:
     for code, hit in (
         (Status.DISJOINT, ~(theta.isfinite() & t.isfinite()).any(-1)),
         (Status.NO_SUPPORT, theta.isneginf().all(-1) | t.isneginf().all(-1)),
-        (Status.POSITIVE_INFINITY, (theta.isposinf() | t.isposinf()).any(-1)),
+        (Status.POSITIVE_INFINITY, ((theta >= LARGEST_LOGIT) | (t >= LARGEST_LOGIT)).any(-1)),
         (Status.NAN, (theta.isnan() | t.isnan()).any(-1)),
     ):
         status = torch.where(hit, int(code), status)
@@ -83,20 +88,21 @@ def make_pair(theta: Tensor, t: Tensor, temperature: float = 1.0) -> Pair:
     )
 
 
-def solve_increasing(f: Callable[[Tensor], tuple[Tensor, Tensor]], like: Tensor) -> Tensor:
+def solve_increasing(f: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], like: Tensor) -> Tensor:
     """Root in [0, 1] of an increasing function by safeguarded Newton from 0.5, each row for itself.
 
-    `f` maps α [B] to the value and the derivative, [B] each. Rows without a sign change end at the nearer end.
+    `f` maps α [B] to the value, the derivative and what rounding leaves of a value of 0, [B] each. Rows without a sign
+    change end at the nearer end.
     """
     alpha = torch.full_like(like, 0.5)
     low, high = torch.zeros_like(like), torch.ones_like(like)
     done = torch.zeros_like(like, dtype=torch.bool)
     last, before = torch.ones_like(like), torch.ones_like(like)  # the two steps made last
     for _ in range(200):
-        value, derivative = f(alpha)
+        value, derivative, rounding = f(alpha)
         # convergence first: at the root rounding can put the Newton step on the bracket's end, and a bisection there
         # would throw α half a bracket away
-        done = done | (value.abs() <= 1e-14) | (high - low <= 1e-15)
+        done = done | (value.abs() <= rounding) | (high - low <= (2.3e-16 * high).clamp(min=1e-30))
         if done.all():
             break
         low = torch.where(value < 0, alpha, low)
@@ -117,19 +123,22 @@ def entropy(a: Tensor) -> Tensor:
     """
     top = a == 0
     weights = torch.where(top, 0.0, a.exp())  # [B, V], of the others
-    others, maxima = weights.sum(-1), top.sum(-1)
+    others, maxima = weights.sum(-1), top.to(a.dtype).sum(-1)
     first = torch.where(weights > 0, weights * a, 0.0).sum(-1)
     return maxima.log() + (others / maxima).log1p() - first / (maxima + others)
 
 
-def balance(pair: Pair, method: str, alpha: Tensor) -> tuple[Tensor, Tensor]:
-    """What vanishes at the α of `kl_symmetry` or `ess_balance`, increasing in α, and its derivative: [B] each."""
+def balance(pair: Pair, method: str, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What vanishes at the α of `kl_symmetry` or `ess_balance`, its derivative (≥ 0) and its rounding: [B] each."""
     if method == "kl_symmetry":
         _, _, slope, curvature = pair.curve(alpha)
-        return slope - pair.secant, curvature
-    _, f_low, slope_low, _ = pair.curve(-alpha)
-    _, f_high, slope_high, _ = pair.curve(2 - alpha)
-    return f_low - f_high + 2 * pair.secant, slope_high - slope_low
+        value, derivative, size = slope - pair.secant, curvature, slope.abs() + curvature.sqrt()
+    else:
+        _, f_low, slope_low, _ = pair.curve(-alpha)
+        _, f_high, slope_high, _ = pair.curve(2 - alpha)
+        value, derivative = f_low - f_high + 2 * pair.secant, slope_high - slope_low
+        size = f_low.abs() + f_high.abs()
+    return value, derivative, (4e-16 * size).clamp(min=1e-14)
 
 
 def solve_alpha(pair: Pair, settings: Settings) -> Tensor:
@@ -151,7 +160,7 @@ def solve_alpha(pair: Pair, settings: Settings) -> Tensor:
             at_zero, at_one = slope0 - s, slope1 - s
         else:
 
-            def rule(alpha: Tensor) -> tuple[Tensor, Tensor]:
+            def rule(alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
                 return balance(pair, settings.method, alpha)
 
             alpha = solve_increasing(rule, s)
@@ -176,7 +185,7 @@ def holds(pair: Pair, settings: Settings, alpha: Tensor, kl_theta: Tensor, kl_t:
     size = torch.maximum(kl_theta, kl_t).clamp(min=1)
     good = (alpha >= low) & (alpha <= high) & (torch.minimum(kl_theta, kl_t) >= -1e-9 * size) & size.isfinite()
     if settings.method in ("kl_symmetry", "ess_balance"):
-        residual, _ = balance(pair, settings.method, alpha)
+        residual, _, _ = balance(pair, settings.method, alpha)
         at_low, at_high = alpha <= low, alpha >= high
         rootless = ~(pair.theta_inside & pair.t_inside) & (at_low | at_high)
         stopped = (at_low & (residual > 0)) | (at_high & (residual < 0))

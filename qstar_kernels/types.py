@@ -16,7 +16,7 @@ class Status(IntEnum):
 
     OK = 0
     NAN = 1  # a logit is NaN
-    POSITIVE_INFINITY = 2  # a logit is +inf
+    POSITIVE_INFINITY = 2  # a logit is +inf, or `LARGEST_LOGIT` or more
     NO_SUPPORT = 3  # all logits of a row are −inf
     DISJOINT = 4  # no token is finite in both rows
     EMPTY = 5  # truncation leaves no token: π_t's top-k/top-p support has none that both models allow
@@ -27,14 +27,31 @@ class Status(IntEnum):
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
 
 
+LARGEST_LOGIT = 1e15  # beyond this a logit means an infinity
+
+
 def mask_of(dtype: torch.dtype) -> float:
     """The greatest logit of a type that means −inf.
 
-    Masks are also written as the least finite number of the logits' type, which taken literally puts corners into the
-    curve that have nothing to do with the two models. That number is −65504 for float16; for the wider types anything
-    from −1e30 down is taken for one.
+    Masks are also written as the least finite number of the logits' type, or as −1e18, which taken literally puts
+    corners into the curve that have nothing to do with the two models. The least number of float16 is −65504; for the
+    wider types anything from −1e15 down is taken for a mask.
     """
-    return torch.finfo(dtype).min if dtype == torch.float16 else -1e30
+    return -65504.0 if dtype == torch.float16 else -LARGEST_LOGIT
+
+
+# name: least, most (5e-324 is the least number above 0), what is accepted
+NUMBERS = {
+    "alpha": (0.0, 1.0, "in [0, 1]: the weight of π_θ"),
+    "alpha_min": (0.0, 1.0, "in [0, 1]"),
+    "alpha_max": (0.0, 1.0, "in [alpha_min, 1]"),
+    "temperature": (0.0, MAX_TEMPERATURE, f"0 (greedy), or in [{MIN_TEMPERATURE:g}, {MAX_TEMPERATURE:g}]"),
+    "top_p": (5e-324, 1.0, "in (0, 1] (1 keeps all tokens)"),
+    "min_p": (0.0, 1.0, "in [0, 1] (0 keeps all tokens)"),
+    "target_top_p": (5e-324, 1.0, "in (0, 1] (1 keeps all tokens)"),
+    "tol": (5e-324, 1.0, "in (0, 1]"),
+}
+COUNTS = ("top_k", "target_top_k")
 
 
 @dataclass(frozen=True)
@@ -42,7 +59,8 @@ class Settings:
     """The rule for α, temperature and truncation; the meaning of each is in `qstar_kernels.api.qstar_sample`.
 
     Raises:
-        ValueError: a setting is outside its range; the message names it, the value seen and what is accepted.
+        ValueError: a setting is of another type, or outside its range; the message names it, the value seen and what is
+            accepted.
     """
 
     method: str = "kl_symmetry"
@@ -58,35 +76,30 @@ class Settings:
     tol: float = 1e-5
 
     def __post_init__(self) -> None:
-        def check(name: str, accepted: bool, range_: str) -> None:
-            if not accepted:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {range_}")
+        # once a token: what costs more than a comparison is done only where a comparison asks for it
+        def refuse(name: str, range_: str) -> None:
+            raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {range_}")
 
-        def number(name: str, low: float, high: float, range_: str, above: bool = False) -> None:
+        if self.method not in METHODS:
+            refuse("method", f"one of {', '.join(METHODS)}")
+        for name, (least, most, range_) in NUMBERS.items():
             value = getattr(self, name)
-            real = isinstance(value, Real) and not isinstance(value, bool)
-            check(name, real and (low < value if above else low <= value) and value <= high, range_)
-            object.__setattr__(self, name, float(value))
-
-        def count(name: str) -> None:
+            if type(value) is not float and (not isinstance(value, Real) or isinstance(value, bool)):
+                refuse(name, range_)
+            if not least <= value <= most:
+                refuse(name, range_)
+            if type(value) is not float:
+                object.__setattr__(self, name, float(value))
+        if self.alpha_min > self.alpha_max:
+            refuse("alpha_max", f"in [alpha_min = {self.alpha_min}, 1]")
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            refuse("temperature", NUMBERS["temperature"][2])
+        for name in COUNTS:
             value = getattr(self, name)
-            whole = isinstance(value, Integral) and not isinstance(value, bool)
-            check(name, whole and value >= 0, "an integer, at least 0 (0 keeps all tokens)")
-            object.__setattr__(self, name, min(int(value), 2**63 - 1))  # more than any vocabulary has
-
-        check("method", self.method in METHODS, f"one of {', '.join(METHODS)}")
-        number("alpha", 0, 1, "in [0, 1]: the weight of π_θ")
-        number("alpha_min", 0, 1, "in [0, 1]")
-        number("alpha_max", self.alpha_min, 1, f"in [alpha_min = {self.alpha_min}, 1]")
-        range_ = f"0 (greedy), or in [{MIN_TEMPERATURE:g}, {MAX_TEMPERATURE:g}]"
-        number("temperature", 0, MAX_TEMPERATURE, range_)
-        check("temperature", self.temperature == 0 or self.temperature >= MIN_TEMPERATURE, range_)
-        count("top_k")
-        number("top_p", 0, 1, "in (0, 1] (1 keeps all tokens)", above=True)
-        number("min_p", 0, 1, "in [0, 1] (0 keeps all tokens)")
-        count("target_top_k")
-        number("target_top_p", 0, 1, "in (0, 1] (1 keeps all tokens)", above=True)
-        number("tol", 0, 1, "in (0, 1]", above=True)
+            if type(value) is not int or not 0 <= value < 2**63:
+                if not isinstance(value, Integral) or isinstance(value, bool) or value < 0:
+                    refuse(name, "an integer, at least 0 (0 keeps all tokens)")
+                object.__setattr__(self, name, min(int(value), 2**63 - 1))  # more than any vocabulary has
 
     @property
     def truncates(self) -> bool:
