@@ -3,38 +3,38 @@
 Compiles every kernel of a sampling step with the arguments a real call has, reads registers, spills and instructions
 off the machine code, and estimates a step's time against the time that reading both rows from memory takes. The
 estimate counts issue slots and bytes; it knows nothing of latency and was not measured.
+
+With `--cover` or `--all`, compiles what any call can launch instead (`qstar_kernels.calls`), and says what does not
+compile and what spills.
 """
 
 import argparse
+import os
 import re
 import subprocess
+import sys
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
+from threading import local
 
 import torch
 import triton
-from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from qstar_kernels.kernels import CHUNK, Launch, plan
-from qstar_kernels.kernels_truncate import truncate_kernel
+from qstar_kernels.calls import TRUNCATIONS, Call, Distinct, Side, compiled, covering, distinct, every_call
+from qstar_kernels.kernels import CHUNK, Launch
 from qstar_kernels.types import Settings
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
-VOCAB_SIZE = 50257  # a multiple of nothing
-PITCH = 50304  # its rows padded to a multiple of 64, as they are in a model's output
-POINTERS = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float64: "*fp64",
-    torch.int64: "*i64",
-}
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+VOCAB_SIZE = 50257  # a multiple of nothing; its rows are padded to a multiple of 64, as they are in a model's output
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ GPUS = {
     "sm_80": Gpu("A100 80GB", 108, 1.41, 1750, 4, 32),
     "sm_90": Gpu("H100 SXM", 132, 1.755, 3000, 4, 32),
     "sm_100": Gpu("B200", 148, 1.85, 7000, 4, 32),
+    "sm_120": Gpu("RTX 5090", 170, 2.41, 1600, 4, 32),
     "gfx942": Gpu("MI300X", 304, 2.1, 4000, 4, 64),
 }
 
@@ -89,48 +90,17 @@ LOAD = r"LDG|(global|buffer)_load"
 SPECIAL = r"MUFU|v_(exp|log|rcp|rsq|sqrt)_f32"
 
 
-def sampling_step(
-    dtype: torch.dtype, rows: int = 4, vocab_size: int = VOCAB_SIZE, pitch: int = PITCH, **settings
-) -> list[Launch]:
-    """The launches of `qstar_sample` on logits of this type, with their arguments, on no device."""
-
-    def logits() -> Tensor:
-        return torch.empty(rows, pitch, dtype=dtype, device="meta")[:, :vocab_size]
-
-    index = torch.empty(rows, dtype=torch.int64, device="meta")
-    return plan(logits(), logits(), Settings(**settings), seeds=index, positions=index, want_log_q=True)[0]
-
-
-def source(launch: Launch) -> ASTSource:
-    """The kernel specialised as a call with these arguments would."""
-    signature, constants, divisible = {}, {}, {}
-    for i, parameter in enumerate(launch.kernel.params):
-        name = parameter.name
-        value = launch.arguments[name]
-        if parameter.is_constexpr or value is None:
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, Tensor):
-            signature[name] = POINTERS[value.dtype]
-            divisible[(i,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        elif value == 1:
-            signature[name], constants[name] = "constexpr", 1
-        else:
-            signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
-                divisible[(i,)] = [["tt.divisibility", 16]]
-    return ASTSource(launch.kernel, signature, constants, divisible)
+def sampling_step(dtype: torch.dtype, **settings) -> list[Launch]:
+    """The launches of `qstar_sample` on padded logits of this type, with their arguments, on no device."""
+    side, settings = Side(dtype, "padded"), Settings(**settings)
+    return Call("sample" if settings.temperature else "greedy", settings, side, side, vocab_size=VOCAB_SIZE).launches()
 
 
 def report(launch: Launch, architecture: str) -> Report:
     """Compile one launch for one architecture and count."""
-    amd = architecture.startswith("gfx")
-    target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture[3:]), 32)
-    warps = max(1, launch.threads // target.warp_size)
-    compiled = triton.compile(source(launch), target=target, options={"num_warps": warps})
+    amd, binary = architecture.startswith("gfx"), compiled(launch, architecture)
     if amd:
-        text = compiled.asm["amdgcn"]
+        text = binary.asm["amdgcn"]
         body = text[: text.index(".amdhsa_kernel")]
 
         def stated(what: str) -> int:
@@ -141,7 +111,7 @@ def report(launch: Launch, architecture: str) -> Report:
         spilled = stated("vgpr_spill_count")
         label, branch, operation = r"^(\.LBB\d+_\d+):", r"\bs_c?branch\S*\s+(\.LBB\d+_\d+)", r"^\s+([a-z]+_\w+)"
     else:
-        body, resources = disassembled(compiled.asm["cubin"])
+        body, resources = disassembled(binary.asm["cubin"])
         registers = int(re.search(r"REG:(\d+)", resources)[1])
         spilled = 0
         label, branch = r"^(\.L_x_\d+):", r"\bBRA\b.*?`\((\.L_x_\d+)\)"
@@ -150,9 +120,7 @@ def report(launch: Launch, architecture: str) -> Report:
     if not amd:
         spilled = sum(n for op, n in code.items() if re.match(r"LDL|STL", op))
     loop, tokens = main_loop(launch, [operations(part, operation) for part in loops(body, label, branch)])
-    return Report(
-        launch.kernel.__name__, architecture, registers, spilled, compiled.metadata.shared, code, loop, tokens
-    )
+    return Report(launch.kernel.__name__, architecture, registers, spilled, binary.metadata.shared, code, loop, tokens)
 
 
 def disassembled(cubin: bytes) -> tuple[str, str]:
@@ -192,16 +160,76 @@ def main_loop(launch: Launch, bodies: list[Counter]) -> tuple[Counter, float]:
         return Counter(), 0.0
     tile = arguments["LANES"] * arguments["SUB"] if "LANES" in arguments else arguments["TILE_GROUPS"] * 1024
     with_loads = [body for body in bodies if any(re.match(LOAD, op) for op in body)]
-    return min(with_loads, key=Counter.total), tile / launch.threads
+    return min(with_loads, key=Counter.total, default=Counter()), tile / launch.threads
+
+
+class Workers:
+    """Processes, one a core. What ends one of them, as LLVM does where it gives up, ends no other.
+
+    The threads and their processes last as long as the program.
+    """
+
+    def __init__(self):
+        self.cores, self.own = len(os.sched_getaffinity(0)), local()
+        self.threads = ThreadPoolExecutor(self.cores)
+
+    def call(self, function, *arguments):
+        """The result of a function in this thread's process, or text if the process did not survive it."""
+        if not hasattr(self.own, "process"):
+            self.own.process = ProcessPoolExecutor(1, get_context("spawn"))
+        try:
+            return self.own.process.submit(function, *arguments).result()
+        except BrokenProcessPool:
+            del self.own.process
+            return "the compiler ended its process"
+
+    def map(self, function, items: Iterable[tuple]) -> Iterator:
+        """The results in order."""
+        return self.threads.map(lambda item: self.call(function, *item), items)
+
+
+@cache
+def workers() -> Workers:
+    return Workers()
+
+
+def attempt(call: Call, i: int, architecture: str) -> Report | str:
+    """What launch `i` of a call compiles to, or why it does not."""
+    try:
+        return report(call.launches()[i], architecture)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def attempts(launches: Iterable[tuple[Call, int]], architecture: str) -> Iterator[Report | str]:
+    """`attempt` at each, on all cores and through Triton's cache."""
+    return workers().map(attempt, [(*launch, architecture) for launch in launches])
 
 
 @cache
 def reports(architecture: str) -> list[Report]:
     """Every kernel once, for bfloat16: those of a step with the default settings, and truncation of every kind."""
-    truncated = sampling_step(torch.bfloat16, top_k=50, top_p=0.9, min_p=0.01, target_top_k=50, target_top_p=0.9)
-    launches = {launch.kernel: launch for launch in sampling_step(torch.bfloat16)}
-    launches |= {launch.kernel: launch for launch in truncated if launch.kernel is truncate_kernel}
-    return [report(launch, architecture) for launch in launches.values()]
+    side = Side(torch.bfloat16, "padded")
+    calls = [Call("sample", Settings(**TRUNCATIONS), side, side), Call("log q", Settings(), side, side)]
+    calls.append(Call("sample", Settings(), side, side))
+    launches = {launch.kernel: (call, i) for call in calls for i, launch in enumerate(call.launches())}
+    found = list(attempts(launches.values(), architecture))
+    if failures := [result for result in found if isinstance(result, str)]:
+        raise RuntimeError(failures[0])
+    return found
+
+
+def part(first: int, step: int, architecture: str) -> Distinct:
+    return distinct(islice(every_call(), first, None, step), architecture)
+
+
+@cache
+def whole(architecture: str) -> Distinct:
+    """The specialisations of all calls, which are the same for all GPUs of one vendor."""
+    cores = workers().cores
+    parts = list(workers().map(part, [(i, cores, architecture) for i in range(cores)]))
+    of = {key: launch for one in parts for key, launch in one.of.items()}
+    return Distinct(sum(one.calls for one in parts), sum(one.launches for one in parts), of)
 
 
 def estimate(architecture: str, rows: int, vocab_size: int) -> tuple[float, float]:
@@ -221,11 +249,53 @@ def print_table(header: tuple[str, ...], rows: list[tuple]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
+def print_survey(architectures: list[str], strength: int | None) -> bool:
+    """Compile what any call can launch, or what `covering` leaves of it; whether it all compiled."""
+    complete = True
+    for architecture in architectures:
+        found = whole("gfx942" if architecture.startswith("gfx") else "sm_90")
+        print(
+            f"{architecture}: {found.calls} calls, {found.launches} launches, {len(found.of)} specialisations",
+            flush=True,
+        )
+        start = time.monotonic()
+        chosen = list(found.of) if strength is None else covering(found.of, strength)
+        results = {}
+        for key, result in zip(chosen, attempts((found.of[key] for key in chosen), architecture), strict=True):
+            results.setdefault(key.kernel, []).append(result)
+            call, i = found.of[key]
+            if isinstance(result, str):
+                print(f"{key.kernel} does not compile, launch {i} of {call}\n{result}", flush=True)
+            elif result.spilled:
+                print(f"{key.kernel} spills {result.spilled}, launch {i} of {call}", flush=True)
+        rows = []
+        for kernel, of_kernel in results.items():
+            done = [result for result in of_kernel if isinstance(result, Report)]
+            failed, spilling = len(of_kernel) - len(done), sum(result.spilled > 0 for result in done)
+            registers = max((result.registers for result in done), default="")
+            rows.append(
+                (kernel, sum(k.kernel == kernel for k in found.of), len(of_kernel), failed, spilling, registers)
+            )
+            complete &= failed == 0
+        print_table(("kernel", "specialisations", "compiled", "failed", "spilling", "registers"), rows)
+        print(f"{len(chosen)} compiled in {time.monotonic() - start:.0f} s on {workers().cores} cores\n", flush=True)
+    return complete
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m qstar_kernels.inspect", description=__doc__.splitlines()[0])
     parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
-    chosen = parser.parse_args().architectures
-    print(f"Triton {triton.__version__}, bfloat16 logits, V = {VOCAB_SIZE}, rows {PITCH} apart\n")
+    some = parser.add_mutually_exclusive_group()
+    some.add_argument("--all", action="store_true", help="compile every specialisation that any call can launch")
+    some.add_argument(
+        "--cover", type=int, metavar="N", help="only so many that any N arguments, and N + 1 constants, meet"
+    )
+    options = parser.parse_args()
+    chosen = options.architectures
+    if options.all or options.cover:
+        print(f"Triton {triton.__version__}")
+        sys.exit(not print_survey(chosen, options.cover))
+    print(f"Triton {triton.__version__}, bfloat16 logits, V = {VOCAB_SIZE}, rows padded\n")
     header = ("kernel", "for", "registers", "spilled", "shared", "128-bit", "code", "a token", "special")
     rows = []
     for architecture in chosen:

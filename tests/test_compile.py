@@ -1,12 +1,17 @@
 """What the kernels compile to on GPUs that are not here, and the sampler under torch's tracers."""
 
+import os
+from itertools import combinations, islice, product
+
 import pytest
 import torch
 from rows import zipf_pair
 
 from qstar_kernels import qstar_logprobs, qstar_sample, qstar_stats
-from qstar_kernels.inspect import ARCHITECTURES, estimate, report, reports, sampling_step
+from qstar_kernels.calls import PLACES, Call, Distinct, Side, Specialisation, compiled, covering, distinct, every_call
+from qstar_kernels.inspect import ARCHITECTURES, attempts, estimate, report, reports, sampling_step, whole, workers
 from qstar_kernels.ops import step_op
+from qstar_kernels.types import Settings
 
 # Three programs of 128 threads, or one of 256, still find room on a multiprocessor with these.
 MOST_REGISTERS = {
@@ -18,6 +23,123 @@ MOST_REGISTERS = {
     "truncate_kernel": 255,
     "log_q_kernel": 128,
 }
+
+
+PADDED = Side(torch.bfloat16, "padded")
+
+
+def check_all_compile(found: Distinct, strength: int, architecture: str) -> None:
+    """What `covering` leaves of the specialisations compiles, and nothing spills."""
+    launches = [found.of[key] for key in covering(found.of, strength)]
+    bad = [
+        f"launch {i} of {call}: {result if isinstance(result, str) else f'spills {result.spilled}'}"
+        for (call, i), result in zip(launches, attempts(launches, architecture), strict=True)
+        if isinstance(result, str) or result.spilled
+    ]
+    assert not bad, "\n".join(bad)
+
+
+def some_calls() -> Distinct:
+    return distinct(islice(every_call(), 0, None, 89), "sm_90")
+
+
+def test_every_argument_of_every_kernel_compiles():
+    """Types, constants, None, multiples of 16, ones: one that is compiled here has it, and has any two constants."""
+    check_all_compile(some_calls(), 1, "sm_90")
+
+
+@pytest.mark.slow
+def test_any_two_arguments_of_every_kernel_compile():
+    """And any three constants."""
+    check_all_compile(whole("sm_90"), 2, "sm_90")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a != "sm_90"])
+def test_every_argument_compiles_elsewhere(architecture):
+    check_all_compile(whole("gfx942" if architecture == "gfx942" else "sm_90"), 1, architecture)
+
+
+@pytest.mark.slow
+def test_the_quick_set_misses_nothing():
+    """The calls of the quick test show all that an argument can be in any call."""
+
+    def values(found) -> set:
+        return {(key.kernel, value) for key in found.of for value in key.arguments}
+
+    assert values(some_calls()) == values(whole("sm_90"))
+
+
+def launched(**changes) -> set:
+    """The specialisations of a call that differs in this from sampling with the default settings."""
+    call = {"what": "sample", "settings": Settings(), "theta": PADDED, "t": PADDED} | changes
+    return set(distinct([Call(**call)], "sm_90").of)
+
+
+@pytest.mark.parametrize("place", [place for place in PLACES if place != "far"])
+def test_rows_anywhere_are_launched_alike(place):
+    """So a row's bits do not depend on where it lies: the order of a program's sums follows from its specialisation."""
+    for theta, t in product((place, "padded"), repeat=2):
+        for vocab_size in (999, 50257):
+            sides = {"theta": Side(torch.float32, theta), "t": Side(torch.float32, t)}
+            padded = {"theta": Side(torch.float32, "padded"), "t": Side(torch.float32, "padded")}
+            assert launched(**sides, vocab_size=vocab_size) == launched(**padded, vocab_size=vocab_size)
+
+
+def test_a_shrinking_batch_compiles_the_sweeps_once():
+    sweeps = [
+        {key for key in launched(rows=rows) if key.kernel in ("curve_kernel", "solve_kernel", "evaluate_kernel")}
+        for rows in (1, 7, 16)
+    ]
+    assert sweeps[0] == sweeps[1] == sweeps[2]
+
+
+def test_other_numbers_of_tokens_compile_truncation_once():
+    """1, a multiple of 16 and more than fit in 32 bits are numbers like any other."""
+    kept = [launched(settings=Settings(top_k=k, target_top_k=k)) for k in (1, 16, 50, 50256)]
+    assert all(keys == kept[0] for keys in kept)
+    unlimited = [launched(settings=Settings(top_k=k, target_top_k=k)) for k in (50257, 2**40)]
+    assert unlimited[0] == unlimited[1]
+
+
+def test_rules_share_what_does_not_depend_on_them():
+    """The first sweep asks only for entropies, the second for the slopes of ESS, the draw after truncation nothing."""
+    by_rule = {
+        method: launched(settings=Settings(method=method, top_k=50)) for method in ("reverse_kl_symmetry", "fixed")
+    }
+    differ = by_rule["fixed"] ^ by_rule["reverse_kl_symmetry"]
+    assert sorted(key.kernel for key in differ) == ["finish_kernel"] * 2 + ["solve_kernel"] * 2
+
+
+def test_any_two_arguments_and_three_constants_meet_in_a_cover():
+    """Not all pairs exist here: the fourth argument follows from the first two."""
+
+    def some(i, j, k, *constants) -> Specialisation:
+        values = [*(("i32", x) for x in (i, j, k, i + j)), *(("constexpr", x) for x in constants)]
+        return Specialisation("kernel", tuple(enumerate(values)))
+
+    every = [some(*x) for x in product(*[range(4)] * 3, *[(False, True)] * 3)]
+
+    def pairs(of) -> set:
+        return {pair for s in of for pair in combinations(s.arguments, 2)}
+
+    cover = covering(every, 2)
+    assert pairs(cover) == pairs(every)
+    assert len({s.arguments[4:] for s in cover}) == 8
+    assert len(cover) < 40  # of 512; the last two numbers alone make 28 pairs
+
+
+def test_a_compiler_that_dies_fails_alone():
+    assert list(workers().map(os._exit, [(3,)])) == ["the compiler ended its process"]
+    assert list(workers().map(len, [("ab",), ("c",)])) == [2, 1]
+
+
+def test_a_failure_to_compile_is_seen():
+    """A pointer that is None behind a run-time condition compiles for no GPU."""
+    launch = Call("stats", Settings(), PADDED, PADDED).launches()[-1]
+    launch.arguments["DRAW"] = launch.arguments["DRAW"] + 1  # sampled, without seeds
+    with pytest.raises(Exception, match="None"):
+        compiled(launch, "sm_90")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -43,16 +165,6 @@ def test_other_types_load_wide(dtype):
         r = report(launch, "sm_90")
         assert r.spilled == 0
         assert r.wide_loads() == 2 * r.tokens * dtype.itemsize / 16
-
-
-def test_options_compile_without_spills():
-    """The launches that other options change, once."""
-    ess, entropy, greedy = (
-        sampling_step(torch.bfloat16, **settings)
-        for settings in ({"method": "ess_balance"}, {"method": "entropy", "temperature": 0.7}, {"temperature": 0.0})
-    )
-    for launch in (ess[2], entropy[0], entropy[1], greedy[2]):
-        assert report(launch, "sm_90").spilled == 0, launch.kernel
 
 
 def test_estimate_is_no_less_than_the_memory_takes():
