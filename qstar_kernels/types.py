@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from enum import IntEnum
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -19,6 +20,35 @@ class Status(IntEnum):
     NO_SUPPORT = 3  # all logits of a row are −inf
     DISJOINT = 4  # no token is finite in both rows
     EMPTY = 5  # truncation leaves no token: π_t's top-k/top-p support has none that both models allow
+    INEXACT = 6  # the row failed the last look at its own numbers, in float64 too
+
+
+# What float64 can tell apart on rows of any kind. Beyond it a row is one token, or all of them alike
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
+
+
+def mask_of(dtype: torch.dtype) -> float:
+    """The greatest logit of a type that means −inf.
+
+    Masks are also written as the least finite number of the logits' type, which taken literally puts corners into the
+    curve that have nothing to do with the two models. That number is −65504 for float16; for the wider types anything
+    from −1e30 down is taken for one.
+    """
+    return -65504.0 if dtype == torch.float16 else -1e30
+
+
+# name: least, most (5e-324 is the least number above 0), what is accepted
+NUMBERS = {
+    "alpha": (0.0, 1.0, "in [0, 1]: the weight of π_θ"),
+    "alpha_min": (0.0, 1.0, "in [0, 1]"),
+    "alpha_max": (0.0, 1.0, "in [alpha_min, 1]"),
+    "temperature": (0.0, MAX_TEMPERATURE, f"0 (greedy), or in [{MIN_TEMPERATURE:g}, {MAX_TEMPERATURE:g}]"),
+    "top_p": (5e-324, 1.0, "in (0, 1] (1 keeps all tokens)"),
+    "min_p": (0.0, 1.0, "in [0, 1] (0 keeps all tokens)"),
+    "target_top_p": (5e-324, 1.0, "in (0, 1] (1 keeps all tokens)"),
+    "tol": (5e-324, 1.0, "in (0, 1]"),
+}
+COUNTS = ("top_k", "target_top_k")
 
 
 @dataclass(frozen=True)
@@ -26,7 +56,8 @@ class Settings:
     """The rule for α, temperature and truncation; the meaning of each is in `qstar_kernels.api.qstar_sample`.
 
     Raises:
-        ValueError: a setting is outside its range; the message names it, the value seen and what is accepted.
+        ValueError: a setting is of another type, or outside its range; the message names it, the value seen and what is
+            accepted.
     """
 
     method: str = "kl_symmetry"
@@ -42,21 +73,30 @@ class Settings:
     tol: float = 1e-5
 
     def __post_init__(self) -> None:
-        def check(name: str, accepted: bool, range_: str) -> None:
-            if not accepted:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {range_}")
+        # once a token: what costs more than a comparison is done only where a comparison asks for it
+        def refuse(name: str, range_: str) -> None:
+            raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {range_}")
 
-        check("method", self.method in METHODS, f"one of {', '.join(METHODS)}")
-        check("alpha", 0 <= self.alpha <= 1, "in [0, 1]: the weight of π_θ")
-        check("alpha_min", 0 <= self.alpha_min <= 1, "in [0, 1]")
-        check("alpha_max", self.alpha_min <= self.alpha_max <= 1, f"in [alpha_min = {self.alpha_min}, 1]")
-        check("temperature", 0 <= self.temperature < float("inf"), "finite and at least 0 (0 is greedy)")
-        check("top_k", self.top_k >= 0, "at least 0 (0 keeps all tokens)")
-        check("top_p", 0 < self.top_p <= 1, "in (0, 1] (1 keeps all tokens)")
-        check("min_p", 0 <= self.min_p <= 1, "in [0, 1] (0 keeps all tokens)")
-        check("target_top_k", self.target_top_k >= 0, "at least 0 (0 keeps all tokens)")
-        check("target_top_p", 0 < self.target_top_p <= 1, "in (0, 1] (1 keeps all tokens)")
-        check("tol", 0 < self.tol < 1, "in (0, 1)")
+        if self.method not in METHODS:
+            refuse("method", f"one of {', '.join(METHODS)}")
+        for name, (least, most, range_) in NUMBERS.items():
+            value = getattr(self, name)
+            if type(value) is not float and (not isinstance(value, Real) or isinstance(value, bool)):
+                refuse(name, range_)
+            if not least <= value <= most:
+                refuse(name, range_)
+            if type(value) is not float:
+                object.__setattr__(self, name, float(value))
+        if self.alpha_min > self.alpha_max:
+            refuse("alpha_max", f"in [alpha_min = {self.alpha_min}, 1]")
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            refuse("temperature", NUMBERS["temperature"][2])
+        for name in COUNTS:
+            value = getattr(self, name)
+            if type(value) is not int or not 0 <= value < 2**63:
+                if not isinstance(value, Integral) or isinstance(value, bool) or value < 0:
+                    refuse(name, "an integer, at least 0 (0 keeps all tokens)")
+                object.__setattr__(self, name, min(int(value), 2**63 - 1))  # more than any vocabulary has
 
     @property
     def truncates(self) -> bool:
