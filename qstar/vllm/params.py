@@ -137,6 +137,9 @@ class PairParams(LogitsProcessor):
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
+        extra = sampling_params.extra_args or {}
+        if SERVER in os.environ and "numbers_key" not in extra:
+            raise ValueError(f"this route has no place for the numbers of q*; use {ROUTES}")
         for name, neutral in UNSUPPORTED.items():
             if not does_nothing(getattr(sampling_params, name), neutral):
                 raise ValueError(f"{name} is set; a pair of models does not support it")
@@ -145,14 +148,11 @@ class PairParams(LogitsProcessor):
                 raise ValueError(f"{name} is {value}; a pair of models has it as {PREFIX}{name} in extra_args")
         if sampling_params.logprobs == -1:
             raise ValueError("logprobs is -1; a pair of models gives a number of them, not all")
-        extra = sampling_params.extra_args or {}
         if sampling_params.n > 1 and "qstar_seed" in extra:
             raise ValueError(f"qstar_seed is that of one sample and n is {sampling_params.n}; use seed")
         seed = extra.get("qstar_seed", 0)
         if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
             raise ValueError(f"qstar_seed is {seed!r:.40}; it must be a whole number of 64 bits")
-        if SERVER in os.environ and "numbers_key" not in extra:
-            raise ValueError(f"this route has no place for the numbers of q*; use {ROUTES}")
         rule(sampling_params, {"rule": {}, "vocab_size": 0, "special_ids": ()})
 
     def __init__(self, vllm_config, device, is_pin_memory: bool) -> None:

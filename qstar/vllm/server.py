@@ -18,9 +18,11 @@ from uuid import uuid4
 
 from fastapi import FastAPI
 from fastapi import Request as HTTPRequest
+from fastapi.responses import JSONResponse
 from vllm.entrypoints.openai.chat_completion.protocol import BatchChatCompletionRequest, ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.exception_handling.handlers.exception import exception_handler
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
 from qstar.decode import FIELDS, Sample
@@ -57,6 +59,9 @@ AnyRequest = ChatCompletionRequest | BatchChatCompletionRequest | CompletionRequ
 def with_numbers(app: FastAPI) -> FastAPI:
     """vLLM's application, complete with its state, as one whose model is q*."""
     app.dependency_overrides[validate_json_request] = check_body
+    for kind in (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError):
+        app.add_exception_handler(kind, unreadable)
+    app.middleware_stack = app.build_middleware_stack()  # it was built before
     for name, method in HANDLERS.items():
         serving = getattr(app.state, name)
         setattr(serving, method, partial(numbered, getattr(serving, method), app.state.engine_client))
@@ -92,6 +97,13 @@ async def check_body(raw_request: HTTPRequest) -> None:
         if not level:
             return
     raise too_deep
+
+
+async def unreadable(raw_request: HTTPRequest, error: Exception) -> JSONResponse:
+    """The answer to an error that vLLM does not expect: while it reads a request, it is the request's fault."""
+    if not hasattr(raw_request.state, "request_metadata"):
+        error = ValueError(" ".join(f"the request cannot be read: {error}".split()))
+    return await exception_handler(raw_request, error)
 
 
 async def numbered(handler: Callable, engine: Any, request: AnyRequest, raw_request: HTTPRequest | None = None) -> Any:
