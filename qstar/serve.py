@@ -18,7 +18,7 @@ def server_arguments(parser: Parser, args: Namespace, of_vllm: list[str]) -> Nam
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from qstar.vllm.params import rule_fields
+    from qstar.vllm.params import ELSEWHERE, rule_fields
 
     theirs = make_arg_parser(FlexibleArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False))
     theirs.error = parser.error
@@ -29,14 +29,13 @@ def server_arguments(parser: Parser, args: Namespace, of_vllm: list[str]) -> Nam
         options = engine_options(pair, said.dtype, rule)
     except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))
-    # what is vLLM's own in a request has its default there
-    options["override_generation_config"] = {name: rule[name] for name in ("temperature", "top_k", "top_p", "min_p")}
     theirs.set_defaults(**options, served_model_name=[NAME])
     complete = theirs.parse_args(of_vllm)
     for name in OWN:
         if getattr(complete, name) != options[name] or complete.model_tag:
             parser.error(f"--{name.replace('_', '-')} is not to be chosen: --model-theta and --model-t are the model")
-    complete.middleware = [*complete.middleware, "qstar.vllm.server.Numbers"]
+    for name in ELSEWHERE.keys() & complete.override_generation_config.keys():
+        parser.error(f"--override-generation-config has {name}; its default is --{name.replace('_', '-')}")
     try:
         check_engine(complete)
         validate_parsed_serve_args(complete)
@@ -45,13 +44,27 @@ def server_arguments(parser: Parser, args: Namespace, of_vllm: list[str]) -> Nam
     return complete
 
 
+async def serve(arguments: Namespace) -> None:
+    """vLLM's server with q* and its numbers, until it is interrupted.
+
+    Its own `run_server` raises KeyboardInterrupt wherever SIGTERM comes during the start, which much of what runs there
+    takes for an error of its own and some forgets. Here SIGTERM ends the process until vLLM answers it.
+    """
+    from vllm.entrypoints.launchers.api_server import entry
+
+    from qstar.vllm.server import with_numbers
+
+    serve_http = entry.serve_http  # what gets the application when it is complete
+    entry.serve_http = lambda app, **options: serve_http(with_numbers(app), **options)
+    await entry.run_server_worker(*entry.setup_server(arguments, reuse_port=False), arguments)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Serve until interrupted; 1 with one line on stderr if the server cannot start, 2 for a wrong command line."""
     parser, args, of_vllm = prepare_serve(argv)
     arguments = server_arguments(parser, args, of_vllm)
     os.environ[SERVER] = "1"
     import uvloop
-    from vllm.entrypoints.launchers.api_server.entry import run_server
 
     names = ", ".join(arguments.served_model_name)
     print(
@@ -59,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         flush=True,
     )
     try:
-        uvloop.run(run_server(arguments))
+        uvloop.run(serve(arguments))
     except (RuntimeError, ValueError, OSError) as error:
         return failed(parser.prog, error)
     except KeyboardInterrupt:

@@ -3,13 +3,14 @@
 import asyncio
 import json
 import math
+import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from contextlib import contextmanager, suppress
-from urllib.error import HTTPError
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ pytest.importorskip(
 import httpx
 import psutil
 from openai import AsyncOpenAI, BadRequestError, OpenAI, OpenAIError
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
 from qstar.decode import FIELDS
 from qstar.demo import PROMPTS
@@ -29,20 +32,25 @@ from qstar.serve import main
 
 QUESTIONS = [json.loads(line)["question"] for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
 LONG = " ".join(QUESTIONS[:7])  # several steps of the server's 64 tokens
+SIZES = ["--max-num-batched-tokens", "64", "--max-num-seqs", "32", "--kv-cache-memory-bytes", str(256 << 20)]
+PREFIX, KEY = "/behind/a/proxy", "sesame"
 
 
 def messages(question: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}]
 
 
-@contextmanager
-def serving(folder):
-    """A server on the demo pair whose steps take 64 tokens: its URL and its process."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "qstar.serve", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--max-num-batched-tokens", "64", "--max-num-seqs", "32", "--kv-cache-memory-bytes", str(256 << 20)]
+        return free.getsockname()[1]
+
+
+@contextmanager
+def serving(folder, *options: str):
+    """A server on the demo pair whose steps take 64 tokens: its URL and its process."""
+    port = free_port()
+    command = [sys.executable, "-m", "qstar.serve", "--host", "127.0.0.1", "--port", str(port), *SIZES, *options]
     with (folder / "server.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
@@ -62,13 +70,22 @@ def serving(folder):
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
-    with serving(tmp_path_factory.mktemp("server")) as (url, _):
+    options = ["--root-path", PREFIX, "--api-key", KEY, "--allowed-origins", '["*"]', "--enable-scale-out"]
+    with serving(tmp_path_factory.mktemp("server"), *options) as (url, _):
         yield url
 
 
 @pytest.fixture(scope="module")
 def client(url):
-    return OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120)
+    return OpenAI(base_url=url, api_key=KEY, max_retries=0, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def http(url):
+    """For what the official client does not send."""
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json", "Origin": "http://a.page"}
+    with httpx.Client(base_url=url.removesuffix("/v1"), headers=headers, timeout=120) as client:
+        yield client
 
 
 def check_choice(choice, sample) -> None:
@@ -99,7 +116,7 @@ def test_chat_with_many_choices_and_logprobs(client, demo_pair):
             assert max(top) >= x.logprob
             assert sum(math.exp(value) for value in {x.logprob, *top}) < 1 + 1e-5
     assert answer.usage.completion_tokens == sum(len(sample.token_ids) for sample in expected)
-    assert not hasattr(answer.choices[0], "token_ids")
+    assert answer.choices[0].token_ids is None
 
 
 def test_stream(client, demo_pair):
@@ -171,7 +188,7 @@ def test_many_at_once_do_not_disturb_each_other(url, demo_pair):
     expected = demo_pair.generate(questions, seeds=list(range(40)), max_new_tokens=12)
 
     async def ask() -> list:
-        client = AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=120)
+        client = AsyncOpenAI(base_url=url, api_key=KEY, max_retries=0, timeout=120)
         return await asyncio.gather(
             *(
                 client.chat.completions.create(model="qstar", messages=messages(q), seed=seed, max_tokens=12)
@@ -186,7 +203,7 @@ def test_many_at_once_do_not_disturb_each_other(url, demo_pair):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"temperature": -1}, "temperature must be non-negative"),
+        ({"temperature": -1}, "temperature is -1.0; it must be 0 (greedy), or in [1e-06, 1e+06]"),
         ({"presence_penalty": 1.0}, "presence_penalty is set; a pair of models does not support it"),
         ({"response_format": {"type": "json_object"}}, "structured_outputs is set"),
         ({"max_tokens": 100_000}, "max_model_len=512"),
@@ -196,7 +213,11 @@ def test_many_at_once_do_not_disturb_each_other(url, demo_pair):
         ({"extra_body": {"qstar": {"alpha": 3}}}, "alpha is 3; it must be in [0, 1]"),
         ({"extra_body": {"qstar": {"method": "best"}}}, "method is 'best'"),
         ({"extra_body": {"qstar": {"seed": 1}}, "n": 2}, "qstar_seed is that of one sample"),
-        ({"n": "4"}, "n is '4'; it must be a whole number"),
+        ({"n": "x"}, "unable to parse string as an integer"),
+        ({"extra_body": {"qstar": {"key": "x"}}}, "qstar_key is unknown"),
+        ({"extra_body": {"qstar": {"alpha": [0.3]}}}, "alpha is a list; it must be a single value"),
+        ({"extra_body": {"qstar": {"top_k": 2.5}}}, "top_k is 2.5; it must be an integer"),
+        ({"extra_body": {"alpha": 0.3}}, "alpha is set; it goes into the field qstar"),
         ({"extra_body": {"stop_token_ids": 5}}, "stop_token_ids"),
         ({"extra_body": {"qstar": 3}}, "qstar is 3; it must be an object"),
         ({"extra_body": {"use_beam_search": True}}, "use_beam_search is set"),
@@ -211,11 +232,213 @@ def test_a_wrong_request_is_answered_with_its_reason(client, wrong, said):
 
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b'{"model": "qstar", "messages": [], "vllm_xargs": 1}'])
-def test_a_body_that_is_no_request_is_answered_by_vllm(url, body):
-    request = urllib.request.Request(f"{url}/chat/completions", body, {"Content-Type": "application/json"})
-    with pytest.raises(HTTPError) as refused:
-        urllib.request.urlopen(request, timeout=30)
-    assert refused.value.code == 400
+def test_a_body_that_is_no_request_is_answered_by_vllm(http, body):
+    assert http.post("/v1/chat/completions", content=body).status_code == 400
+
+
+CHAT = {"model": "qstar", "messages": messages(QUESTIONS[0]), "max_tokens": 4, "seed": 1}
+COMPLETION = {"model": "qstar", "prompt": QUESTIONS[0], "max_tokens": 4, "seed": 1}
+BATCH = CHAT | {"messages": [messages(QUESTIONS[0]), messages(QUESTIONS[1])]}
+WITH_NUMBERS = (
+    ("/v1/chat/completions", CHAT),
+    ("/v1/chat/completions/batch", BATCH),
+    ("/v1/completions", COMPLETION),
+    ("/invocations", CHAT),
+    ("/invocations", COMPLETION),
+)
+WITHOUT = {  # that draw tokens, too
+    "/v1/responses": {"model": "qstar", "input": "Hi.", "max_output_tokens": 4},
+    "/v1/messages": {"model": "qstar", "messages": messages("Hi."), "max_tokens": 4},
+    "/inference/v1/generate": {"model": "qstar", "token_ids": [5, 6], "sampling_params": {"max_tokens": 4}},
+    "/generative_scoring": {"model": "qstar", "query": "Hi", "items": ["a"], "label_token_ids": [5, 6]},
+}
+RENDERS = ("/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses")
+NO_TOKENS = {f"{path}/render" for path in RENDERS} | {f"{path}/derender" for path in RENDERS[:2]}
+NO_TOKENS |= {"/ping", "/tokenize", "/detokenize", "/v1/messages/count_tokens", "/v1/responses/{response_id}/cancel"}
+NO_TOKENS |= {"/scale_elastic_ep", "/is_scaling_elastic_ep", "/inference/v1/abort_requests"}
+NO_TOKENS |= {"/v1/systemone"}  # it has a list of architectures
+
+
+def test_every_route_is_known(http):
+    """A route that a new vLLM brings is to be looked at: does it draw tokens?"""
+    paths = http.get("/openapi.json").json()["paths"]
+    assert {path for path in paths if "post" in paths[path]} == {
+        p for p, _ in WITH_NUMBERS
+    } | WITHOUT.keys() | NO_TOKENS
+
+
+@pytest.mark.parametrize("prefix", ["", PREFIX])
+@pytest.mark.parametrize(("path", "body"), WITH_NUMBERS, ids=lambda value: value if isinstance(value, str) else "")
+def test_the_numbers_come_whatever_path_leads_to_them(http, demo_pair, prefix, path, body):
+    rule = {"method": "fixed", "alpha": 0.2}
+    answer = http.post(prefix + path, json=body | {"qstar": rule, "temperature": 0.5}).json()
+    options = {"format_theta": PromptFormat("none"), "format_t": PromptFormat("none")} if "prompt" in body else {}
+    expected = demo_pair.generate(
+        QUESTIONS[: 2 if path.endswith("batch") else 1], seed=1, max_new_tokens=4, temperature=0.5, **rule, **options
+    )
+    for choice, sample in zip(answer["choices"], expected.samples, strict=True):
+        check_choice(SimpleNamespace(**choice), sample)
+    refused = http.post(prefix + path, json=body | {"qstar": {"method": "best"}})
+    assert refused.status_code == 400
+    assert "method is 'best'" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", WITHOUT)
+def test_a_route_that_would_draw_without_numbers_is_refused(http, path):
+    answer = http.post(path, json=WITHOUT[path] | {"qstar": {"method": "fixed"}})
+    assert answer.status_code == 400
+    assert "this route has no place for the numbers of q*" in answer.text
+
+
+APART = QUESTIONS[2]  # the two models' first tokens of an answer differ
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 0.002, 3, 1e6])
+@pytest.mark.parametrize(
+    ("path", "body", "prompt"),
+    [
+        ("/v1/chat/completions", {"messages": messages(APART)}, APART),
+        ("/v1/chat/completions/batch", {"messages": [messages(APART)] * 2}, APART),
+        ("/v1/completions", {"prompt": "The answer is"}, "The answer is"),
+    ],
+    ids=["chat", "batch", "completions"],
+)
+def test_the_temperature_is_the_requests_own(http, demo_pair, path, body, prompt, temperature):
+    """KL(π_t‖π_θ) of the first token grows as 1/T."""
+    options = {"format_theta": PromptFormat("none"), "format_t": PromptFormat("none")} if "prompt" in body else {}
+    rule = {"method": "fixed", "alpha": 0}
+    expected = demo_pair.generate(
+        [prompt], seed=1, max_new_tokens=4, temperature=temperature, **rule, **options
+    ).samples[0]
+    said = {"model": "qstar", "max_tokens": 4, "seed": 1, "temperature": temperature, "qstar": rule}
+    numbers = http.post(path, json=said | body).json()["choices"][0]["qstar"]
+    assert numbers["token_ids"] == expected.token_ids
+    kl = expected.fields["kl_theta"]
+    assert numbers["kl_theta"] == pytest.approx(kl, rel=1e-2, abs=1e-3 / temperature)
+    assert temperature > 1 or kl[0] > 0.5 / temperature
+
+
+@pytest.mark.parametrize("temperature", [-1, 1e-7, 2e6, math.nan, math.inf])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_temperature_out_of_its_range_is_refused(http, temperature, streamed):
+    body = json.dumps(CHAT | {"temperature": temperature, "stream": streamed})
+    answer = http.post("/v1/chat/completions", content=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith(f"temperature is {float(temperature)}; it must be 0 (greedy)")
+
+
+def test_greedy_choices_are_many_if_asked_for(client):
+    answer = client.chat.completions.create(model="qstar", messages=messages("Hi."), n=2, temperature=0, max_tokens=4)
+    assert answer.choices[0].message == answer.choices[1].message
+
+
+NEUTRAL = [
+    {"logit_bias": {}},
+    {"logit_bias": {"5": 0}},
+    {"logit_bias": None},
+    {"presence_penalty": 0, "frequency_penalty": -0.0, "repetition_penalty": 1},
+    {"presence_penalty": None, "frequency_penalty": None, "repetition_penalty": None},
+    {"bad_words": [], "allowed_token_ids": None, "logprob_token_ids": [], "prompt_logprobs": None, "min_tokens": 0},
+    {"structured_outputs": None, "response_format": {"type": "text"}},
+    {"thinking_token_budget": -1, "watermarking": False},
+    {"echo": False, "use_beam_search": False, "length_penalty": 1, "early_stopping": False},
+    {"best_of": 2, "n": 2},
+    {"guided_json": None, "guided_choice": []},
+    {"top_k": -1, "top_p": 1, "min_p": 0},
+    {"qstar": {}},
+    {"qstar": None},
+]
+UNSUPPORTED = [
+    {"logit_bias": {"5": 1}},
+    {"presence_penalty": 0.1},
+    {"frequency_penalty": -0.1},
+    {"repetition_penalty": 1.1},
+    {"bad_words": ["x"]},
+    {"allowed_token_ids": [5]},
+    {"logprob_token_ids": [5], "logprobs": True},
+    {"prompt_logprobs": 0},
+    {"min_tokens": 1},
+    {"structured_outputs": {"choice": ["a"]}},
+    {"thinking_token_budget": 3},
+    {"watermarking": True},
+    {"echo": True},
+    {"use_beam_search": True},
+    {"length_penalty": 2},
+    {"early_stopping": True},
+    {"best_of": 2},
+    {"guided_choice": ["a"]},
+]
+
+
+@pytest.mark.parametrize("said", NEUTRAL, ids=str)
+def test_what_does_nothing_is_accepted(http, said):
+    plain, answer = (http.post("/v1/chat/completions", json=CHAT | more) for more in ({}, said))
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"][0]["qstar"] == plain.json()["choices"][0]["qstar"]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("said", UNSUPPORTED, ids=str)
+def test_what_a_pair_does_not_do_is_refused_by_name(http, said, streamed):
+    answer = http.post("/v1/chat/completions", json=CHAT | said | {"stream": streamed})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == f"{next(iter(said))} is set; a pair of models does not support it"
+
+
+def nested(depth: int) -> str:
+    return "[" * depth + "]" * depth
+
+
+MALFORMED = {
+    "nested": [f'"x": {nested(depth)}' for depth in (65, 500, 900, 100_000)]
+    + [f'"qstar": {{"alpha": {nested(depth)}}}' for depth in (65, 500, 900)],
+    "large": [f'"top_k": {2**70}', f'"x": [{{"y": {-(2**63) - 1}}}]', f'"qstar": {{"seed": {2**63}}}'],
+    "surrogate": [f'"{name}": "\\ud800"' for name in ("stop", "request_id", "user", "\\ud800")],
+    "surrogate in qstar": ['"qstar": {"\\ud800": 1}', '"qstar": {"method": "\\ud800"}'],
+}
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+@pytest.mark.parametrize(("path", "body"), WITH_NUMBERS, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_malformed_body_is_refused_in_one_line(http, path, body, kind):
+    for field in MALFORMED[kind]:
+        answer = http.post(path, content=f"{json.dumps(body)[:-1]}, {field}}}")
+        assert answer.status_code == 400, field[:80]
+        said = answer.json()
+        said = said["detail"] if "detail" in said else said["error"]["message"]
+        assert said
+        assert "\n" not in said
+
+
+@pytest.mark.parametrize("kind", ["chat", "completions"])
+def test_no_value_of_any_field_is_the_servers_fault(http, kind):
+    """What no field expects, in each of them: some are accepted, no answer is a 5xx, and the engine goes on."""
+    model, path, body = ChatCompletionRequest, "/v1/chat/completions", CHAT | {"max_tokens": 1}
+    if kind == "completions":
+        model, path, body = CompletionRequest, "/v1/completions", COMPLETION | {"max_tokens": 1}
+    values = [str(10**30), '"\\ud800"', nested(300), "[]", "{}", '"a\\nb_7-c"', "-1", "NaN", "true", "null", "[1e400]"]
+    for field in [*model.model_fields, "qstar"]:
+        for value in values:
+            content = json.dumps({k: v for k, v in body.items() if k != field})[:-1] + f', "{field}": {value}}}'
+            answer = http.post(path, content=content)
+            assert answer.status_code < 500, (content[-200:], answer.text)
+    assert http.post(path, json=body).json()["choices"][0]["qstar"]["error"] is None
+
+
+def test_only_who_has_the_key_may_send_a_body(url):
+    """Who has not is answered before the first byte of it."""
+    host, port = url.split("/")[2].split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {150 << 20}\r\n"
+        connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode())
+        assert connection.recv(100).startswith(b"HTTP/1.1 401 ")
+
+
+def test_a_page_of_another_origin_may_read_refusals(http):
+    for wrong in ({"echo": True}, {"top_k": 2**70}, {"qstar": {"alpha": 3}}):
+        answer = http.post("/v1/chat/completions", json=CHAT | wrong)
+        assert answer.status_code == 400
+        assert answer.headers["access-control-allow-origin"] == "*"
 
 
 def begun_until_the_kill(parts, begun: list[str], process) -> None:
@@ -257,6 +480,39 @@ def test_a_kill_loses_nothing_that_was_answered(tmp_path):
         assert "".join(parts(client)).startswith("".join(begun))
 
 
+INTERRUPTED = """
+import os, signal, sys
+import qstar.vllm.engine
+from vllm.entrypoints.launchers.api_server import entry
+from qstar.serve import main
+
+def build_app(*args, build_app=entry.build_app):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except BaseException:  # as the core of pydantic does, while it makes the routes
+        pass
+    return build_app(*args)
+
+entry.build_app = build_app
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_sigterm_late_in_the_start_is_heard():
+    """When the engine is there already and the server is not: both are gone soon."""
+    process = subprocess.Popen([sys.executable, "-c", INTERRUPTED, "--port", str(free_port()), *SIZES])
+    family, deadline = set(), time.time() + 240
+    try:
+        while process.poll() is None and time.time() < deadline:
+            family |= set(psutil.Process(process.pid).children(recursive=True))
+            time.sleep(0.1)
+        assert process.poll() == -signal.SIGTERM
+        assert family
+        assert not psutil.wait_procs(family, timeout=30)[1]
+    finally:
+        process.kill()
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
@@ -266,6 +522,7 @@ def test_a_kill_loses_nothing_that_was_answered(tmp_path):
         (["--model-theta", "./nothing", "--model-t", "./nothing"], "nothing does not exist"),
         (["--hf-overrides", "{}"], "--hf-overrides is not to be chosen"),
         (["--worker-cls", "x.Y"], "--worker-cls is not to be chosen"),
+        (["--override-generation-config", '{"temperature": 0.3}'], "its default is --temperature"),
     ],
 )
 def test_a_wrong_command_line_is_met_by_one_line(argv, said, capsys):

@@ -36,7 +36,7 @@ from qstar.demo import PROMPTS, THETA, T
 from qstar.generate import main
 from qstar.pair import sample_seed
 from qstar.vllm.engine import EnginePair
-from qstar.vllm.params import numbers_key
+from qstar.vllm.params import ELSEWHERE, UNSUPPORTED, PairParams, numbers_key, place, rule
 from qstar.vllm.worker import FORGOTTEN, PairSampler
 from qstar_kernels import METHODS, qstar_logprobs
 from qstar_kernels.types import Settings
@@ -230,7 +230,7 @@ def test_what_nobody_fetches_is_forgotten():
     sampler = PairSampler(SimpleNamespace(requests={}), pair)
     kept = torch.zeros(2 + len(FIELDS))
     for i in range(10_000):
-        params = SamplingParams(temperature=1 + i / 10_000, extra_args={"qstar_key": str(i)})
+        params = SamplingParams(extra_args={"qstar_temperature": 1 + i / 10_000, "numbers_key": str(i)})
         sampler.runner.requests = {"first": alive, str(i): alive}
         for request in sampler.runner.requests.values():
             request.sampling_params = params
@@ -392,14 +392,82 @@ def test_what_vllm_refuses_is_said_in_one_line(options, said):
         ({"logit_bias": {3: 1.0}}, "logit_bias"),
         ({"prompt_logprobs": 1}, "prompt_logprobs"),
         ({"extra_args": {"qstar_method": "best"}}, "method is 'best'"),
-        ({"extra_args": {"qstar_alpha": "0.5"}}, "qstar_alpha is '0.5'; it must be of type float"),
-        ({"extra_args": {"qstar_top_k": 2.5}}, "qstar_top_k is 2.5; it must be of type int"),
+        ({"watermarking": True}, "watermarking"),
+        ({"logprob_token_ids": [5]}, "logprob_token_ids"),
+        ({"temperature": 0.005}, "temperature is 0.01; a pair of models has it as qstar_temperature in extra_args"),
+        ({"top_p": 0.9}, "top_p is 0.9; a pair of models has it as qstar_top_p"),
+        ({"extra_args": {"qstar_temperature": 1e-7}}, r"temperature is 1e-07; it must be 0 \(greedy\), or in"),
+        ({"extra_args": {"qstar_alpha": "0.5"}}, r"alpha is '0.5'; it must be in \[0, 1\]"),
+        ({"extra_args": {"qstar_alpha": [0.5]}}, "alpha is a list; it must be a single value"),
+        ({"extra_args": {"qstar_top_k": 2.5}}, "top_k is 2.5; it must be an integer"),
+        ({"extra_args": {"qstar_force_t_first_token": "no"}}, "force_t_first_token is 'no'; it must be true or false"),
         ({"extra_args": {"qstar_beta": 1}}, "qstar_beta is unknown"),
         ({"extra_args": {"qstar_seed": 1}, "n": 2}, "qstar_seed is that of one sample"),
         ({"extra_args": {"qstar_seed": "x"}}, "qstar_seed is 'x'"),
+        (
+            {"extra_args": {"qstar_seed": 2**63}},
+            "qstar_seed is 9223372036854775808; it must be a whole number of 64 bits",
+        ),
     ],
 )
 def test_requests_that_would_be_misunderstood_are_refused(demo_engine, params, said):
     params = SamplingParams(detokenize=False, **params)
     with pytest.raises(VLLMValidationError, match=said):
         demo_engine.engine.add_request("x", TokensPrompt(prompt_token_ids=[5]), params)
+
+
+# Parameters of vLLM's that hold for a pair as for any model, or say nothing about the tokens
+HELD = set(
+    "n seed stop stop_token_ids ignore_eos max_tokens logprobs flat_logprobs detokenize skip_special_tokens "
+    "spaces_between_special_tokens include_stop_str_in_output output_kind stream_interval skip_clone "
+    "output_text_buffer_length _eos_token_id _all_stop_token_ids _watermarking_skipped extra_args _bad_words_token_ids "
+    "skip_reading_prefix_cache repetition_detection routed_experts_prompt_start".split()
+)
+
+
+def test_every_parameter_of_vllms_is_known():
+    """One that a new vLLM brings is to be looked at: does it change logits?"""
+    assert set(SamplingParams.__struct_fields__) == HELD | UNSUPPORTED.keys() | ELSEWHERE.keys()
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"logit_bias": {}},
+        {"logit_bias": {5: 0.0}},
+        {"bad_words": [], "logprob_token_ids": [], "presence_penalty": -0.0, "repetition_penalty": 1},
+        {"watermarking": False, "thinking_token_budget": -1},
+        {"temperature": 1, "top_k": -1, "top_p": 1, "min_p": 0},
+    ],
+    ids=str,
+)
+def test_parameters_that_do_nothing_are_accepted(params):
+    PairParams.validate_params(SamplingParams(**params))
+
+
+def test_a_request_that_says_nothing_has_what_the_engine_is_told():
+    pair = {"rule": {"temperature": 0.005, "top_k": 7}, "vocab_size": 8, "special_ids": [0]}
+    assert rule(SamplingParams(), pair).settings == Settings(temperature=0.005, top_k=7)
+    own = SamplingParams(extra_args={"qstar_temperature": 1e6})
+    assert rule(own, pair).settings == Settings(temperature=1e6, top_k=7)
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "expected"),
+    [
+        ("chatcmpl-a-1234abcd", False, (0, 0)),
+        ("2_chatcmpl-a-1234abcd", False, (0, 2)),
+        ("cmpl-a-3-1234abcd", False, (3, 0)),
+        ("2_cmpl-a-3-1234abcd", False, (3, 2)),
+        ("chatcmpl-a_3-1234abcd", True, (3, 0)),
+        ("chatcmpl-a_3-1234abcd", False, (0, 0)),
+        ("chatcmpl-a\n_5-b_3-1234abcd", True, (3, 0)),
+        ("1_cmpl-a\nb-3-1234abcd", False, (3, 1)),
+        ("anything\nat all", False, (0, 0)),
+        ("anything", True, (0, 0)),
+    ],
+)
+def test_a_name_says_which_prompt_and_sample_it_is(name, batch, expected):
+    """Names are vLLM's around what a client has chosen."""
+    assert place(name, batch) == expected

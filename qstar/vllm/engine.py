@@ -206,12 +206,11 @@ class EngineDecoder:
         name, options = f"qstar-{next(self.names)}", self.options
         rule = {PREFIX + name: value for name, value in rule_fields(options.settings, options).items()}
         params = SamplingParams(
-            temperature=0.0,  # vLLM's own, whose sampler draws nothing here
             max_tokens=request.max_new_tokens,
             stop_token_ids=sorted(self.ending.eos_ids),
             detokenize=False,
             output_kind=RequestOutputKind.DELTA if options.stop else RequestOutputKind.FINAL_ONLY,
-            extra_args=rule | {"qstar_seed": request.seed, "qstar_key": name},
+            extra_args=rule | {"qstar_seed": request.seed, "numbers_key": name},
         )
         self.engine.add_request(name, TokensPrompt(prompt_token_ids=request.ids_theta), params)
         return name

@@ -1,16 +1,19 @@
 """What a request to a pair's engine says, and what it may not.
 
-Temperature, top-k, top-p, min-p, the seed and what ends a sample are vLLM's own parameters. The rest is in
-`SamplingParams.extra_args` (`vllm_xargs` over HTTP), and goes before them:
+The seed and what ends a sample are vLLM's own parameters. The rest is in `SamplingParams.extra_args` (`vllm_xargs` over
+HTTP), where vLLM leaves it as it is:
 - `qstar_` and the name of a field of `qstar_kernels.Settings`, or `qstar_force_t_first_token` and
   `qstar_force_t_special_tokens`: which q* it is drawn from.
 - `qstar_seed`: the seed of its noise, a signed 64-bit integer.
-- `qstar_key`: the name that its numbers are kept under (`numbers_key`) until they are fetched; without one they are
-  not kept.
+- `numbers_key`: the name that its numbers are kept under (`numbers_key`) until they are fetched; without one they are
+  not kept. A server fetches all numbers, and draws nothing without one.
+- `numbers_batch`: its HTTP request is for several conversations (`place`).
 """
 
 import hashlib
+import os
 import re
+from collections.abc import Sized
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -20,27 +23,35 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 
 from qstar.pair import sample_seed
 from qstar.rule import Rule
+from qstar.vllm import SERVER
 from qstar_kernels.types import Settings
 
-# what vLLM does to one model's logits, and its value where it does nothing
-REFUSED = {
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "repetition_penalty": 1.0,
-    "min_tokens": 0,
-    "logit_bias": None,
-    "bad_words": None,
-    "allowed_token_ids": None,
-    "structured_outputs": None,
-    "logprob_token_ids": None,
-    "prompt_logprobs": None,
-    "thinking_token_budget": None,
-    "watermarking": None,
+# What vLLM's sampler, which a pair has none of, would do to one model's logits; the values with which it does nothing,
+# as it does with None and with what is empty
+UNSUPPORTED = {
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "min_tokens": (0,),
+    "logit_bias": (),
+    "bad_words": (),
+    "allowed_token_ids": (),
+    "structured_outputs": (),
+    "logprob_token_ids": (),
+    "prompt_logprobs": (),
+    "prompt_logprob_token_ids": (),
+    "prompt_logprob_start": (),
+    "thinking_token_budget": (),
+    "trace_decode_token_ids": (),
+    "watermarking": (False,),
 }
+# A pair has these in `extra_args`: vLLM would raise a low temperature and refuse a high one
+ELSEWHERE = {"temperature": (1,), "top_k": (0, -1), "top_p": (1,), "min_p": (0,)}
+ROUTES = "/v1/chat/completions, /v1/chat/completions/batch, /v1/completions or /invocations"
 
 PREFIX = "qstar_"
-SETTINGS = {field.name: field.type for field in fields(Settings)}
-FORCED = {"force_t_first_token": bool, "force_t_special_tokens": bool}
+SETTINGS = tuple(field.name for field in fields(Settings))
+FORCED = ("force_t_first_token", "force_t_special_tokens")
 
 
 @dataclass(frozen=True)
@@ -54,13 +65,14 @@ class Asked:
     @classmethod
     def of(cls, name: str, params: SamplingParams, pair: dict[str, Any]) -> "Asked":
         """By the request's name and parameters; `pair` is what the engine knows of it (`engine.engine_options`)."""
-        extra, (prompt, sample) = params.extra_args or {}, place(name)
+        extra = params.extra_args or {}
+        prompt, sample = place(name, bool(extra.get("numbers_batch")))
         if (seed := extra.get("qstar_seed")) is None:
             if params.seed is None:  # the name ends in random characters of vLLM's
                 seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
             else:  # which vLLM has counted up already
                 seed = sample_seed(params.seed - sample, prompt, sample)
-        key = extra.get("qstar_key")
+        key = extra.get("numbers_key")
         return cls(seed, rule(params, pair), None if key is None else numbers_key(key, prompt, sample))
 
 
@@ -69,9 +81,14 @@ def numbers_key(key: str, prompt: int = 0, sample: int = 0) -> str:
     return f"{key}/{prompt}/{sample}"
 
 
-def place(name: str) -> tuple[int, int]:
-    """Which prompt of its HTTP request a request is for, and which of its samples, by the name that vLLM gives it."""
-    found = re.fullmatch(r"(?:(\d+)_)?(?:cmpl-.*-(\d+)-[^-]*|.*)", name)
+def place(name: str, batch: bool = False) -> tuple[int, int]:
+    """Which prompt of its HTTP request a request is for, and which of its samples, by the name that vLLM gives it.
+
+    The middle of a name is the client's to choose. `batch` is whether the request was for several conversations.
+    """
+    if batch and (found := re.fullmatch(r"(?s)chatcmpl-.*_(\d+)-[^-]*", name)):
+        return int(found[1]), 0
+    found = re.fullmatch(r"(?s)(?:(\d+)_)?(?:cmpl-.*-(\d+)-[^-]*|.*)", name)
     return int(found[2] or 0), int(found[1] or 0)
 
 
@@ -86,23 +103,33 @@ def rule_fields(settings: Settings, options: Any) -> dict[str, Any]:
 
 
 def rule(params: SamplingParams, pair: dict[str, Any]) -> Rule:
-    """Which q* a request is drawn from: its own `extra_args`, then vLLM's parameters, then what the engine is told.
+    """Which q* a request is drawn from: what its `extra_args` say, then what the engine is told.
 
     Raises:
-        ValueError: a parameter is unknown or outside its range.
+        ValueError: a setting is unknown or outside its range.
     """
     extra = {k.removeprefix(PREFIX): v for k, v in (params.extra_args or {}).items() if k.startswith(PREFIX)}
-    own = {name: value for name, value in extra.items() if name not in ("seed", "key")}
+    own = {name: value for name, value in extra.items() if name != "seed"}
     for name, value in own.items():
-        if (kind := (SETTINGS | FORCED).get(name)) is None:
-            raise ValueError(f"{PREFIX}{name} is unknown; there are {', '.join(PREFIX + n for n in SETTINGS | FORCED)}")
-        if not isinstance(value, str if kind is str else (int, float)) or kind(value) != value:
-            raise ValueError(f"{PREFIX}{name} is {value!r}; it must be of type {kind.__name__}")
-    vllms = {"temperature": params.temperature, "top_p": params.top_p, "min_p": params.min_p}
-    chosen = pair["rule"] | vllms | {"top_k": max(0, params.top_k)} | own
+        if name not in SETTINGS + FORCED:
+            raise ValueError(f"{PREFIX}{name} is unknown; there are {', '.join(PREFIX + n for n in SETTINGS + FORCED)}")
+        if not isinstance(value, str | int | float):
+            raise ValueError(f"{name} is a {type(value).__name__}; it must be a single value")
+        if name in FORCED and value not in (False, True):
+            raise ValueError(f"{name} is {value!r:.40}; it must be true or false")
+    chosen = pair["rule"] | own
     settings = Settings(**{name: chosen[name] for name in SETTINGS if name in chosen})
     forced = {name: bool(chosen.get(name)) for name in FORCED}
     return Rule(pair["vocab_size"], settings, **forced, special_ids=tuple(pair["special_ids"]))
+
+
+def does_nothing(value: Any, neutral: tuple) -> bool:
+    """Whether a parameter leaves logits as they are."""
+    if isinstance(value, dict):
+        return not any(value.values())
+    if isinstance(value, Sized):
+        return len(value) == 0
+    return value is None or value in neutral
 
 
 class PairParams(LogitsProcessor):
@@ -110,16 +137,22 @@ class PairParams(LogitsProcessor):
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        for name, neutral in REFUSED.items():
-            if getattr(sampling_params, name) not in (neutral, None, []):
+        extra = sampling_params.extra_args or {}
+        if SERVER in os.environ and "numbers_key" not in extra:
+            raise ValueError(f"this route has no place for the numbers of q*; use {ROUTES}")
+        for name, neutral in UNSUPPORTED.items():
+            if not does_nothing(getattr(sampling_params, name), neutral):
                 raise ValueError(f"{name} is set; a pair of models does not support it")
+        for name, neutral in ELSEWHERE.items():
+            if (value := getattr(sampling_params, name)) not in neutral:
+                raise ValueError(f"{name} is {value}; a pair of models has it as {PREFIX}{name} in extra_args")
         if sampling_params.logprobs == -1:
             raise ValueError("logprobs is -1; a pair of models gives a number of them, not all")
-        extra = sampling_params.extra_args or {}
         if sampling_params.n > 1 and "qstar_seed" in extra:
             raise ValueError(f"qstar_seed is that of one sample and n is {sampling_params.n}; use seed")
-        if not isinstance(extra.get("qstar_seed", 0), int):
-            raise ValueError(f"qstar_seed is {extra['qstar_seed']!r}; it must be a whole number")
+        seed = extra.get("qstar_seed", 0)
+        if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+            raise ValueError(f"qstar_seed is {seed!r:.40}; it must be a whole number of 64 bits")
         rule(sampling_params, {"rule": {}, "vocab_size": 0, "special_ids": ()})
 
     def __init__(self, vllm_config, device, is_pin_memory: bool) -> None:

@@ -1,141 +1,205 @@
-"""The numbers of q* in the responses of vLLM's OpenAI-compatible server.
+"""q* and its numbers in the answers of vLLM's OpenAI-compatible server.
 
-`Numbers` is one of vLLM's middlewares. A request may say in a field `qstar` which q* it wants (`params`); every choice
-of its response gets a field `qstar` with its tokens and their numbers, in a stream where the choice ends.
+A request may say in a field `qstar` which q* it wants (`params`); every choice of its answer gets a field `qstar` with
+its tokens and their numbers, in a stream where the choice ends. This is done around the handlers that vLLM's routes
+give their checked requests to: behind authentication and CORS, and whatever path has led there. What another handler
+would draw without numbers, the engine refuses (`params.PairParams`).
 """
 
 import json
+import re
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from functools import partial
+from itertools import chain
 from typing import Any
 from uuid import uuid4
 
-from starlette.requests import Request as HTTPRequest
-from starlette.responses import JSONResponse
+from fastapi import FastAPI
+from fastapi import Request as HTTPRequest
+from fastapi.responses import JSONResponse
+from vllm.entrypoints.openai.chat_completion.protocol import BatchChatCompletionRequest, ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.exception_handling.handlers.exception import exception_handler
+from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
-from qstar.decode import FIELDS, Request, Sample
+from qstar.decode import FIELDS, Sample
+from qstar.decode import Request as SampleRequest
 from qstar.formats import finite
-from qstar.vllm.params import PREFIX, numbers_key, of_any_rank
+from qstar.vllm.params import (
+    ELSEWHERE,
+    FORCED,
+    PREFIX,
+    SETTINGS,
+    PairParams,
+    does_nothing,
+    numbers_key,
+    of_any_rank,
+    rule,
+)
 
-PATHS = ("/v1/chat/completions", "/v1/completions")
+HANDLERS = {  # by their place in the state of vLLM's application
+    "openai_serving_chat": "create_chat_completion",
+    "openai_serving_chat_batch": "create_batch_chat_completion",
+    "openai_serving_completion": "create_completion",
+}
+# Fields that the engine never sees, and the values with which they do nothing
+UNSUPPORTED = {name: (False,) for name in ("echo", "use_beam_search", "early_stopping")}
+UNSUPPORTED |= {name: () for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar")}
+UNSUPPORTED["length_penalty"] = (1,)
+SURROGATE = re.compile("[\ud800-\udfff]")
+TOKENS = {"token_ids", "prompt_token_ids"}  # are asked of vLLM, for the client or not
+DEPTH = 64  # of lists and objects in each other, in a request
+
+AnyRequest = ChatCompletionRequest | BatchChatCompletionRequest | CompletionRequest
 
 
-class Numbers:
-    """ASGI middleware around vLLM's application.
+def with_numbers(app: FastAPI) -> FastAPI:
+    """vLLM's application, complete with its state, as one whose model is q*."""
+    app.dependency_overrides[validate_json_request] = check_body
+    for kind in (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError):
+        app.add_exception_handler(kind, unreadable)
+    app.middleware_stack = app.build_middleware_stack()  # it was built before
+    for name, method in HANDLERS.items():
+        serving = getattr(app.state, name)
+        setattr(serving, method, partial(numbered, getattr(serving, method), app.state.engine_client))
+    return app
 
-    Errors: HTTP 400 in the form of OpenAI's for what a pair does not do; what vLLM refuses is answered by vLLM.
+
+async def check_body(raw_request: HTTPRequest) -> None:
+    """In the place of vLLM's check of a body, on all its routes: what Python reads, vLLM's engine can be sent.
+
+    Raises:
+        ValueError: it is nested too deeply, or has a number or a text that cannot be encoded.
     """
-
-    def __init__(self, app):
-        self.app = app
-
-    async def __call__(self, scope, receive, send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in PATHS:
-            return await self.app(scope, receive, send)
-        body = await HTTPRequest(scope, receive).body()
-        try:
-            asked = json.loads(body)
-        except ValueError:
-            asked = None
-        if not isinstance(asked, dict) or not isinstance(asked.get("vllm_xargs") or {}, dict):
-            return await self.app(scope, replay(body, receive), send)  # vLLM says what is wrong with it
-        engine, wants_tokens = scope["app"].state.engine_client, asked.get("return_token_ids")
-        pair, key = engine.model_config.hf_config.qstar, uuid4().hex
-        try:
-            body = json.dumps(with_numbers(asked, key, pair["eos_ids"])).encode()
-        except ValueError as error:
-            refusal = {"message": str(error), "type": "BadRequestError", "param": None, "code": 400}
-            return await JSONResponse({"error": refusal}, 400)(scope, receive, send)
-        headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
-        scope = {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
-        answer = Answer(send, engine, key, asked.get("n") or 1, bool(wants_tokens))
-        await self.app(scope, replay(body, receive), answer.send)
+    await validate_json_request(raw_request)
+    too_deep = ValueError(f"the request's lists and objects are more than {DEPTH} deep")
+    try:
+        level = [await raw_request.json()]
+    except RecursionError:
+        raise too_deep from None
+    except ValueError:
+        return  # vLLM says what is wrong with it
+    for _ in range(DEPTH + 1):
+        for value in level:
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                raise ValueError(f"{value!r:.40} is in the request; whole numbers must fit in 64 bits")
+            if isinstance(value, str) and not value.isascii() and SURROGATE.search(value):
+                raise ValueError(f"{value!r:.40} is in the request; a text must not have half of a surrogate pair")
+        level = [
+            child
+            for value in level
+            if isinstance(value, list | dict)
+            for child in (chain(value, value.values()) if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return
+    raise too_deep
 
 
-def with_numbers(asked: dict[str, Any], key: str, eos_ids: list[int]) -> dict[str, Any]:
-    """A request's body as vLLM is to have it: its numbers are kept, and it ends at either model's EOS.
+async def unreadable(raw_request: HTTPRequest, error: Exception) -> JSONResponse:
+    """The answer to an error that vLLM does not expect: while it reads a request, it is the request's fault."""
+    if not hasattr(raw_request.state, "request_metadata"):
+        error = ValueError(" ".join(f"the request cannot be read: {error}".split()))
+    return await exception_handler(raw_request, error)
+
+
+async def numbered(handler: Callable, engine: Any, request: AnyRequest, raw_request: HTTPRequest | None = None) -> Any:
+    """A handler's answer to a request, with the numbers in its choices.
+
+    Raises:
+        ValueError: the request wants what a pair does not do.
+    """
+    wants_tokens, key = request.return_token_ids, uuid4().hex
+    ask(request, key, engine.model_config.hf_config.qstar)
+    numbers = partial(numbers_of, engine, key, request.n or 1)
+    answer = await handler(request, raw_request)
+    if isinstance(answer, AsyncGenerator):
+        return stream(answer, numbers, wants_tokens)
+    if not isinstance(answer, ErrorResponse):
+        of_choice = await numbers({choice.index: len(choice.token_ids) for choice in answer.choices})
+        for choice in answer.choices:
+            choice.qstar = of_choice[choice.index]
+        for part in () if wants_tokens else (answer, *answer.choices):
+            for name in TOKENS & type(part).model_fields.keys():
+                setattr(part, name, None)
+    return answer
+
+
+def ask(request: AnyRequest, key: str, pair: dict[str, Any]) -> None:
+    """Make a request one of vLLM's: which q* is in `vllm_xargs`, its numbers are kept, it ends at either model's EOS.
+
+    `pair` is what the engine knows of it (`engine.engine_options`).
 
     Raises:
         ValueError: it wants what a pair does not do.
     """
-    for name in ("echo", "use_beam_search"):
-        if asked.get(name):
+    said = vars(request) | request.model_extra
+    for name, neutral in {**UNSUPPORTED, "best_of": (request.n or 1,)}.items():
+        if not does_nothing(said.get(name), neutral):
             raise ValueError(f"{name} is set; a pair of models does not support it")
-    if not isinstance(asked.get("n") or 1, int):
-        raise ValueError(f"n is {asked['n']!r}; it must be a whole number")
-    rule = asked.get("qstar") or {}
-    if not isinstance(rule, dict):
-        raise ValueError(f"qstar is {rule!r}; it must be an object such as {{'method': 'fixed', 'alpha': 0.3}}")
-    extra = {PREFIX + name: value for name, value in rule.items()}
-    changed = {"vllm_xargs": (asked.get("vllm_xargs") or {}) | extra | {"qstar_key": key}, "return_token_ids": True}
-    own = asked.get("stop_token_ids") or []
-    if not asked.get("ignore_eos") and isinstance(own, list):  # vLLM knows π_θ's only
-        changed["stop_token_ids"] = [*own, *eos_ids]
-    return {name: value for name, value in asked.items() if name != "qstar"} | changed
+    for name in SETTINGS + FORCED:
+        if name in request.model_extra:
+            raise ValueError(f"{name} is set; it goes into the field qstar, as in {{'qstar': {{'alpha': 0.3}}}}")
+    wanted = request.model_extra.pop("qstar", None) or {}
+    if not isinstance(wanted, dict):
+        raise ValueError(f"qstar is {wanted!r:.40}; it must be an object such as {{'method': 'fixed', 'alpha': 0.3}}")
+    own = {name: said[name] for name in ELSEWHERE if said[name] is not None}
+    if own.get("top_k") == -1:
+        own["top_k"] = 0
+    for name, (neutral, *_) in ELSEWHERE.items():
+        setattr(request, name, neutral)
+    extra = {PREFIX + name: value for name, value in own.items()} | (said.get("vllm_xargs") or {})
+    batch = isinstance(request, BatchChatCompletionRequest)
+    extra |= {PREFIX + name: value for name, value in wanted.items()} | {
+        "numbers_key": key,
+        "numbers_batch": int(batch),
+    }
+    request.vllm_xargs, request.return_token_ids = extra, True
+    if not said.get("ignore_eos"):  # vLLM knows π_θ's only
+        request.stop_token_ids = [*(said.get("stop_token_ids") or ()), *pair["eos_ids"]]
+    single = request.to_chat_completion_request(request.messages[0]) if batch else request
+    params = single.to_sampling_params(None, {})
+    # the engine would refuse it too, but when a stream has begun, with status 200, or not knowing its own options
+    PairParams.validate_params(params)
+    rule(params, pair)
 
 
-class Answer:
-    """Passes a response on, with the numbers in its choices.
+async def numbers_of(engine: Any, key: str, n: int, lengths: dict[int, int]) -> dict[int, dict[str, Any]]:
+    """The field `qstar` of choices that have ended with so many tokens, by their indices.
 
     Args:
-        send: ASGI's, to the client.
         engine: vLLM's engine client.
         key: what the numbers are kept under.
         n: choices of each prompt.
-        wants_tokens: whether the client has asked vLLM for token ids too.
     """
+    keys = {index: numbers_key(key, *divmod(index, n)) for index in lengths}
+    kept = of_any_rank(await engine.collective_rpc("pop_numbers", args=(list(keys.values()),)))
+    return {index: numbers_of_choice(kept.get(keys[index], []), length) for index, length in lengths.items()}
 
-    def __init__(self, send, engine, key: str, n: int, wants_tokens: bool):
-        self.to_client, self.engine, self.key, self.n, self.wants_tokens = send, engine, key, n, wants_tokens
-        self.start, self.streams, self.rest = None, False, b""
-        self.lengths: dict[int, int] = {}  # tokens of each choice so far
 
-    async def send(self, message: dict[str, Any]) -> None:
-        if message["type"] == "http.response.start":
-            self.start = message
-            kind = dict(message["headers"]).get(b"content-type", b"")
-            self.streams = kind.startswith(b"text/event-stream")
-            if self.streams:
-                await self.to_client(message)
-            return
-        self.rest += message.get("body", b"")
-        if self.streams:
-            *events, self.rest = self.rest.split(b"\n\n")
-            for event in events:
-                await self.event(event)
-            if not message.get("more_body"):
-                await self.to_client({"type": "http.response.body", "body": self.rest})
-        elif not message.get("more_body"):
-            body = self.rest
-            if self.start["status"] == 200:
-                body = await self.filled(body)
-            headers = [(name, value) for name, value in self.start["headers"] if name != b"content-length"]
-            headers.append((b"content-length", str(len(body)).encode()))
-            await self.to_client({**self.start, "headers": headers})
-            await self.to_client({"type": "http.response.body", "body": body})
-
-    async def event(self, event: bytes) -> None:
-        """Pass an event of a stream on."""
-        name, _, data = event.partition(b": ")
-        if name == b"data" and data != b"[DONE]":
-            event = b"data: " + await self.filled(data)
-        await self.to_client({"type": "http.response.body", "body": event + b"\n\n", "more_body": True})
-
-    async def filled(self, body: bytes) -> bytes:
-        """A response, or a part of one, with the numbers of the choices that end in it."""
-        answer = json.loads(body)
-        choices = answer.get("choices") or ()
-        for choice in choices:
-            index = choice["index"]
-            self.lengths[index] = self.lengths.get(index, 0) + len(choice.get("token_ids") or ())
-        ended = {numbers_key(self.key, *divmod(c["index"], self.n)): c for c in choices if c.get("finish_reason")}
-        if ended:
-            numbers = of_any_rank(await self.engine.collective_rpc("pop_numbers", args=(list(ended),)))
-            for key, choice in ended.items():
-                choice["qstar"] = numbers_of_choice(numbers.get(key, []), self.lengths[choice["index"]])
-        if not self.wants_tokens:
-            for part in (answer, *choices):
-                part.pop("token_ids", None)
-                part.pop("prompt_token_ids", None)
-        return json.dumps(answer, ensure_ascii=False).encode()
+async def stream(events: AsyncGenerator[str], numbers: Callable, wants_tokens: bool) -> AsyncGenerator[str]:
+    """The events of a stream, with the numbers of the choices that end in them."""
+    lengths = Counter()
+    async with aclosing(events):
+        async for event in events:
+            if event.startswith("data: {"):
+                chunk = json.loads(event.removeprefix("data: "))
+                choices = chunk.get("choices") or ()
+                for choice in choices:
+                    lengths[choice["index"]] += len(choice.get("token_ids") or ())
+                ended = {c["index"]: c for c in choices if c.get("finish_reason")}
+                if ended:
+                    of_choice = await numbers({index: lengths[index] for index in ended})
+                    for index, choice in ended.items():
+                        choice["qstar"] = of_choice[index]
+                for part in () if wants_tokens else (chunk, *choices):
+                    for name in TOKENS:
+                        part.pop(name, None)
+                event = f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+            yield event
 
 
 def numbers_of_choice(rows: list[list[float]], length: int) -> dict[str, Any]:
@@ -144,19 +208,9 @@ def numbers_of_choice(rows: list[list[float]], length: int) -> dict[str, Any]:
     `token_ids`, one number a token for each of `FIELDS` (nats; null for −inf), and `error`: why the next token has no
     distribution, if that is what has ended it.
     """
-    sample = Sample(Request(None, [], [], 0, length))
+    sample = Sample(SampleRequest(None, [], [], 0, length))
     for token, status, *values in rows[:length]:  # the engine may have gone on past a stop string
         if not sample.draw(token, status, values):
             break
     numbers = {name: [finite(value) for value in sample.fields[name]] for name in FIELDS}
     return {"token_ids": sample.token_ids, **numbers, "error": sample.error}
-
-
-def replay(body: bytes, receive):
-    """ASGI's `receive` for a body that has been read; then the client's own, which says when it is gone."""
-    messages = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def first_the_body() -> dict[str, Any]:
-        return messages.pop() if messages else await receive()
-
-    return first_the_body
