@@ -1,12 +1,11 @@
 """The command lines of `qstar.generate`, `qstar.score` and `qstar.serve`, checked before any model is loaded."""
 
 import argparse
-import hashlib
 import importlib.util
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from qstar.answers import DatasetAnswers, RunAnswers, is_run
+from qstar.checkpoints import fingerprint
 from qstar.data import PromptSource, load_prompts
 from qstar.demo import PROMPTS, THETA, T
 from qstar.output import FORMATS, Output
@@ -318,6 +318,11 @@ class Job:
     prompts: PromptSource | DatasetAnswers | RunAnswers
     output: Output | Parts
 
+    def of_run(self) -> "Job":
+        """The job as its run sees it, once the output is open: templates show the moment of the run's first start."""
+        theta, t = (replace(f, moment=self.output.moment) for f in (self.format_theta, self.format_t))
+        return replace(self, format_theta=theta, format_t=t)
+
 
 def prepare(argv: list[str] | None) -> Job:
     """Check the command line of `qstar.generate` and open its dataset; exits with one line if something is wrong."""
@@ -482,23 +487,6 @@ def check_folder(parser: Parser, option: str, model: str) -> None:
         parser.error(f"--{option} {folder} has no config.json; give a model's folder or a hub name")
 
 
-def weights_fingerprint(name: str) -> str:
-    """What tells one checkpoint from another in the same folder; the name itself for a hub model."""
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        return name
-    digest = hashlib.sha256()
-    for path in sorted(
-        p for p in folder.iterdir() if p.is_file() and p.suffix in (".safetensors", ".bin", ".json", ".jinja")
-    ):
-        digest.update(f"{path.name} {path.stat().st_size}".encode())
-        with path.open("rb") as file:  # the ends of a large file are enough to see that it was trained on
-            digest.update(file.read(1 << 20))
-            file.seek(max(0, path.stat().st_size - (1 << 20)))
-            digest.update(file.read())
-    return digest.hexdigest()
-
-
 # arguments of vLLM's engine that say where it runs and how much at once
 VLLM_PLACEMENT = frozenset(
     "block_size cpu_offload_gb distributed_executor_backend enable_chunked_prefill enable_prefix_caching enforce_eager "
@@ -516,8 +504,8 @@ def run_settings(args: argparse.Namespace, data: PromptSource | DatasetAnswers |
     if "--vllm-options" in settings:
         settings["--vllm-options"] = {k: v for k, v in args.vllm_options.items() if k not in VLLM_PLACEMENT}
     settings["dataset content"] = data.fingerprint
-    settings["weights of theta"] = weights_fingerprint(args.model_theta)
-    settings["weights of t"] = weights_fingerprint(args.model_t)
+    weights = {name: fingerprint(name) for name in {args.model_theta, args.model_t}}
+    settings["weights of theta"], settings["weights of t"] = weights[args.model_theta], weights[args.model_t]
     for template in ("theta_chat_template", "t_chat_template"):
         path = Path(getattr(args, template))
         if path.is_file():

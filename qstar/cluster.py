@@ -287,7 +287,7 @@ def generate_on_ray(job: Job) -> int:
         try:
             with only_our_lines(), job.output as parts, cluster(job.args.ray_address):
                 console.print(f"prompts: {job.prompts.description}", markup=False, highlight=False)
-                return 1 if run(job, parts, console, start) else 0
+                return 1 if run(job.of_run(), parts, console, start) else 0
         except ray.exceptions.RayError as error:
             # the first line of its `cause` is what the reader raised, the others are Ray's advice; the error itself can
             # be of the cause's kind, too, with a traceback as text

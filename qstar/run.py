@@ -272,7 +272,7 @@ def run_command(command: str, job: Job, make_run: Callable[[Job, Pair, Console],
         console = Console(stderr=False, soft_wrap=True)
         with job.output:
             console.print(f"prompts: {job.prompts.description}", markup=False, highlight=False)
-            make_run(job, load_pair(job.args), console).run()
+            make_run(job.of_run(), load_pair(job.args), console).run()
             return 1 if job.output.errors else 0
 
     return one_line_if_it_fails(command, run)
