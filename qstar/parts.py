@@ -65,7 +65,9 @@ class Parts:
             before = self.manifest()
             if before is None and self.numbers("samples"):
                 raise OutputError(f"{self.url} has parts and no manifest.json; choose another --output")
-            self.moment = datetime.now() if before is None else check_settings(self.url, before["settings"], self.settings)
+            self.moment = (
+                datetime.now() if before is None else check_settings(self.url, before["settings"], self.settings)
+            )
             # what failed is tried again at every start, and counts no earlier deaths
             self.done = self.numbers("samples") - self.numbers("errors")
             fs, root = self.place
