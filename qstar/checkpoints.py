@@ -3,11 +3,11 @@
 A checkpoint in a folder is fingerprinted by its content alone, so that a copy is the same checkpoint. Everything small
 (configuration, tokenizer, chat template, code) counts to the last byte, and so do weights of up to `WHOLE` bytes. Of
 larger ones, which take minutes to read, the names, shapes, types and places of all tensors count and, of every tensor,
-`BLOCK` bytes at its start, at its end and at even distances between them; an archive of torch also has a CRC-32 of
-every tensor, over all of its bytes.
+`BLOCK` bytes at its start, at its end and at even distances between them. An archive of torch also has a CRC-32 of
+every tensor, over all of its bytes; a file that is neither that nor safetensors is read to the end.
 
 So every change of weights of up to `WHOLE` bytes is seen, and in larger ones every change that is spread over a tensor
-(training, a merged adapter, a quantisation, noise) or that fills as much of it as lies between two blocks: about a
+(training, a merged adapter, a quantisation, noise) or that fills as much of it as lies between two blocks: at most a
 1/`BLOCKS` part of the whole checkpoint. What is not seen is an edit of less that falls between the blocks of a
 safetensors file beyond `WHOLE`, such as of one row of an embedding.
 """
@@ -47,11 +47,12 @@ def fingerprint(name: str) -> str:
     for path in files:
         size = path.stat().st_size
         digest.update(f"{path.relative_to(folder)} {size}\n".encode())
-        if path.suffix in WEIGHTS and weights > WHOLE:
-            pieces = _blocks(path, size, weights)
-            reads += [(path, pieces[i : i + BATCH]) for i in range(0, len(pieces), BATCH)]
-        else:
+        layout = _layout(path, size) if path.suffix in WEIGHTS and weights > WHOLE else None
+        if layout is None:
             reads += [(path, [(start, SPAN)]) for start in range(0, size, SPAN)]
+        else:
+            pieces = _blocks(*layout, weights)
+            reads += [(path, pieces[i : i + BATCH]) for i in range(0, len(pieces), BATCH)]
     with ThreadPoolExecutor(READERS) as pool:
         for part in pool.map(_digest, reads):
             digest.update(part)
@@ -70,9 +71,8 @@ def _commit(name: str) -> str:
     return f"commit:{commit}" if commit else f"an unknown commit of {name}"
 
 
-def _blocks(path: Path, size: int, total: int) -> list[Piece]:
-    """What is read of a file of weights that has `total` bytes with the others of its checkpoint."""
-    described, tensors = _layout(path, size)
+def _blocks(described: Piece, tensors: list[int], total: int) -> list[Piece]:
+    """What is read of a file of weights by its `_layout`, of `total` bytes with the others of its checkpoint."""
     pieces = [described]
     for start, end in pairwise(tensors):
         count = max(FEWEST, (end - start) * BLOCKS // total + 2)
@@ -83,8 +83,8 @@ def _blocks(path: Path, size: int, total: int) -> list[Piece]:
     return pieces
 
 
-def _layout(path: Path, size: int) -> tuple[Piece, list[int]]:
-    """The part of a file that describes its tensors, and the bounds of all tensors."""
+def _layout(path: Path, size: int) -> tuple[Piece, list[int]] | None:
+    """The part of a file that describes its tensors, and the bounds of all tensors; None where that is not known."""
     try:
         if path.suffix == ".safetensors":
             with path.open("rb") as file:
@@ -97,8 +97,8 @@ def _layout(path: Path, size: int) -> tuple[Piece, list[int]]:
         with zipfile.ZipFile(path) as archive:
             directory = archive.start_dir
             return (directory, size - directory), [*sorted(m.header_offset for m in archive.infolist()), directory]
-    except (ValueError, KeyError, TypeError, zipfile.BadZipFile):  # the format of an old torch, or a torn file
-        return (0, 0), [0, size]
+    except (ValueError, KeyError, TypeError, zipfile.BadZipFile):  # of an old torch, or torn
+        return None
 
 
 def _digest(read: tuple[Path, list[Piece]]) -> bytes:

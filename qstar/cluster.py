@@ -268,14 +268,15 @@ def pool(args: Namespace, left: int | None, console: Console) -> tuple[int, dict
 
 
 def for_workers(job: Job) -> tuple[Job, Namespace]:
-    """The job without what stays here, and its arguments for loading the pair, with folders by their whole path."""
+    """The job, of an open output, without what stays here, and its arguments for loading the pair, with folders by
+    their whole path."""
     models, parts = copy(job.args), job.output
     for name in ("model_theta", "model_t", "draft"):
         folder = Path(getattr(models, name)).expanduser()
         if folder.is_dir() and (name != "draft" or job.args.draft not in ("theta", "t")):
             setattr(models, name, str(folder.resolve()))
     url = str(Path(parts.place[1]).resolve()) if parts.is_local else parts.url
-    return replace(job, prompts=None, output=Parts(url, parts.format, parts.save_diagnostics, {})), models
+    return replace(job.of_run(), prompts=None, output=Parts(url, parts.format, parts.save_diagnostics, {})), models
 
 
 def generate_on_ray(job: Job) -> int:
@@ -287,7 +288,7 @@ def generate_on_ray(job: Job) -> int:
         try:
             with only_our_lines(), job.output as parts, cluster(job.args.ray_address):
                 console.print(f"prompts: {job.prompts.description}", markup=False, highlight=False)
-                return 1 if run(job.of_run(), parts, console, start) else 0
+                return 1 if run(job, parts, console, start) else 0
         except ray.exceptions.RayError as error:
             # the first line of its `cause` is what the reader raised, the others are Ray's advice; the error itself can
             # be of the cause's kind, too, with a traceback as text
