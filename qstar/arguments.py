@@ -5,6 +5,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -13,10 +14,10 @@ from typing import Any
 import torch
 
 from qstar.answers import DatasetAnswers, RunAnswers, is_run
-from qstar.checkpoints import fingerprint
+from qstar.checkpoints import fingerprint, revision
 from qstar.data import PromptSource, load_prompts
 from qstar.demo import PROMPTS, THETA, T
-from qstar.output import FORMATS, Output
+from qstar.output import FORMATS, Output, OutputError
 from qstar.parts import Parts
 from qstar.prompting import HINT_TEMPLATE, PromptFormat
 from qstar.records import RunFiles
@@ -454,6 +455,11 @@ def make_job(
     else:
         settings_of_run["output file"] = Path(args.output).name
         output = Output(Path(args.output), output_format, save_diagnostics, settings_of_run)
+    before = None
+    with suppress(OutputError, OSError, ValueError, ImportError):  # said when the output is opened
+        before = output.before()
+    output.settings |= weights_of_run(args, before or {})
+    args.revision_theta, args.revision_t = (revision(output.settings[f"weights of {side}"]) for side in ("theta", "t"))
     return Job(args, settings, format_theta, format_t, data, output)
 
 
@@ -504,10 +510,22 @@ def run_settings(args: argparse.Namespace, data: PromptSource | DatasetAnswers |
     if "--vllm-options" in settings:
         settings["--vllm-options"] = {k: v for k, v in args.vllm_options.items() if k not in VLLM_PLACEMENT}
     settings["dataset content"] = data.fingerprint
-    weights = {name: fingerprint(name) for name in {args.model_theta, args.model_t}}
-    settings["weights of theta"], settings["weights of t"] = weights[args.model_theta], weights[args.model_t]
     for template in ("theta_chat_template", "t_chat_template"):
         path = Path(getattr(args, template))
         if path.is_file():
             settings[f"content of --{template.replace('_', '-')}"] = path.read_text(encoding="utf-8")
     return json.loads(json.dumps(settings))
+
+
+def weights_of_run(args: argparse.Namespace, before: dict[str, Any]) -> dict[str, str]:
+    """The fingerprints of both models, as settings of the run; `before` are those of its first start.
+
+    Models of the hub stay at the commit of the first start. vLLM takes their newest, so that another one is refused.
+    """
+    names, of_name = {"theta": args.model_theta, "t": args.model_t}, {}
+    for side, name in names.items():
+        known = str(before.get(f"weights of {side}"))
+        stays = args.backend == "transformers" and before.get(f"--model-{side}") == name and revision(known)
+        if name not in of_name:
+            of_name[name] = known if stays else fingerprint(name)
+    return {f"weights of {side}": of_name[name] for side, name in names.items()}

@@ -9,13 +9,14 @@ every tensor, over all of its bytes; a file that is neither that nor safetensors
 So every change of weights of up to `WHOLE` bytes is seen, and in larger ones every change that is spread over a tensor
 (training, a merged adapter, a quantisation, noise) or that fills as much of it as lies between two blocks: at most a
 1/`BLOCKS` part of the whole checkpoint. What is not seen is an edit of less that falls between the blocks of a
-safetensors file beyond `WHOLE`, such as of one row of an embedding.
+safetensors file beyond `WHOLE`, such as of one row of an embedding: `written_since` tells that there may be one.
 """
 
 import hashlib
 import json
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 
@@ -61,6 +62,17 @@ def fingerprint(name: str) -> str:
         if base and Path(base).expanduser().resolve() != folder.resolve():
             digest.update(fingerprint(base).encode())
     return f"sha256:{digest.hexdigest()}"
+
+
+def written_since(name: str, moment: datetime) -> bool:
+    """Whether weights that are too large to be read to the end were written after a moment, be it as a mere copy."""
+    stats = [p.stat() for p in Path(name).expanduser().glob("*") if p.suffix in WEIGHTS]
+    return sum(s.st_size for s in stats) > WHOLE and max(s.st_mtime for s in stats) > moment.timestamp()
+
+
+def revision(of_hub: str) -> str | None:
+    """The commit that a fingerprint names; None for a folder's, and where it is not known."""
+    return of_hub.removeprefix("commit:") if of_hub.startswith("commit:") else None
 
 
 def _commit(name: str) -> str:

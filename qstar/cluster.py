@@ -41,7 +41,7 @@ from qstar.demo import PROMPTS
 from qstar.generate import Generate, Todo, draft_table, todo
 from qstar.output import Output, OutputError
 from qstar.parts import Parts
-from qstar.run import BLOCK_BATCHES, Summary, blocks, load_pair, one_line_if_it_fails, progress_bar, tell
+from qstar.run import BLOCK_BATCHES, Summary, blocks, load_pair, one_line_if_it_fails, progress_bar, say_resuming, tell
 from qstar.speculate import Tally
 
 STARTS = 3  # times a part is begun before its prompts are tried alone, and again after that
@@ -310,7 +310,7 @@ def run(job: Job, parts: Parts, console: Console, start: float) -> int:
     """
     args, size = job.args, BLOCK_BATCHES * job.args.batch_size
     if parts.done:
-        console.print(f"resuming: {len(parts.done)} parts are complete")
+        say_resuming(console, job, f"{len(parts.done)} parts are complete")
     total = args.num_samples or job.prompts.count()
     total = total and total * args.samples_per_prompt
     workers, declared = pool(args, total and math.ceil(total / size) - len(parts.done), console)

@@ -76,19 +76,29 @@ class Output:
             file.close()
         self._lock.release()
 
-    def _check_settings(self) -> None:
+    def before(self) -> dict[str, Any] | None:
+        """The settings of the first start; None where there is nothing to resume.
+
+        Raises:
+            OutputError: they are lost.
+        """
         existing = [p for p in (self.path, self.journal) if p.exists() and p.stat().st_size]
-        if existing and self.run_file.exists():
-            try:
-                before = json.loads(self.run_file.read_text(encoding="utf-8"))
-            except ValueError:
-                raise OutputError(f"{self.run_file} is not JSON; restore it or choose another --output") from None
-            self.moment = check_settings(self.path, before, self.settings)
-            return
-        if existing:
+        if not existing:
+            return None
+        try:
+            return dict(json.loads(self.run_file.read_text(encoding="utf-8")))
+        except FileNotFoundError:
             raise OutputError(
                 f"{existing[0]} exists and {self.run_file} does not, so it cannot be resumed; choose another --output"
-            )
+            ) from None
+        except (ValueError, TypeError):
+            raise OutputError(f"{self.run_file} is not JSON; restore it or choose another --output") from None
+
+    def _check_settings(self) -> None:
+        before = self.before()
+        if before is not None:
+            self.moment = check_settings(self.path, before, self.settings)
+            return
         self.moment = datetime.now()
         settings = self.settings | {FIRST_START: self.moment.isoformat()}
         write_atomically(self.run_file, json.dumps(settings, indent=1, ensure_ascii=False).encode())

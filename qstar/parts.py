@@ -62,12 +62,10 @@ class Parts:
         with self._explained(self.url), self._stack:
             if self.is_local:
                 self._stack.callback(locked(Path(self.place[1]) / "lock", self.url).release)
-            before = self.manifest()
+            before = self.before()
             if before is None and self.numbers("samples"):
                 raise OutputError(f"{self.url} has parts and no manifest.json; choose another --output")
-            self.moment = (
-                datetime.now() if before is None else check_settings(self.url, before["settings"], self.settings)
-            )
+            self.moment = datetime.now() if before is None else check_settings(self.url, before, self.settings)
             # what failed is tried again at every start, and counts no earlier deaths
             self.done = self.numbers("samples") - self.numbers("errors")
             fs, root = self.place
@@ -124,6 +122,16 @@ class Parts:
                 f"{self.url}/manifest.json is not a manifest; restore it or choose another --output"
             ) from None
         return found
+
+    def before(self) -> dict[str, Any] | None:
+        """The settings of the first start; None where there is nothing to resume.
+
+        Raises:
+            OutputError: they are lost, or cannot be read.
+        """
+        with self._explained(self.url):
+            manifest = self.manifest()
+        return manifest and manifest["settings"]
 
     def write_manifest(self, complete: bool) -> None:
         """Say what is complete, and whether that is all."""
