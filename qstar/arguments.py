@@ -458,7 +458,10 @@ def make_job(
     before = None
     with suppress(OutputError, OSError, ValueError, ImportError):  # said when the output is opened
         before = output.before()
-    output.settings |= weights_of_run(args, before or {})
+    try:
+        output.settings |= weights_of_run(args, before or {})
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     args.revision_theta, args.revision_t = (revision(output.settings[f"weights of {side}"]) for side in ("theta", "t"))
     return Job(args, settings, format_theta, format_t, data, output)
 

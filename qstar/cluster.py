@@ -36,6 +36,7 @@ from ray.data.datasource import Datasource, ReadTask
 from rich.console import Console
 
 from qstar.arguments import Job
+from qstar.checkpoints import fingerprint, revision
 from qstar.data import PromptSource
 from qstar.demo import PROMPTS
 from qstar.generate import Generate, Todo, draft_table, todo
@@ -81,11 +82,14 @@ class Worker:
     def __init__(self, job: Job, models: Namespace):
         self.job, self.parts, self.error = job, job.output, None
         torch.set_num_threads(1)  # there is a worker for every core
+        node = ray.util.get_node_ip_address()
         try:
             self.pair = load_pair(models)
+            for name, known in models.fingerprints.items():
+                if fingerprint(name) != known:
+                    self.error = f"{name} on {node} is not the model that the run was started with"
         except Exception as error:  # whatever loading can raise: the driver stops the run with it
-            pair = f"{job.args.model_theta} and {job.args.model_t}"
-            self.error = f"a worker on {ray.util.get_node_ip_address()} cannot load {pair}: {error}"
+            self.error = f"a worker on {node} cannot load {job.args.model_theta} and {job.args.model_t}: {error}"
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         part, items = int(batch["part"][0]), pickle.loads(batch["items"][0])
@@ -275,6 +279,12 @@ def for_workers(job: Job) -> tuple[Job, Namespace]:
         folder = Path(getattr(models, name)).expanduser()
         if folder.is_dir() and (name != "draft" or job.args.draft not in ("theta", "t")):
             setattr(models, name, str(folder.resolve()))
+    models.fingerprints = {}
+    for side, name in (("theta", models.model_theta), ("t", models.model_t)):
+        known = parts.settings[f"weights of {side}"]
+        # of a model on the hub transformers loads the commit that is known
+        if ":" in known and not (models.backend == "transformers" and revision(known)):
+            models.fingerprints[name] = known
     url = str(Path(parts.place[1]).resolve()) if parts.is_local else parts.url
     return replace(job.of_run(), prompts=None, output=Parts(url, parts.format, parts.save_diagnostics, {})), models
 

@@ -136,7 +136,7 @@ class CriteriaEnding(Ending):
                 sample.finish_reason = "stop"
 
 
-def refused(model, config: GenerationConfig, top_k: Any, prompt_length: int) -> dict[str, Any]:
+def refused(model, config: GenerationConfig, top_k: Any, prompt_length: int) -> dict[str, tuple[Any, Any]]:
     """The fields of a generation config, merged from the call, the checkpoint and transformers' defaults, that
     `qstar_generate` does not do: what each of them is, and what would switch it off."""
     defaults, found = config._get_default_generation_params(), {}
@@ -173,13 +173,13 @@ def check_arguments(
             f"generate or the checkpoint's generation config asks for {said}, which qstar_generate does not do; give "
             f"{off} to generate, and q*'s own temperature and truncation in qstar_settings"
         )
-    own = [MinLengthLogitsProcessor] * bool(config.min_length) + [TopKLogitsWarper] * bool(config.top_k)
-    others = []  # than `generate` makes of what has just been found neutral
-    for processor in logits_processor:
-        if type(processor) in own:
-            own.remove(type(processor))
-        else:
-            others.append(type(processor).__name__)
+    # what `generate` makes of what has just been found neutral
+    processors = [
+        p for p in logits_processor if type(p) is not MinLengthLogitsProcessor or p.min_length > prompt_length
+    ]
+    if config.do_sample and config.top_k and isinstance(processors[-1], TopKLogitsWarper):
+        processors.pop()
+    others = [type(p).__name__ for p in processors]
     if others:
         raise ValueError(f"logits processors ({', '.join(others)}) are not applied to q*; give none to generate")
     others = [type(c).__name__ for c in stopping_criteria if type(c) not in CRITERIA]

@@ -9,6 +9,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     MaxLengthCriteria,
+    MinLengthLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     StopStringCriteria,
     TopKLogitsWarper,
@@ -175,6 +176,8 @@ def test_what_goes_with_the_call_is_done_or_refused(demo_pair, inputs):
     options = {"custom_generate": qstar_generate, "model_t": demo_pair.t, "max_new_tokens": 12, "do_sample": True}
     for given, message in (
         ({"logits_processor": LogitsProcessorList([TopKLogitsWarper(3)])}, "TopKLogitsWarper"),
+        ({"logits_processor": [TopKLogitsWarper(3)], "do_sample": False}, "TopKLogitsWarper"),
+        ({"logits_processor": [MinLengthLogitsProcessor(90, 0)], "min_new_tokens": 0}, "MinLengthLogitsProcessor"),
         ({"logits_processor": [RepetitionPenaltyLogitsProcessor(1.5)]}, "RepetitionPenaltyLogitsProcessor"),
         ({"prefix_allowed_tokens_fn": lambda batch, ids: [5]}, "PrefixConstrainedLogitsProcessor"),
         ({"position_ids": inputs["attention_mask"].cumsum(1) + 3}, "position_ids would be for one model"),

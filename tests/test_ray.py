@@ -12,6 +12,7 @@ import os
 import random
 import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -184,6 +185,21 @@ def test_workers_see_the_moment_of_the_first_start(tmp_path, loaded_once, demo_p
     seen = [demo_pair.tokenizer_t.decode(d["prompt_ids_t"]) for d in lines(merged.with_suffix(".diagnostics.jsonl"))]
     assert {text.split(" ")[0] for text in seen} == {moment}
     assert len(seen) == 40
+
+
+def test_a_worker_that_finds_another_model_does_not_begin(tmp_path):
+    """It came later, when the folder had been written again, or its node has a folder of its own."""
+    policy = tmp_path / "policy"
+    shutil.copytree(THETA, policy)
+    job = prepare(
+        ["--engine", "ray", "--output", str(tmp_path / "out"), "--model-theta", str(policy), "--model-t", str(T)]
+    )
+    with job.output:
+        arguments = cluster.for_workers(job)
+        assert cluster.Worker(*arguments).error is None
+        shutil.copy(T / "model.safetensors", policy)
+        assert f"{policy} on " in (error := cluster.Worker(*arguments).error)
+    assert error.endswith("is not the model that the run was started with")
 
 
 def test_a_part_with_errors_is_tried_again_until_it_has_none(tmp_path):
