@@ -1,12 +1,12 @@
 """The command lines of `qstar.generate`, `qstar.score` and `qstar.serve`, checked before any model is loaded."""
 
 import argparse
-import hashlib
 import importlib.util
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from qstar.answers import DatasetAnswers, RunAnswers, is_run
+from qstar.checkpoints import fingerprint, revision
 from qstar.data import PromptSource, load_prompts
 from qstar.demo import PROMPTS, THETA, T
-from qstar.output import FORMATS, Output
+from qstar.output import FORMATS, Output, OutputError
 from qstar.parts import Parts
 from qstar.prompting import HINT_TEMPLATE, PromptFormat
 from qstar.records import RunFiles
@@ -318,6 +319,11 @@ class Job:
     prompts: PromptSource | DatasetAnswers | RunAnswers
     output: Output | Parts
 
+    def of_run(self) -> "Job":
+        """The job as its run sees it, once the output is open: templates show the moment of the run's first start."""
+        theta, t = (replace(f, moment=self.output.moment) for f in (self.format_theta, self.format_t))
+        return replace(self, format_theta=theta, format_t=t)
+
 
 def prepare(argv: list[str] | None) -> Job:
     """Check the command line of `qstar.generate` and open its dataset; exits with one line if something is wrong."""
@@ -449,6 +455,14 @@ def make_job(
     else:
         settings_of_run["output file"] = Path(args.output).name
         output = Output(Path(args.output), output_format, save_diagnostics, settings_of_run)
+    before = None
+    with suppress(OutputError, OSError, ValueError, ImportError):  # said when the output is opened
+        before = output.before()
+    try:
+        output.settings |= weights_of_run(args, before or {})
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    args.revision_theta, args.revision_t = (revision(output.settings[f"weights of {side}"]) for side in ("theta", "t"))
     return Job(args, settings, format_theta, format_t, data, output)
 
 
@@ -482,23 +496,6 @@ def check_folder(parser: Parser, option: str, model: str) -> None:
         parser.error(f"--{option} {folder} has no config.json; give a model's folder or a hub name")
 
 
-def weights_fingerprint(name: str) -> str:
-    """What tells one checkpoint from another in the same folder; the name itself for a hub model."""
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        return name
-    digest = hashlib.sha256()
-    for path in sorted(
-        p for p in folder.iterdir() if p.is_file() and p.suffix in (".safetensors", ".bin", ".json", ".jinja")
-    ):
-        digest.update(f"{path.name} {path.stat().st_size}".encode())
-        with path.open("rb") as file:  # the ends of a large file are enough to see that it was trained on
-            digest.update(file.read(1 << 20))
-            file.seek(max(0, path.stat().st_size - (1 << 20)))
-            digest.update(file.read())
-    return digest.hexdigest()
-
-
 # arguments of vLLM's engine that say where it runs and how much at once
 VLLM_PLACEMENT = frozenset(
     "block_size cpu_offload_gb distributed_executor_backend enable_chunked_prefill enable_prefix_caching enforce_eager "
@@ -516,10 +513,22 @@ def run_settings(args: argparse.Namespace, data: PromptSource | DatasetAnswers |
     if "--vllm-options" in settings:
         settings["--vllm-options"] = {k: v for k, v in args.vllm_options.items() if k not in VLLM_PLACEMENT}
     settings["dataset content"] = data.fingerprint
-    settings["weights of theta"] = weights_fingerprint(args.model_theta)
-    settings["weights of t"] = weights_fingerprint(args.model_t)
     for template in ("theta_chat_template", "t_chat_template"):
         path = Path(getattr(args, template))
         if path.is_file():
             settings[f"content of --{template.replace('_', '-')}"] = path.read_text(encoding="utf-8")
     return json.loads(json.dumps(settings))
+
+
+def weights_of_run(args: argparse.Namespace, before: dict[str, Any]) -> dict[str, str]:
+    """The fingerprints of both models, as settings of the run; `before` are those of its first start.
+
+    Models of the hub stay at the commit of the first start. vLLM takes their newest, so that another one is refused.
+    """
+    names, of_name = {"theta": args.model_theta, "t": args.model_t}, {}
+    for side, name in names.items():
+        known = str(before.get(f"weights of {side}"))
+        stays = args.backend == "transformers" and before.get(f"--model-{side}") == name and revision(known)
+        if name not in of_name:
+            of_name[name] = known if stays else fingerprint(name)
+    return {f"weights of {side}": of_name[name] for side, name in names.items()}

@@ -36,12 +36,13 @@ from ray.data.datasource import Datasource, ReadTask
 from rich.console import Console
 
 from qstar.arguments import Job
+from qstar.checkpoints import fingerprint, revision
 from qstar.data import PromptSource
 from qstar.demo import PROMPTS
 from qstar.generate import Generate, Todo, draft_table, todo
 from qstar.output import Output, OutputError
 from qstar.parts import Parts
-from qstar.run import BLOCK_BATCHES, Summary, blocks, load_pair, one_line_if_it_fails, progress_bar, tell
+from qstar.run import BLOCK_BATCHES, Summary, blocks, load_pair, one_line_if_it_fails, progress_bar, say_resuming, tell
 from qstar.speculate import Tally
 
 STARTS = 3  # times a part is begun before its prompts are tried alone, and again after that
@@ -81,11 +82,14 @@ class Worker:
     def __init__(self, job: Job, models: Namespace):
         self.job, self.parts, self.error = job, job.output, None
         torch.set_num_threads(1)  # there is a worker for every core
+        node = ray.util.get_node_ip_address()
         try:
             self.pair = load_pair(models)
+            for name, known in models.fingerprints.items():
+                if fingerprint(name) != known:
+                    self.error = f"{name} on {node} is not the model that the run was started with"
         except Exception as error:  # whatever loading can raise: the driver stops the run with it
-            pair = f"{job.args.model_theta} and {job.args.model_t}"
-            self.error = f"a worker on {ray.util.get_node_ip_address()} cannot load {pair}: {error}"
+            self.error = f"a worker on {node} cannot load {job.args.model_theta} and {job.args.model_t}: {error}"
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         part, items = int(batch["part"][0]), pickle.loads(batch["items"][0])
@@ -268,14 +272,21 @@ def pool(args: Namespace, left: int | None, console: Console) -> tuple[int, dict
 
 
 def for_workers(job: Job) -> tuple[Job, Namespace]:
-    """The job without what stays here, and its arguments for loading the pair, with folders by their whole path."""
+    """The job, of an open output, without what stays here, and its arguments for loading the pair, with folders by
+    their whole path."""
     models, parts = copy(job.args), job.output
     for name in ("model_theta", "model_t", "draft"):
         folder = Path(getattr(models, name)).expanduser()
         if folder.is_dir() and (name != "draft" or job.args.draft not in ("theta", "t")):
             setattr(models, name, str(folder.resolve()))
+    models.fingerprints = {}
+    for side, name in (("theta", models.model_theta), ("t", models.model_t)):
+        known = parts.settings[f"weights of {side}"]
+        # of a model on the hub transformers loads the commit that is known
+        if ":" in known and not (models.backend == "transformers" and revision(known)):
+            models.fingerprints[name] = known
     url = str(Path(parts.place[1]).resolve()) if parts.is_local else parts.url
-    return replace(job, prompts=None, output=Parts(url, parts.format, parts.save_diagnostics, {})), models
+    return replace(job.of_run(), prompts=None, output=Parts(url, parts.format, parts.save_diagnostics, {})), models
 
 
 def generate_on_ray(job: Job) -> int:
@@ -309,7 +320,7 @@ def run(job: Job, parts: Parts, console: Console, start: float) -> int:
     """
     args, size = job.args, BLOCK_BATCHES * job.args.batch_size
     if parts.done:
-        console.print(f"resuming: {len(parts.done)} parts are complete")
+        say_resuming(console, job, f"{len(parts.done)} parts are complete")
     total = args.num_samples or job.prompts.count()
     total = total and total * args.samples_per_prompt
     workers, declared = pool(args, total and math.ceil(total / size) - len(parts.done), console)

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +22,7 @@ from filelock import FileLock, Timeout
 from qstar.data import Prompt
 from qstar.formats import SCHEMAS, Finished, Key, diagnostics_line, key_of, parquet_row, verl_row
 
+FIRST_START = "first start"  # the name of its moment beside the settings
 FORMATS = {"jsonl": ".jsonl", "openai-batch": ".jsonl", "parquet": ".parquet", "verl": ".parquet"}
 
 
@@ -39,6 +41,7 @@ class Output:
 
     Attributes:
         done: keys of the samples that are on disk.
+        moment: of the first start, as a clock on the wall showed it; None where an earlier version has not noted it.
 
     Raises:
         OutputError: another process writes this output, it was started with other settings, or its files were changed.
@@ -52,6 +55,7 @@ class Output:
         self.errors_file = Path(f"{stem}.errors.jsonl")
         self.diagnostics_file = Path(f"{stem}.diagnostics.jsonl") if save_diagnostics else None
         self.done: set[Key] = set()
+        self.moment: datetime | None = None
         self.errors: list[dict[str, Any]] = []  # of this start; what earlier ones recorded is tried again
         self._files: dict[Path, IO[bytes]] = {}
 
@@ -72,20 +76,32 @@ class Output:
             file.close()
         self._lock.release()
 
-    def _check_settings(self) -> None:
+    def before(self) -> dict[str, Any] | None:
+        """The settings of the first start; None where there is nothing to resume.
+
+        Raises:
+            OutputError: they are lost.
+        """
         existing = [p for p in (self.path, self.journal) if p.exists() and p.stat().st_size]
-        if existing and self.run_file.exists():
-            try:
-                before = json.loads(self.run_file.read_text(encoding="utf-8"))
-            except ValueError:
-                raise OutputError(f"{self.run_file} is not JSON; restore it or choose another --output") from None
-            check_settings(self.path, before, self.settings)
-            return
-        if existing:
+        if not existing:
+            return None
+        try:
+            return dict(json.loads(self.run_file.read_text(encoding="utf-8")))
+        except FileNotFoundError:
             raise OutputError(
                 f"{existing[0]} exists and {self.run_file} does not, so it cannot be resumed; choose another --output"
-            )
-        write_atomically(self.run_file, json.dumps(self.settings, indent=1, ensure_ascii=False).encode())
+            ) from None
+        except (ValueError, TypeError):
+            raise OutputError(f"{self.run_file} is not JSON; restore it or choose another --output") from None
+
+    def _check_settings(self) -> None:
+        before = self.before()
+        if before is not None:
+            self.moment = check_settings(self.path, before, self.settings)
+            return
+        self.moment = datetime.now()
+        settings = self.settings | {FIRST_START: self.moment.isoformat()}
+        write_atomically(self.run_file, json.dumps(settings, indent=1, ensure_ascii=False).encode())
 
     def _repair(self) -> None:
         """Cut the journal and the diagnostics back to the samples that both hold completely.
@@ -183,18 +199,24 @@ def locked(lock_file: Path, output: Path | str) -> FileLock:
     return lock
 
 
-def check_settings(path: Path | str, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to go on with other settings than an output was started with.
+def check_settings(path: Path | str, before: dict[str, Any], now: dict[str, Any]) -> datetime | None:
+    """Refuse to go on with other settings than an output was started with; the moment of that start, if it is known.
 
     Raises:
         OutputError: one differs; the message names it and both values.
     """
-    for name in [*now, *(before.keys() - now.keys())]:
+    for name in [*now, *(before.keys() - now.keys() - {FIRST_START})]:
         if before.get(name) != now.get(name):
+            if name.startswith("weights of ") and ":" not in str(before.get(name)):
+                raise OutputError(
+                    f"{path} was started when not every tensor of the {name} was looked at, or its commit not known, "
+                    "so whether they are the same cannot be told; choose another --output"
+                )
             raise OutputError(
                 f"{path} was started with {name} = {before.get(name)!r} and this run has {now.get(name)!r}; "
                 "use the same setting to resume it, or another --output"
             )
+    return datetime.fromisoformat(before[FIRST_START]) if FIRST_START in before else None
 
 
 def complete_lines(path: Path) -> Iterator[tuple[Key, int]]:

@@ -118,6 +118,8 @@ class Pair:
         t: str | Path,
         *,
         draft: str | Path = "theta",
+        revision_theta: str | None = None,
+        revision_t: str | None = None,
         dtype: str = "auto",
         device: str | None = None,
         device_map: str | None = None,
@@ -130,6 +132,7 @@ class Pair:
         Args:
             theta, t: hub names or local folders.
             draft: `theta`, `t`, or the name or folder of a third model that drafts in speculative decoding.
+            revision_theta, revision_t: commits (or branches, or tags) of hub models; their newest by default.
             dtype: `float32`, `bfloat16`, `float16`, or `auto`: the checkpoint's own, float32 on a CPU.
             device: where both models go; a GPU if there is one by default.
             device_map: placement over several devices instead, passed to transformers (`auto` spreads the layers).
@@ -154,12 +157,14 @@ class Pair:
             options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=compute)
         options["device_map"] = device_map or device
 
-        def load(name: str | Path):
-            model = AutoModelForCausalLM.from_pretrained(name, **options).eval()
-            return model, AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        def load(name: str | Path, revision: str | None = None):
+            of = {"revision": revision or "main"}
+            model = AutoModelForCausalLM.from_pretrained(name, **of, **options).eval()
+            return model, AutoTokenizer.from_pretrained(name, **of, trust_remote_code=trust_remote_code)
 
-        model_theta, tokenizer_theta = load(theta)
-        model_t, tokenizer_t = (model_theta, tokenizer_theta) if str(theta) == str(t) else load(t)
+        model_theta, tokenizer_theta = load(theta, revision_theta)
+        same = (str(theta), revision_theta) == (str(t), revision_t)
+        model_t, tokenizer_t = (model_theta, tokenizer_theta) if same else load(t, revision_t)
         drafting = (draft, None) if draft in ("theta", "t") else load(draft)
         return cls(model_theta, model_t, tokenizer_theta, tokenizer_t, *drafting)
 

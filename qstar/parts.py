@@ -10,6 +10,7 @@ often it was begun. Any file system that fsspec has will do.
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -20,7 +21,7 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from qstar.formats import SCHEMAS
-from qstar.output import FORMATS, OutputError, check_settings, explained, locked, replacing
+from qstar.output import FIRST_START, FORMATS, OutputError, check_settings, explained, locked, replacing
 
 KINDS = ("diagnostics", "errors", "samples")  # in the order in which a part's files are put there
 
@@ -36,6 +37,7 @@ class Parts:
 
     Attributes:
         done: numbers of the parts that are complete.
+        moment: of the first start, as `qstar.output.Output` has it.
 
     Raises:
         OutputError: it cannot be written to, another process writes it, or it was started with other settings.
@@ -44,6 +46,7 @@ class Parts:
     def __init__(self, url: str, output_format: str, save_diagnostics: bool, settings: dict[str, Any]):
         self.url, self.format, self.save_diagnostics, self.settings = url, output_format, save_diagnostics, settings
         self.done: set[int] = set()
+        self.moment: datetime | None = None
         self._stack = ExitStack()
 
     @property
@@ -59,11 +62,10 @@ class Parts:
         with self._explained(self.url), self._stack:
             if self.is_local:
                 self._stack.callback(locked(Path(self.place[1]) / "lock", self.url).release)
-            before = self.manifest()
+            before = self.before()
             if before is None and self.numbers("samples"):
                 raise OutputError(f"{self.url} has parts and no manifest.json; choose another --output")
-            if before is not None:
-                check_settings(self.url, before["settings"], self.settings)
+            self.moment = datetime.now() if before is None else check_settings(self.url, before, self.settings)
             # what failed is tried again at every start, and counts no earlier deaths
             self.done = self.numbers("samples") - self.numbers("errors")
             fs, root = self.place
@@ -121,9 +123,20 @@ class Parts:
             ) from None
         return found
 
+    def before(self) -> dict[str, Any] | None:
+        """The settings of the first start; None where there is nothing to resume.
+
+        Raises:
+            OutputError: they are lost, or cannot be read.
+        """
+        with self._explained(self.url):
+            manifest = self.manifest()
+        return manifest and manifest["settings"]
+
     def write_manifest(self, complete: bool) -> None:
         """Say what is complete, and whether that is all."""
-        manifest = {"complete": complete, "format": self.format, "parts": sorted(self.done), "settings": self.settings}
+        settings = self.settings | ({FIRST_START: self.moment.isoformat()} if self.moment else {})
+        manifest = {"complete": complete, "format": self.format, "parts": sorted(self.done), "settings": settings}
         self.put(f"{self.place[1]}/manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False).encode())
 
     def put(self, path: str, data: bytes) -> None:

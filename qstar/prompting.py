@@ -1,9 +1,26 @@
 """From chat messages to the token ids of each side."""
 
 from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cache
 from pathlib import Path
+from string import ascii_letters
 
 HINT_TEMPLATE = "{prompt}\n\nHint: {hint}"
+
+# Put in front of a template, so that its `strftime_now` is this macro: transformers lets no function through to a
+# template, only texts. The line's end is dropped after a block, as everywhere in a chat template.
+AT_A_MOMENT = """\
+{%- macro strftime_now(format) -%}
+{%- for part in format.split("%%") -%}
+{{- "" if loop.first else "%" -}}
+{%- for piece in part.split("%") -%}
+{%- set length = 2 if piece[:2] in _qstar_moment else 1 -%}
+{{- piece if loop.first else _qstar_moment.get(piece[:length], "%" ~ piece[:length]) ~ piece[length:] -}}
+{%- endfor -%}
+{%- endfor -%}
+{%- endmacro %}
+"""
 
 
 class PromptError(ValueError):
@@ -19,6 +36,7 @@ class PromptFormat:
             contents with blank lines, anything else is the path of a Jinja template.
         system_prompt: put in front of the conversation, in place of its own system message.
         hint_template: how a hint is added to the last user message: `{prompt}` and `{hint}` are replaced.
+        moment: what templates show as the date and time (`strftime_now`); the time at which they are asked by default.
 
     Raises:
         ValueError: the template file does not exist, or the hint template lacks a field.
@@ -27,6 +45,7 @@ class PromptFormat:
     chat_template: str = "auto"
     system_prompt: str | None = None
     hint_template: str = HINT_TEMPLATE
+    moment: datetime | None = None
     _jinja: str | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -52,9 +71,18 @@ class PromptFormat:
             last = messages[-1]
             last["content"] = self.hint_template.replace("{prompt}", last["content"]).replace("{hint}", hint)
         if self._jinja is not None or (self.chat_template == "auto" and tokenizer.chat_template):
+            template, seen = self._jinja, {}
             try:
+                if self.moment is not None and "strftime_now" in str(template or tokenizer.chat_template):
+                    template = AT_A_MOMENT + (template or tokenizer.get_chat_template())
+                    seen = {"_qstar_moment": directives(self.moment)}
                 ids = tokenizer.apply_chat_template(
-                    messages, chat_template=self._jinja, add_generation_prompt=True, tokenize=True, return_dict=False
+                    messages,
+                    chat_template=template,
+                    add_generation_prompt=True,
+                    tokenize=True,
+                    return_dict=False,
+                    **seen,
                 )
             except Exception as error:  # templates raise whatever they like
                 raise PromptError(f"the chat template refuses this conversation: {error}") from error
@@ -63,3 +91,10 @@ class PromptFormat:
         if not ids:
             raise PromptError("the prompt has no tokens")
         return list(ids)
+
+
+@cache
+def directives(moment: datetime) -> dict[str, str]:
+    """What every directive of `strftime` gives, alone and with the flags that some systems have, without its %."""
+    names = [flag + letter for letter in ascii_letters for flag in ("", *"-_0^#EO")]
+    return {name: moment.strftime(f"%{name}") for name in names}

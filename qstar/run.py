@@ -24,6 +24,7 @@ from rich.table import Table
 from transformers.utils import logging
 
 from qstar.arguments import Job, failed
+from qstar.checkpoints import written_since
 from qstar.data import Prompt
 from qstar.decode import DecodeOptions
 from qstar.demo import PROMPTS
@@ -172,7 +173,7 @@ class Run(ABC):
     def run(self) -> None:
         start, before = time.time(), len(self.output.done)
         if before:
-            self.console.print(f"resuming: {before} samples are on disk")
+            say_resuming(self.console, self.job, f"{before} samples are on disk")
         with progress_bar(self.console) as progress:
             task = progress.add_task("", total=self.total(), completed=before, figures="")
             for block in blocks(self.items(), BLOCK_BATCHES * self.job.args.batch_size):
@@ -201,6 +202,18 @@ class Run(ABC):
             say(f"diagnostics: {output.diagnostics_file}")
         if output.errors:
             say(f"[bold]{len(output.errors)} failed[/]; reasons in {output.errors_file}, tried again at the next start")
+
+
+def say_resuming(console: Console, job: Job, done: str) -> None:
+    """Say what is done, and warn where large weights may not be those of the first start."""
+    console.print(f"resuming: {done}")
+    for side, name in (("theta", job.args.model_theta), ("t", job.args.model_t)):
+        if job.output.moment is not None and written_since(name, job.output.moment):
+            console.print(
+                f"[bold]Warning:[/] the weights of {side} were written after the first start of this run. Their "
+                "fingerprint is the same, which of so large a model is one of samples: if they are not a copy of what "
+                "was there, choose another --output."
+            )
 
 
 def progress_bar(console: Console) -> Progress:
@@ -249,6 +262,8 @@ def load_pair(args: Namespace) -> Pair:
         args.model_theta,
         args.model_t,
         draft=args.draft,
+        revision_theta=args.revision_theta,
+        revision_t=args.revision_t,
         dtype=args.dtype,
         device=args.device,
         device_map=args.device_map,
@@ -272,7 +287,7 @@ def run_command(command: str, job: Job, make_run: Callable[[Job, Pair, Console],
         console = Console(stderr=False, soft_wrap=True)
         with job.output:
             console.print(f"prompts: {job.prompts.description}", markup=False, highlight=False)
-            make_run(job, load_pair(job.args), console).run()
+            make_run(job.of_run(), load_pair(job.args), console).run()
             return 1 if job.output.errors else 0
 
     return one_line_if_it_fails(command, run)

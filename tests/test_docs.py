@@ -20,6 +20,15 @@ def test_the_loop_of_the_readme_runs():
     assert re.fullmatch(r"(.+ α [01]\.\d{3} KL \d+\.\d{4}\n)+", done.stdout)
 
 
+def test_the_calls_of_generate_in_the_guide_run(demo_pair):
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    code = re.search(r"### Inside transformers' `generate`\n\n```python\n(.*?)```", guide, re.S).group(1)
+    tokenizer = demo_pair.tokenizer_theta
+    tokenizer.padding_side = "left"
+    names = {"tokenizer": tokenizer, "policy": demo_pair.theta, "teacher": demo_pair.t}
+    exec(code, names | {"prompts": ["What is 2 + 3?", "Hi.", "How many pens are 3 pens and 4 pens?"]})
+
+
 def test_the_guide_names_every_option():
     guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
     modules = analyze, report, merge, plan, experiments

@@ -2,14 +2,21 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import datasets
+import huggingface_hub.constants
 import pytest
+import torch
 from runs import SHARED_DATA, lines, run_through_kills
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+import qstar.checkpoints
 import qstar.decode
 import qstar.pair
 from qstar.demo import PROMPTS, THETA, T
@@ -312,3 +319,134 @@ def test_errors_survive_a_start_that_fails(tmp_path, monkeypatch):
         assert run(tmp_path, "--dataset", str(data)) == 0
     assert not (tmp_path / "x.errors.jsonl").exists()
     assert len(lines(tmp_path / "x.jsonl")) == 2
+
+
+DATED = "{{ strftime_now('%Y-%m-%d %H:%M:%S.%f') }} {% for m in messages %}{{ m.content }}{% endfor %}"
+MOMENT = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6}"
+
+
+def cut(tmp_path: Path, name: str, count: int) -> None:
+    """Leave the first `count` samples of a run."""
+    for path in (tmp_path / name, (tmp_path / name).with_suffix(".diagnostics.jsonl")):
+        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:count]))
+
+
+def test_a_template_sees_the_moment_of_the_first_start(tmp_path, demo_pair):
+    """As long as the run takes, and however often it is resumed."""
+    template = tmp_path / "dated.jinja"
+    template.write_text(DATED)
+    argv = ["--num-samples", "6", "--save-diagnostics"]
+    for side in ("theta", "t"):
+        argv += [f"--{side}-chat-template", str(template)]
+    assert run(tmp_path, *argv) == 0
+    files = [tmp_path / "x.jsonl", tmp_path / "x.diagnostics.jsonl", tmp_path / "x.run.json"]
+    whole = [file.read_bytes() for file in files]
+    (moment,) = {
+        re.match(MOMENT, demo_pair.tokenizer_theta.decode(d[f"prompt_ids_{side}"])).group()
+        for d in lines(files[1])
+        for side in ("theta", "t")
+    }
+    assert json.loads(whole[2])["first start"] == moment.replace(" ", "T")
+    cut(tmp_path, "x.jsonl", 2)
+    assert run(tmp_path, *argv) == 0
+    assert [file.read_bytes() for file in files] == whole
+    # an output that an earlier version began does not have it: templates see the time, as they did
+    settings = json.loads(whole[2])
+    del settings["first start"]
+    files[2].write_text(json.dumps(settings))
+    cut(tmp_path, "x.jsonl", 2)
+    assert run(tmp_path, *argv) == 0
+    assert files[1].read_bytes() != whole[1]
+    assert len(lines(files[0])) == 6
+
+
+@pytest.fixture
+def policy(tmp_path) -> Path:
+    """π_θ in float32, which has 4 MB."""
+    folder = tmp_path / "policy"
+    AutoModelForCausalLM.from_pretrained(THETA, dtype=torch.float32).save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(THETA / file, folder)
+    return folder
+
+
+def train(policy: Path) -> None:
+    """Overwrite the weights that are farther than 1 MB from both ends of their file, as a merged adapter may do."""
+    path = policy / "model.safetensors"
+    size, tensors = path.stat().st_size, load_file(path)
+    data = path.read_bytes()
+    first = 8 + int.from_bytes(data[:8], "little")
+    places = {name: t["data_offsets"] for name, t in json.loads(data[8:first]).items() if name != "__metadata__"}
+    inside = [n for n, (start, end) in places.items() if first + start > 1 << 20 and first + end < size - (1 << 20)]
+    assert inside
+    for name in inside:
+        tensors[name] *= 1.5
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert path.stat().st_size == size
+
+
+def test_a_policy_that_was_trained_meanwhile_is_refused(tmp_path, policy, capsys):
+    argv = ["--num-samples", "4", "--save-diagnostics", "--model-theta", str(policy), "--model-t", str(T)]
+    assert run(tmp_path, *argv) == 0
+    whole = (tmp_path / "x.jsonl").read_bytes()
+    cut(tmp_path, "x.jsonl", 2)
+    moved = shutil.copytree(policy, tmp_path / "copy")
+    shutil.rmtree(policy)
+    shutil.copytree(moved, policy)
+    assert run(tmp_path, *argv) == 0
+    assert (tmp_path / "x.jsonl").read_bytes() == whole
+    train(policy)
+    capsys.readouterr()
+    assert run(tmp_path, *argv) == 1
+    error = capsys.readouterr().err
+    assert "was started with weights of theta = 'sha256:" in error
+    assert error.count("\n") == 1
+    assert (tmp_path / "x.jsonl").read_bytes() == whole
+
+
+@pytest.mark.parametrize("before", ["4b118121a9b7a2b597f8d2842c127e65d6602b88bd0eee5851703b0cb06b67e0", "some/model"])
+def test_an_earlier_version_looked_at_less(tmp_path, capsys, before):
+    """Its fingerprints, the digest of a file's ends and a hub model's name, do not say what is asked."""
+    assert run(tmp_path, "--num-samples", "2") == 0
+    settings = json.loads((tmp_path / "x.run.json").read_text())
+    (tmp_path / "x.run.json").write_text(json.dumps(settings | {"weights of theta": before}))
+    capsys.readouterr()
+    assert run(tmp_path, "--num-samples", "2") == 1
+    error = capsys.readouterr().err
+    assert "not every tensor" in error
+    assert error.count("\n") == 1
+
+
+def test_large_weights_written_meanwhile_are_pointed_out(tmp_path, policy, capsys, monkeypatch):
+    """Of a large model a sample is compared; a copy may not be refused, nor taken for granted."""
+    monkeypatch.setattr(qstar.checkpoints, "WHOLE", 1 << 20)
+    argv = ["--num-samples", "2", "--model-theta", str(policy), "--model-t", str(policy)]
+    assert run(tmp_path, *argv) == 0
+    assert run(tmp_path, *argv) == 0
+    assert "written after the first start" not in capsys.readouterr().out
+    os.utime(policy / "model.safetensors")
+    assert run(tmp_path, *argv) == 0
+    assert "the weights of theta were written after the first start" in capsys.readouterr().out
+
+
+def test_a_run_stays_with_the_commit_that_it_began_with(tmp_path, policy, monkeypatch, capsys):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    cache = tmp_path / "hub" / "models--some--policy"
+    (cache / "refs").mkdir(parents=True)
+
+    def publish(commit: str) -> None:
+        shutil.copytree(policy, cache / "snapshots" / commit)
+        (cache / "refs" / "main").write_text(commit)
+
+    publish("a" * 40)
+    argv = ["--num-samples", "6", "--save-diagnostics", "--model-theta", "some/policy", "--model-t", str(T)]
+    assert run(tmp_path, *argv) == 0
+    whole = (tmp_path / "x.jsonl").read_bytes()
+    train(policy)
+    publish("b" * 40)
+    assert run(tmp_path, *argv, name="new/x.jsonl") == 0
+    assert (tmp_path / "new" / "x.jsonl").read_bytes() != whole
+    cut(tmp_path, "x.jsonl", 2)
+    assert run(tmp_path, *argv) == 0
+    assert (tmp_path / "x.jsonl").read_bytes() == whole
+    assert json.loads((tmp_path / "x.run.json").read_text())["weights of theta"] == "commit:" + "a" * 40

@@ -12,6 +12,7 @@ import os
 import random
 import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -163,6 +164,42 @@ def test_parts_are_the_single_process_cut(form, tmp_path, monkeypatch, capsys):
     if FORMATS[form] == ".jsonl":
         assert generate([*argv, "--output", str(merged)]) == 1
         assert "resuming: 36 samples are on disk" in capsys.readouterr().out
+
+
+def test_workers_see_the_moment_of_the_first_start(tmp_path, loaded_once, demo_pair):
+    """In their templates, at every start, and so does a single process that goes on with the merged file."""
+    template = tmp_path / "dated.jinja"
+    template.write_text("{{ strftime_now('%Y-%m-%dT%H:%M:%S.%f') }} {{ messages[-1].content }}")
+    argv = ["--num-samples", "40", "--batch-size", "1", "--max-new-tokens", "2", "--save-diagnostics"]
+    argv += ["--theta-chat-template", str(template), "--t-chat-template", str(template)]
+    folder, merged = tmp_path / "out", tmp_path / "x.jsonl"
+    in_this_process(folder, *argv)
+    moment = json.loads((folder / "manifest.json").read_text())["settings"]["first start"]
+    for kind in ("samples", "diagnostics"):
+        (folder / kind / "part-000001.jsonl").unlink()
+    assert [result["part"] for result in in_this_process(folder, *argv)] == [1]
+    assert merge([str(folder), "--output", str(merged)]) == 0
+    for path in (merged, merged.with_suffix(".diagnostics.jsonl")):
+        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:30]))
+    assert generate([*argv, "--output", str(merged)]) == 0
+    seen = [demo_pair.tokenizer_t.decode(d["prompt_ids_t"]) for d in lines(merged.with_suffix(".diagnostics.jsonl"))]
+    assert {text.split(" ")[0] for text in seen} == {moment}
+    assert len(seen) == 40
+
+
+def test_a_worker_that_finds_another_model_does_not_begin(tmp_path):
+    """It came later, when the folder had been written again, or its node has a folder of its own."""
+    policy = tmp_path / "policy"
+    shutil.copytree(THETA, policy)
+    job = prepare(
+        ["--engine", "ray", "--output", str(tmp_path / "out"), "--model-theta", str(policy), "--model-t", str(T)]
+    )
+    with job.output:
+        arguments = cluster.for_workers(job)
+        assert cluster.Worker(*arguments).error is None
+        shutil.copy(T / "model.safetensors", policy)
+        assert f"{policy} on " in (error := cluster.Worker(*arguments).error)
+    assert error.endswith("is not the model that the run was started with")
 
 
 def test_a_part_with_errors_is_tried_again_until_it_has_none(tmp_path):

@@ -223,6 +223,21 @@ def test_kill_at_any_moment(tmp_path):
         assert (tmp_path / f"x.{name}").read_bytes() == (tmp_path / f"whole.{name}").read_bytes()
 
 
+def test_a_template_sees_the_moment_of_the_first_start(tmp_path):
+    template, data = tmp_path / "dated.jinja", tmp_path / "data.jsonl"
+    template.write_text("{{ strftime_now('%H:%M:%S.%f') }} {{ messages[-1].content }}")
+    write_lines(data, lines(PROMPTS)[:6])
+    argv = ["--dataset", str(data), "--theta-chat-template", str(template), "--t-chat-template", str(template)]
+    argv += ["--output", str(tmp_path / "x.jsonl")]
+    assert score(argv) == 0
+    files = [tmp_path / "x.jsonl", tmp_path / "x.diagnostics.jsonl"]
+    whole = [path.read_bytes() for path in files]
+    for path in files:
+        path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])
+    assert score(argv) == 0
+    assert [path.read_bytes() for path in files] == whole
+
+
 def test_failures_are_recorded_and_the_others_scored(tmp_path, capsys):
     answers = ["5", True, None, "", "long " * 600]
     rows = [{"prompt": "Hi.", "answer": answer} for answer in answers] + [{"prompt": "", "answer": "5"}]

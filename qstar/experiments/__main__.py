@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from qstar.arguments import COUNT, HelpFormatter, Parser, check_folder, failed, weights_fingerprint
+from qstar.arguments import COUNT, HelpFormatter, Parser, check_folder, failed
+from qstar.checkpoints import fingerprint
 from qstar.demo import THETA, T
 
 EXPERIMENTS = ("main", "ablation", "scaling", "speculation", "long_run")
@@ -77,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     # the demo pair comes with the package: where that lies is no setting
     pair = {"theta": (args.model_theta, theta), "t": (args.model_t, t)}
     settings = {
-        "pair": {k: {"name": given or "demo", "weights": weights_fingerprint(m)} for k, (given, m) in pair.items()},
+        "pair": {k: {"name": given or "demo", "weights": fingerprint(m)} for k, (given, m) in pair.items()},
         "sizes": dataclasses.asdict(sizes),
         "training": training.settings(),
     }

@@ -4,6 +4,7 @@ import functools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import islice
 
 import torch
@@ -22,6 +23,8 @@ MAX_NEW_TOKENS = 64
 BLOCK = 128  # questions that are answered between two looks at the budget
 HELD_OUT_SEED = 1  # of the problems that nothing is trained on
 
+# How both models see a question: with a date in it, if their template has one, that is the same at every start
+PLAIN = PromptFormat(moment=datetime(2026, 1, 1))
 # The rules whose samples are a draw at every token, as settings of the library; the mixture is `ArithmeticRule`.
 RULES = {
     "on-policy": {"method": "fixed", "alpha": 1.0},
@@ -86,9 +89,9 @@ def answers(pair: Pair, questions: list[str], seed: int, rule: dict | Decoder | 
     Raises:
         ValueError: a token of an answer has no distribution.
     """
-    decoder, plain = rule if isinstance(rule, Decoder) else decoder_of(pair, rule), PromptFormat()
+    decoder = rule if isinstance(rule, Decoder) else decoder_of(pair, rule)
     requests = (
-        pair.request(i, [{"role": "user", "content": q}], sample_seed(seed, i, 0), MAX_NEW_TOKENS, plain, plain)
+        pair.request(i, [{"role": "user", "content": q}], sample_seed(seed, i, 0), MAX_NEW_TOKENS, PLAIN, PLAIN)
         for i, q in enumerate(questions)
     )
     samples = sorted(decoder.run(requests), key=lambda s: s.request.key)

@@ -14,10 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qstar import Pair
 from qstar.decode import Sample
 from qstar.demo.problems import Problem
-from qstar.experiments.data import RULES, answers, decoder_of, draw, held_out, kept_right, preferences, problems
+from qstar.experiments.data import PLAIN, RULES, answers, decoder_of, draw, held_out, kept_right, preferences, problems
 from qstar.experiments.pairs import enlarged, moved, shapes
 from qstar.experiments.training import Measure, dpo, ess_of, row, rows_of, sft, train
-from qstar.prompting import PromptFormat
 from qstar_kernels import qstar_sample
 
 GOAL = 2 / 3  # of the held-out KL at first: what the tokens needed are counted to
@@ -193,7 +192,7 @@ class Studies:
     def lesson(self, problem: Problem, worked: bool) -> dict[str, list]:
         """A problem to learn from, its answer worked or in a sentence."""
         tokenizer, text = self.pair.tokenizer_theta, problem.solution if worked else problem.sentence
-        prompt = PromptFormat().encode(tokenizer, [{"role": "user", "content": problem.question}])
+        prompt = PLAIN.encode(tokenizer, [{"role": "user", "content": problem.question}])
         return row(prompt, [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id])
 
     def of_pair(self, pair: Pair, measure: Measure, seed: int) -> Numbers:
