@@ -45,8 +45,8 @@ def qstar_sample(
 
     Args:
         logits_theta, logits_t: [B, V] floating point, any strides. A token that a model forbids is marked by −inf or
-            by the least finite number of the logits' own type: −65504 in float16, anything from −1e30 down in bfloat16,
-            float32 and float64. Any other number is a logit, −1e4 too.
+            by the least finite number of the logits' own type: −65504 in float16, anything from −1e15 down in bfloat16,
+            float32 and float64. Any other number is a logit, −1e4 too; from 1e15 up it is refused as +inf is.
         seeds: int64 [B], the seed of each sequence.
         positions: int64 [B], index of the token that is being drawn, the same token never twice for one seed.
         method: the rule for α: `kl_symmetry` (KL(q*‖π_θ) = KL(q*‖π_t), the minimax point), `ess_balance`,

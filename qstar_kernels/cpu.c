@@ -29,7 +29,8 @@ typedef struct {
     int64_t dtype[2];
     int64_t vocab_size;
     int64_t method, what, log_q_is_double;
-    double mask[2]; /* the greatest logit that means −inf */
+    double mask[2];       /* the greatest logit that means −inf */
+    double largest_logit; /* the least that means +inf */
     double alpha, alpha_min, alpha_max, temperature, tol;
     int64_t top_k, target_top_k;
     double top_p, min_p, target_top_p;
@@ -508,7 +509,7 @@ static void solve_row(const Job *job, int64_t i, const Passes *pass, int careful
     pass->scan(row, &scan);
     const double *high = scan.high;
     solved->status = scan.nan                                                  ? HAS_NAN
-                     : high[0] == INFINITY || high[1] == INFINITY              ? POSITIVE_INFINITY
+                     : fmax(high[0], high[1]) >= job->largest_logit             ? POSITIVE_INFINITY
                      : high[0] <= row->mask[0] || high[1] <= row->mask[1]      ? NO_SUPPORT
                      : !scan.common                                            ? DISJOINT
                                                                                : OK;

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from qstar_kernels.types import METHODS, QStarStep, Settings, mask_of, output_dtype
+from qstar_kernels.types import LARGEST_LOGIT, METHODS, QStarStep, Settings, mask_of, output_dtype
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 MIN_SHARE = 1 << 17  # logits of one side that are worth a thread
@@ -31,6 +31,7 @@ class Job(ctypes.Structure):
         ("what", ctypes.c_int64),
         ("log_q_is_double", ctypes.c_int64),
         ("mask", ctypes.c_double * 2),
+        ("largest_logit", ctypes.c_double),
         ("alpha", ctypes.c_double),
         ("alpha_min", ctypes.c_double),
         ("alpha_max", ctypes.c_double),
@@ -108,6 +109,7 @@ def qstar_cpu(
         1 if seeds is not None else 2 if tokens is not None else 0,
         dtype == torch.float64,
         (ctypes.c_double * 2)(*(mask_of(side.dtype) for side in sides)),
+        LARGEST_LOGIT,
         settings.alpha,
         settings.alpha_min,
         settings.alpha_max,

@@ -21,6 +21,7 @@ makes a row's bits independent of its neighbours.
 
 # ruff: noqa: RUF005 - Triton knows no starred tuples
 
+import ctypes
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -53,11 +54,11 @@ from qstar_kernels.kernels_common import (
     INF,
     INTERVALS,
     IS_SMOOTH,
+    LARGEST,
     LOG2E,
     LOG_COLD_T,
     LOG_COLD_THETA,
     LOW,
-    MASK,
     MAX_T,
     MAX_THETA,
     NANS,
@@ -66,6 +67,7 @@ from qstar_kernels.kernels_common import (
     NODES,
     NORM_T,
     NORM_THETA,
+    OUTSIDE,
     OUTSIDE_T,
     OUTSIDE_THETA,
     REVERSE,
@@ -73,6 +75,7 @@ from qstar_kernels.kernels_common import (
     SAMPLED,
     SECANT,
     SETTLED,
+    SMALL_ENTROPY,
     SMOOTH,
     STATUS,
     STATUS_NAN,
@@ -83,9 +86,9 @@ from qstar_kernels.kernels_common import (
     SUM_WDD,
     T_OUTSIDE,
     THETA_OUTSIDE,
-    TINY_ENTROPY,
     TOP_T,
     TOP_THETA,
+    as_double,
     as_logits,
     bounds_of_sides,
     entropy_of,
@@ -124,7 +127,7 @@ def rescale(m0, m1, m2, drop_theta, drop_t, inv_temperature):
 
 @triton.jit
 def curve_tile(
-    a, b, tops, m0, m1, m2, rest, cold, extra, inv_temperature, TEMPERED: tl.constexpr, METHOD: tl.constexpr
+    a, b, tops, m0, m1, m2, rest, cold, extra, inv_temperature, TEMPERED: tl.constexpr, ENTROPIES: tl.constexpr
 ):
     """Add one tile of logits [N, SUB] to the sums of the first sweep; blocks [N] hold a sum a thread.
 
@@ -142,9 +145,10 @@ def curve_tile(
         drop_t = tl.maximum(top_t - new_t, FLOOR)
         scale_theta, scale_t = tl.exp(drop_theta * inv_temperature), tl.exp(drop_t * inv_temperature)
         difference = difference * scale_theta + m0[0] * (scale_theta - scale_t)
-        outside_theta, outside_t = outside_theta * scale_theta, outside_t * scale_t
+        outside_theta = tl.where(outside_theta > 0, tl.maximum(outside_theta * scale_theta, OUTSIDE), 0.0)
+        outside_t = tl.where(outside_t > 0, tl.maximum(outside_t * scale_t, OUTSIDE), 0.0)
         m0, m1, m2 = rescale(m0, m1, m2, drop_theta, drop_t, inv_temperature)
-        if METHOD == BY_ENTROPY:
+        if ENTROPIES:
             count_theta, others_theta, first_theta, count_t, others_t, first_t = extra
             mass = (count_theta + others_theta) * scale_theta
             first_theta = first_theta * scale_theta + drop_theta * mass
@@ -159,12 +163,11 @@ def curve_tile(
             cold = (cold[0] * tl.exp(drop_theta), cold[1] * tl.exp(drop_t))
         top_theta, top_t = new_theta, new_t
 
-    usable = (a > MASK) & (b > MASK)  # [N, SUB]
     a = tl.maximum(a - top_theta, FLOOR)  # [N, SUB]
     b = tl.maximum(b - top_t, FLOOR)  # [N, SUB]
     if TEMPERED:
         cold = (cold[0] + tl.sum(tl.exp(a), axis=1), cold[1] + tl.sum(tl.exp(b), axis=1))  # [N]
-    if METHOD == BY_ENTROPY:
+    if ENTROPIES:
         # maxima are counted apart: Σ e^a is 1 + tiny on a nearly certain row, and its entropy is made of the tiny part
         count_theta, others_theta, first_theta, count_t, others_t, first_t = extra
         mass_theta, mass_t = tl.exp(a * inv_temperature), tl.exp(b * inv_temperature)  # [N, SUB]
@@ -177,14 +180,16 @@ def curve_tile(
         extra = (count_theta, others_theta, first_theta, count_t, others_t, first_t)
 
     # Weights at the nodes: e^max(a, b) at the larger end, times e^(−|d| / INTERVALS) a node on the way to the other.
-    # A token that a model forbids has |d| = 1e15, so its weights are zero but for the larger end's.
+    # A token that one model forbids has |d| = 1e15, so its weights are zero but for the larger end's.
     to_log2 = inv_temperature * LOG2E
     d = a - b  # [N, SUB]
     falling = d < 0  # [N, SUB], the larger end is α = 0
     end = tl.exp2(tl.maximum(a, b) * to_log2)  # [N, SUB]
     ratio = tl.exp2(tl.abs(d) * (to_log2 * (-1.0 / INTERVALS)))  # [N, SUB]
-    weights = (tl.where(usable, end, 0.0),)
-    outside = end - weights[0]  # [N, SUB]
+    one_sided = tl.abs(d) >= -0.99 * FLOOR  # [N, SUB]
+    weights = (tl.where(one_sided, 0.0, end),)
+    # not 0 however small the mass is: that a model allows a token at all decides about ESS
+    outside = tl.where(one_sided, tl.maximum(end, OUTSIDE), 0.0)  # [N, SUB]
     outside_theta += tl.sum(tl.where(falling, 0.0, outside), axis=1)  # [N]
     outside_t += tl.sum(tl.where(falling, outside, 0.0), axis=1)  # [N]
     for k in tl.static_range(INTERVALS):
@@ -201,7 +206,7 @@ def curve_tile(
     return (top_theta, top_t), n0, n1, n2, (difference, outside_theta, outside_t, nans), cold, extra
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["s_partial"])
 def curve_kernel(
     theta,
     t,
@@ -212,7 +217,7 @@ def curve_kernel(
     s_partial,
     inv_temperature,
     TEMPERED: tl.constexpr,
-    METHOD: tl.constexpr,
+    ENTROPIES: tl.constexpr,
     CHUNK: tl.constexpr,
     LANES: tl.constexpr,
     SUB: tl.constexpr,
@@ -237,13 +242,13 @@ def curve_kernel(
         a = as_logits(tl.load(theta + first + o))  # [LANES, SUB]
         b = as_logits(tl.load(t + first + o))  # [LANES, SUB]
         tops, m0, m1, m2, rest, cold, extra = curve_tile(
-            a, b, tops, m0, m1, m2, rest, cold, extra, inv_temperature, TEMPERED, METHOD
+            a, b, tops, m0, m1, m2, rest, cold, extra, inv_temperature, TEMPERED, ENTROPIES
         )
     if whole < stop:
         a = as_logits(tl.load(theta + whole + o, mask=whole + o < stop, other=-INF))  # [LANES, SUB]
         b = as_logits(tl.load(t + whole + o, mask=whole + o < stop, other=-INF))  # [LANES, SUB]
         tops, m0, m1, m2, rest, cold, extra = curve_tile(
-            a, b, tops, m0, m1, m2, rest, cold, extra, inv_temperature, TEMPERED, METHOD
+            a, b, tops, m0, m1, m2, rest, cold, extra, inv_temperature, TEMPERED, ENTROPIES
         )
 
     partial += i_row * s_partial + i_chunk * CURVE_COLUMNS
@@ -255,7 +260,7 @@ def curve_kernel(
         tl.store(partial + DIFFERENCE + k, tl.sum(rest[k]))
     tl.store(partial + MAX_THETA, tops[0])
     tl.store(partial + MAX_T, tops[1])
-    if METHOD == BY_ENTROPY:
+    if ENTROPIES:
         for k in tl.static_range(6):
             tl.store(partial + ENTROPY + k, tl.sum(extra[k]))
     if TEMPERED:
@@ -332,21 +337,27 @@ def root_between(low, high, gap, curvature, o_node):
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def solve_kernel(
     partial,
     row,
     quadrature,
     chunks,
     inv_temperature,
+    inv_temperature_low,
     fixed_alpha,
+    fixed_alpha_low,
     alpha_min,
+    alpha_min_low,
     alpha_max,
+    alpha_max_low,
     TEMPERED: tl.constexpr,
     METHOD: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
     """Merge the chunks of a row and find α: float64 throughout, a few hundred operations."""
+    inv_temperature = as_double(inv_temperature, inv_temperature_low)
+    alpha_min, alpha_max = as_double(alpha_min, alpha_min_low), as_double(alpha_max, alpha_max_low)
     i_row = tl.program_id(0).to(tl.int64)
     partial += i_row * chunks * CURVE_COLUMNS
     row += i_row * ROW_COLUMNS
@@ -359,7 +370,7 @@ def solve_kernel(
     nans = merged(partial, NANS, one, o_chunk, chunks)
 
     status = tl.where((top_theta == NO_MAXIMUM) | (top_t == NO_MAXIMUM), STATUS_NO_SUPPORT, 0)
-    status = tl.where((top_theta == INF) | (top_t == INF), STATUS_POSITIVE_INFINITY, status)
+    status = tl.where((top_theta >= LARGEST) | (top_t >= LARGEST), STATUS_POSITIVE_INFINITY, status)
     status = tl.where(nans > 0, STATUS_NAN, status)
     tl.store(row + STATUS, status.to(tl.float64))
     if status == 0:
@@ -386,6 +397,8 @@ def solve_kernel(
         # s = log(A + …) − log(B + …) through the sum of differences: A − B itself would cancel on close pairs
         outside_theta = merged(partial, OUTSIDE_THETA, scale_theta, o_chunk, chunks)
         outside_t = merged(partial, OUTSIDE_T, scale_t, o_chunk, chunks)
+        allows_theta = merged(partial, OUTSIDE_THETA, one, o_chunk, chunks) > 0
+        allows_t = merged(partial, OUTSIDE_T, one, o_chunk, chunks) > 0
         mass_theta = at_node(tl.where(known, m0, 0.0), o_node, INTERVALS)
         mass_t = at_node(tl.where(known, m0, 0.0), o_node, 0)
         low_mass = tl.sum(tl.where(o_node[None, :] == 0, w, 0.0), axis=1)  # [C]
@@ -404,7 +417,7 @@ def solve_kernel(
         fine = tl.sum(tl.load(quadrature + o_pair) * curvature[None, :], axis=1)  # [8]
         coarse = tl.sum(tl.load(quadrature + 64 + o_pair) * curvature[None, :], axis=1)  # [8]
         all_known = tl.min((known | (o_node >= NODES)).to(tl.int32)) == 1
-        inside = (outside_theta == 0) & (outside_t == 0)
+        inside = (allows_theta | allows_t) == 0
         least = tl.min(tl.where(o_node < NODES, curvature, INF))
         smooth = all_known & inside & (tl.max(tl.abs(fine - coarse)) <= least * SMOOTH)
         gap = tl.where(smooth, fine, slope - s)  # [8]
@@ -418,16 +431,18 @@ def solve_kernel(
         better_end = tl.where(worst_low <= worst_high, 0.0, 1.0).to(tl.float64)
 
         if METHOD == FIXED:
-            alpha = tl.full([], 0.0, tl.float64) + fixed_alpha
+            alpha = as_double(fixed_alpha, fixed_alpha_low)
         elif METHOD == BY_ENTROPY:
             entropy_theta = row_entropy(partial, 0, drop_theta, scale_theta, inv_temperature, o_chunk, chunks)
             entropy_t = row_entropy(partial, 3, drop_t, scale_t, inv_temperature, o_chunk, chunks)
             total = entropy_theta + entropy_t
             alpha = tl.where(total > 0, entropy_theta / tl.where(total > 0, total, 1.0), 0.5)
-            smooth = total > TINY_ENTROPY
+            smooth = total > SMALL_ENTROPY
         elif METHOD == REVERSE:
             spread = gap_high - gap_low
             alpha = tl.where(spread > 1e-14, gap_high / spread, 0.5)
+            # the difference of two float32 slopes, where F'' alone did not give it
+            smooth = smooth | (spread >= 0.07 * (1 + tl.abs(slope_low) + tl.abs(slope_high)))
             # different supports can leave the rule without a root; the better end is then the one that F' − s points to
             alpha = tl.where(inside, alpha, tl.where(gap_low > 0, 0.0, tl.where(gap_high < 0, 1.0, alpha)))
         else:
@@ -468,8 +483,8 @@ def solve_kernel(
         tl.store(row + TOP_THETA, top_theta.to(tl.float64))
         tl.store(row + TOP_T, top_t.to(tl.float64))
         tl.store(row + IS_SMOOTH, smooth.to(tl.float64))
-        tl.store(row + THETA_OUTSIDE, outside_theta)
-        tl.store(row + T_OUTSIDE, outside_t)
+        tl.store(row + THETA_OUTSIDE, tl.where(allows_theta, 1.0, 0.0))
+        tl.store(row + T_OUTSIDE, tl.where(allows_t, 1.0, 0.0))
         tl.store(row + BETTER_END, better_end)
         if TEMPERED:
             tl.store(
@@ -508,7 +523,7 @@ def evaluate_tile(a, b, sums, mixed, sides, center, inv_temperature, SLOPES: tl.
     return (mass, first, second, mass_high, mass_low, first_high, first_low), lane_mass, tl.max(x, axis=2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks", "groups"])
 def evaluate_kernel(
     theta,
     t,
@@ -521,6 +536,7 @@ def evaluate_kernel(
     s_theta,
     s_t,
     inv_temperature,
+    inv_temperature_low,
     SLOPES: tl.constexpr,
     DRAW: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -534,9 +550,10 @@ def evaluate_kernel(
     row += i_row * ROW_COLUMNS
     masses += i_row * groups
     if (tl.load(row + STATUS) == 0) & (tl.load(row + SETTLED) == 0):
-        mixed = mixing(row, (tl.load(row + TOP_THETA), tl.load(row + TOP_T)), inv_temperature)
+        exact_inv = as_double(inv_temperature, inv_temperature_low)
+        mixed = mixing(row, (tl.load(row + TOP_THETA), tl.load(row + TOP_T)), exact_inv)
         sides = bounds_of_sides(row, mixed[4])
-        center = (tl.load(row + SECANT) / inv_temperature).to(tl.float32)
+        center = (tl.load(row + SECANT) / exact_inv).to(tl.float32)
         TILE: tl.constexpr = TILE_GROUPS * GROUP
         LANES: tl.constexpr = GROUP // SUB
         o_group = tl.arange(0, TILE_GROUPS)  # [GROUPS]
@@ -614,6 +631,25 @@ class Launch:
         self.kernel[self.grid](**self.arguments, num_warps=max(1, self.threads // warp))
 
 
+def halves(name: str, value: float) -> dict[str, float]:
+    """A setting as two arguments of a kernel, where Python's numbers become float32 (`as_double`)."""
+    high = ctypes.c_float(value).value
+    return {name: high, f"{name}_low": value - high}
+
+
+def aligned(logits: Tensor) -> Tensor:
+    """The same rows [B, V] where the kernels can read them 128 bits at a time: a copy where they do not lie so.
+
+    Triton lays out a program's threads by what it knows of the addresses, and with it the order of all sums. A row's
+    bits would depend on where it lies in memory, and the sweeps on unaligned rows hold eight times the sums a thread.
+    """
+    rows, vocab_size = logits.shape
+    if rows == 1:
+        logits = logits.as_strided((1, vocab_size), (0, logits.stride(1)))
+    lie_so = (logits.stride(1) == 1 or vocab_size == 1) and logits.stride(0) % 16 == 0 and logits.data_ptr() % 16 == 0
+    return logits if lie_so else logits.new_empty(rows, triton.cdiv(vocab_size, 16) * 16)[:, :vocab_size].copy_(logits)
+
+
 def plan(
     theta: Tensor,
     t: Tensor,
@@ -623,7 +659,10 @@ def plan(
     tokens: Tensor | None = None,
     want_log_q: bool = False,
 ) -> tuple[list[Launch], tuple[QStarStep, Tensor | None]]:
-    """The launches for at least one row, and what they fill; all sizes depend on B, V and the settings only."""
+    """The launches for at least one row, and what they fill; all sizes depend on B, V and the settings only.
+
+    The logits are `aligned`.
+    """
     rows, vocab_size = theta.shape
     method = METHODS.index(settings.method)
     tempering = settings.temperature if settings.temperature > 0 else 1.0
@@ -632,6 +671,10 @@ def plan(
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=theta.device)
+
+    def count(k: int) -> float:
+        """Exact; as an integer it would be compiled apart when it is 1, and when it is a multiple of 16."""
+        return float(min(k, vocab_size))
 
     out = empty(8, rows)  # [8, B]
     status = empty(rows, dtype=torch.int64)  # [B]
@@ -645,10 +688,12 @@ def plan(
         draw, tokens = GIVEN, tokens.contiguous()
     if draw != NO_TOKEN:
         step.token, step.logq, step.logp_theta, step.logp_t = tokens, *out[5:]
+    # what asks only for the groups' masses need not be compiled twice
+    drawing = draw if draw in (SAMPLED, GREEDY) else NO_TOKEN
 
     partial = empty(rows, chunks, CURVE_COLUMNS.value)  # [B, C, 40]
     evaluated = empty(rows, chunks, EVALUATED_COLUMNS.value)  # [B, C, 8]
-    masses = empty(rows, groups)  # [B, groups]
+    masses = empty(rows, groups, dtype=torch.float64)  # [B, groups]
     row = empty(rows, ROW_COLUMNS.value, dtype=torch.float64)  # [B, 24]
     logits = {
         "theta": theta,
@@ -656,27 +701,25 @@ def plan(
         "vocab_size": vocab_size,
         "s_theta": theta.stride(0),
         "s_t": t.stride(0),
-        "inv_temperature": 1 / tempering,
-    }
+    } | halves("inv_temperature", 1 / tempering)
     # a load of 128 bits brings a thread its tokens of one row
     sub = 16 // max(theta.element_size(), t.element_size())
-    alpha_range = {"alpha_min": settings.alpha_min, "alpha_max": settings.alpha_max}
-    curve = logits | {
+    alpha_range = halves("alpha_min", settings.alpha_min) | halves("alpha_max", settings.alpha_max)
+    curve = {k: v for k, v in logits.items() if k != "inv_temperature_low"} | {
         "partial": partial,
         "s_partial": partial.stride(0),
         "TEMPERED": tempering != 1,
-        "METHOD": method,
+        "ENTROPIES": method == BY_ENTROPY.value,
         "CHUNK": CHUNK,
         "LANES": lanes(),
         "SUB": sub,
     }
-    solve = alpha_range | {
+    solve = alpha_range | halves("inv_temperature", 1 / tempering) | halves("fixed_alpha", settings.alpha)
+    solve |= {
         "partial": partial,
         "row": row,
         "quadrature": quadrature(theta.device),
         "chunks": chunks,
-        "inv_temperature": 1 / tempering,
-        "fixed_alpha": settings.alpha,
         "TEMPERED": tempering != 1,
         "METHOD": method,
         "CHUNKS": padded_chunks,
@@ -688,20 +731,23 @@ def plan(
         "chunks": chunks,
         "groups": groups,
         "SLOPES": method == ESS_BALANCE.value,
-        "DRAW": draw.value,
+        "DRAW": drawing.value,
         "CHUNK": CHUNK,
         "TILE_GROUPS": TILE_GROUPS,
         "SUB": sub,
     }
-    correct = alpha_range | {
-        "row": row,
-        "partial": evaluated,
-        "chunks": chunks,
-        "inv_temperature": 1 / tempering,
-        "tol": settings.tol,
-        "METHOD": method,
-        "CHUNKS": padded_chunks,
-    }
+    correct = (
+        alpha_range
+        | {
+            "row": row,
+            "partial": evaluated,
+            "chunks": chunks,
+            "tol": settings.tol,
+            "METHOD": method,
+            "CHUNKS": padded_chunks,
+        }
+        | halves("inv_temperature", 1 / tempering)
+    )
     finish = (
         logits
         | alpha_range
@@ -744,23 +790,26 @@ def plan(
             "row": row,
             "masses": masses,
             "groups": groups,
-            "target_top_k": settings.target_top_k,
+            "target_top_k": count(settings.target_top_k),
             "target_top_p": settings.target_top_p,
-            "top_k": settings.top_k,
+            "top_k": count(settings.top_k),
             "top_p": settings.top_p,
-            "log2_min_p": math.log2(settings.min_p) if settings.min_p > 0 else 0.0,
+            "log_min_p": math.log(settings.min_p) if settings.min_p > 0 else 0.0,
             "HAS_TARGET_TOP_K": 0 < settings.target_top_k < vocab_size,
             "HAS_TARGET_TOP_P": settings.target_top_p < 1,
             "HAS_TOP_K": 0 < settings.top_k < vocab_size,
             "HAS_TOP_P": settings.top_p < 1,
             "HAS_MIN_P": settings.min_p > 0,
-            "DRAW": draw.value,
+            "DRAW": drawing.value,
             "BLOCK_GROUPS": groups_of_a_row_program(),
         }
+        # each half is told of the other's choices nothing that would have it compiled once more
+        refine = {"CHOOSE": False, "DRAW": drawing.value, "GROUPS": 1, "seeds": None, "positions": None, "tokens": None}
+        choose = {"REFINE": False, "METHOD": FIXED.value, "CHUNKS": 1}
         launches += [
-            Launch(finish_kernel, (rows,), 256, finish | {"CHOOSE": False}),
+            Launch(finish_kernel, (rows,), 256, finish | refine),
             Launch(truncate_kernel, (rows,), 256, truncate),
-            Launch(finish_kernel, (rows,), 256, finish | {"REFINE": False}),
+            Launch(finish_kernel, (rows,), 256, finish | choose),
         ]
     else:
         launches.append(Launch(finish_kernel, (rows,), 256, finish))
@@ -787,9 +836,7 @@ def qstar_triton(
     for name, logits in (("logits_theta", theta), ("logits_t", t)):
         if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"{name} is {logits.dtype}; the kernels take float32, bfloat16 or float16")
-    # a token's neighbours must be its neighbours in memory; rows may lie anywhere
-    theta, t = (x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous() for x in (theta, t))
-    launches, filled = plan(theta, t, settings, seeds, positions, tokens, want_log_q)
+    launches, filled = plan(aligned(theta), aligned(t), settings, seeds, positions, tokens, want_log_q)
     if len(theta):
         with torch.cuda.device_of(theta):
             for launch in launches:

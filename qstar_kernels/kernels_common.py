@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 
 from qstar_kernels.noise import GROUP_SIZE, GROUP_STREAM, TOKEN_STREAM
-from qstar_kernels.types import METHODS, Status, mask_of
+from qstar_kernels.reference import TINY_ENTROPY as TINY_ENTROPY_OF_FLOAT64
+from qstar_kernels.types import LARGEST_LOGIT, METHODS, Status, mask_of
 
 # Between the nodes α = 0, 1/6, …, 1. On pairs of Zipf rows that differ by normal noise of 2 nats, the polynomial
 # through all nodes leaves a residual of at most 1e-4 with four intervals, 3e-8 with six and 3e-9 with eight.
@@ -19,19 +20,26 @@ STREAM_OF_TOKENS = tl.constexpr(TOKEN_STREAM)
 MASK = tl.constexpr(mask_of(torch.float32))  # a logit up to this means −inf
 HALF_MASK = tl.constexpr(mask_of(torch.float16))
 NO_MAXIMUM = tl.constexpr(2 * mask_of(torch.float32))  # the maximum of a row without a finite logit
-FLOOR = tl.constexpr(-1e15)  # logits less their maximum are raised to this, so that d² stays finite in float32
+LARGEST = tl.constexpr(LARGEST_LOGIT)
+FLOOR = tl.constexpr(-LARGEST_LOGIT)  # logits less their maximum are raised to this: d² stays finite in float32
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
 
-# float32 sums leave F' accurate enough while Var_q[d] is below this; above it the row is swept in float64
+# float32 sums leave F' accurate enough while Var_q[d] is below the first, and F while it is no deeper than the second
+# below the maxima: exponents are rounded to 1e-7 of what they are made of. Else the row is swept in float64
 WIDEST = tl.constexpr(100.0)
+DEEPEST = tl.constexpr(24.0)
 ALPHA_TOL = tl.constexpr(5e-6)  # largest Newton step still to be made at an accepted α
 FLAT = tl.constexpr(5e-7)  # Var_q[d] below which α does not matter
 SMOOTH = tl.constexpr(1e-4)  # the quadratures over 7 and 4 nodes agree to this part of F'': see `solve_kernel`
 
 STEEP = tl.constexpr(0.1)  # derivative of the ESS rule above which the 1e-7 of float32's F does not move α by 5e-6
-TINY_ENTROPY = tl.constexpr(1e-30)  # below this the weights that make up a row's entropy may have underflowed
+SMALL_ENTROPY = tl.constexpr(1e-30)  # below this float32's weights that make up a row's entropy may have underflowed
+TINY_ENTROPY = tl.constexpr(TINY_ENTROPY_OF_FLOAT64)
+OUTSIDE = tl.constexpr(1e-30)  # stands for the mass of a token that one model alone allows, however small it is
+
+MOST_SWEEPS = tl.constexpr(200)  # in float64, over a row
 
 # Partial sums of a chunk in the first sweep
 SUM_W = tl.constexpr(0)  # 8 columns each, a node a column
@@ -65,16 +73,17 @@ STATUS = tl.constexpr(9)
 IS_SMOOTH = tl.constexpr(10)  # the first sweep's α is good to the last digit of float32
 LOG_COLD_THETA = tl.constexpr(11)  # log-normaliser at temperature 1, of the logits less their maximum
 LOG_COLD_T = tl.constexpr(12)
-THETA_OUTSIDE = tl.constexpr(13)  # mass of π_θ outside the common support, not normalised
+THETA_OUTSIDE = tl.constexpr(13)  # 1 where π_θ allows a token outside the common support
 T_OUTSIDE = tl.constexpr(14)
 BETTER_END = tl.constexpr(15)  # 0 or 1, whichever has the smaller greater KL
 LOG_NORM = tl.constexpr(16)  # log Σ e^x over the tokens that truncation keeps
-FLOOR_X = tl.constexpr(17)  # truncation keeps tokens whose x of `mix` is at least this
+FLOOR_X = tl.constexpr(17)  # truncation keeps tokens whose `value` is at least this
 FLOOR_T = tl.constexpr(18)  # and whose logit of π_t less the maximum is at least this
 MASSES_ARE_LOGS = tl.constexpr(19)
 SETTLED = tl.constexpr(20)  # 0 unknown, 1 α is accepted, 2 float32 cannot tell
 LOW = tl.constexpr(21)  # the root lies between these
 HIGH = tl.constexpr(22)
+TOP_X = tl.constexpr(23)  # what the `value` of a token is relative to: the greatest log of q's mass that is left
 ROW_COLUMNS = tl.constexpr(24)
 
 STATUS_NAN = tl.constexpr(int(Status.NAN))
@@ -82,6 +91,7 @@ STATUS_POSITIVE_INFINITY = tl.constexpr(int(Status.POSITIVE_INFINITY))
 STATUS_NO_SUPPORT = tl.constexpr(int(Status.NO_SUPPORT))
 STATUS_DISJOINT = tl.constexpr(int(Status.DISJOINT))
 STATUS_EMPTY = tl.constexpr(int(Status.EMPTY))
+STATUS_INEXACT = tl.constexpr(int(Status.INEXACT))
 
 KL_SYMMETRY = tl.constexpr(METHODS.index("kl_symmetry"))
 ESS_BALANCE = tl.constexpr(METHODS.index("ess_balance"))
@@ -114,6 +124,43 @@ def zeros_of(like, COUNT: tl.constexpr):
 
 
 @triton.jit
+def as_double(high, low):
+    """A number of the settings, which comes as the sum of two float32: float64."""
+    return tl.full([], 0.0, tl.float64) + high + low
+
+
+@triton.jit
+def exact_logits(a, b, tops, inv_temperature):
+    """Logits less their maxima, over the temperature, in float64, and whether both models allow the token: [N] each."""
+    allow_theta, allow_t = a > MASK, b > MASK
+    a = (tl.where(allow_theta, a, 0.0).to(tl.float64) - tops[0]) * inv_temperature
+    b = (tl.where(allow_t, b, 0.0).to(tl.float64) - tops[1]) * inv_temperature
+    return a, b, allow_theta, allow_t
+
+
+@triton.jit
+def exact_mix(a, b, alpha):
+    """log of q's mass, not normalised, from `exact_logits`.
+
+    A convex combination, not b + α d: exact at both ends even where d is huge. The fma is written out so that all
+    kernels round alike: truncation compares with a value found by another kernel.
+    """
+    return tl.fma(a, alpha, b * (1 - alpha))
+
+
+@triton.jit
+def value_of(x, top):
+    """What truncation compares, from `exact_mix`: made small in float64, then float32."""
+    return (x - top).to(tl.float32)
+
+
+@triton.jit
+def relative_logit(b, top):
+    """What truncation by π_t compares: a logit less the maximum, float32."""
+    return tl.maximum(b - top.to(tl.float32), FLOOR)
+
+
+@triton.jit
 def mixing(row, tops, inv_temperature):
     """What `mix` needs to know of a row, float32: maxima, weights of both rows in log2 units, the bound on F."""
     alpha, to_log2 = tl.load(row + ALPHA), inv_temperature * LOG2E
@@ -133,8 +180,6 @@ def mix(a, b, mixed):
     usable = (a > MASK) & (b > MASK)
     a = tl.maximum(a - top_theta, FLOOR)
     b = tl.maximum(b - top_t, FLOOR)
-    # A convex combination, not b + α d: exact at both ends even where d is huge. The fma are written out so that all
-    # kernels round alike: truncation compares x with a value found by another kernel.
     return a, b, tl.where(usable, tl.fma(a, weight_theta, tl.fma(b, weight_t, -bound)), -INF), usable
 
 

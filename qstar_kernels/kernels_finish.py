@@ -12,13 +12,14 @@ import triton.language as tl
 from qstar_kernels.kernels_common import (
     ALPHA,
     ALPHA_TOL,
-    BETTER_END,
     BOUND,
     BOUND_HIGH,
     BOUND_LOW,
     BY_ENTROPY,
+    DEEPEST,
     ESS_BALANCE,
     EVALUATED_COLUMNS,
+    FIXED,
     FLAT,
     FLOOR_T,
     FLOOR_X,
@@ -36,40 +37,46 @@ from qstar_kernels.kernels_common import (
     LOW,
     MASK,
     MASSES_ARE_LOGS,
+    MOST_SWEEPS,
     NO_TOKEN,
     NORM_T,
     NORM_THETA,
+    REVERSE,
     ROW_COLUMNS,
     SAMPLED,
     SECANT,
     SETTLED,
     STATUS,
     STATUS_DISJOINT,
+    STATUS_INEXACT,
     STEEP,
     STREAM_OF_GROUPS,
     STREAM_OF_TOKENS,
     T_OUTSIDE,
     THETA_OUTSIDE,
+    TINY_ENTROPY,
     TOP_T,
     TOP_THETA,
+    TOP_X,
     WIDEST,
+    as_double,
     as_logits,
     bounds_of_sides,
     entropy_of,
-    mix,
+    exact_logits,
+    exact_mix,
     mixing,
+    relative_logit,
+    value_of,
 )
 
 
 @triton.jit
 def exact_tile(theta, t, o, vocab_size, tops, inv_temperature):
-    """Logits less the maxima, over the temperature, in float64, and whether both models allow the token: [N] each."""
+    """`exact_logits` of the tokens o [N], −inf beyond the row."""
     a = as_logits(tl.load(theta + o, mask=o < vocab_size, other=-INF))  # [N]
     b = as_logits(tl.load(t + o, mask=o < vocab_size, other=-INF))  # [N]
-    allow_theta, allow_t = a > MASK, b > MASK  # [N]
-    a = (tl.where(allow_theta, a, 0.0).to(tl.float64) - tops[0]) * inv_temperature  # [N]
-    b = (tl.where(allow_t, b, 0.0).to(tl.float64) - tops[1]) * inv_temperature  # [N]
-    return a, b, allow_theta, allow_t
+    return exact_logits(a, b, tops, inv_temperature)
 
 
 @triton.jit
@@ -106,7 +113,7 @@ def exact_sweep(
         norm_t += tl.sum(tl.where(allow_t, tl.exp(b), 0.0))
         usable = allow_theta & allow_t  # [N]
         d = tl.where(usable, a - b - center, 0.0)  # [N]
-        x = alpha * a + (1 - alpha) * b  # [N]
+        x = exact_mix(a, b, alpha)  # [N]
         top, sums, w, shift = add_scaled(top, sums, x, usable, d)
         top_high, sums_high, _w, _shift = add_scaled(top_high, sums_high, 2 * a - x, usable, d)
         top_low, sums_low, _w, _shift = add_scaled(top_low, sums_low, 2 * b - x, usable, d)
@@ -139,7 +146,7 @@ def exact_entropy_ratio(theta, t, vocab_size, tops, inv_temperature, TILE_GROUPS
     entropy_theta = entropy_of(theta_sums[0], theta_sums[1], theta_sums[2])
     entropy_t = entropy_of(t_sums[0], t_sums[1], t_sums[2])
     total = entropy_theta + entropy_t
-    return tl.where(total > 0, entropy_theta / tl.where(total > 0, total, 1.0), 0.5)
+    return tl.where(total > TINY_ENTROPY, entropy_theta / tl.where(total > 0, total, 1.0), 0.5)
 
 
 @triton.jit
@@ -219,7 +226,7 @@ def judge(row, point, center, alpha_min, alpha_max, tol, METHOD: tl.constexpr):
     smooth = tl.load(row + IS_SMOOTH) > 0
     f, mean, variance, f_high, mean_high, f_low, mean_low = point
     # a comparison with NaN is false: sums that under- or overflowed are not accepted
-    fit = (variance <= WIDEST) & (tl.abs(f) < INF) & (tl.abs(f_high) < INF) & (tl.abs(f_low) < INF)
+    fit = (variance <= WIDEST) & (tl.abs(f) <= DEEPEST) & (tl.abs(f_high) < INF) & (tl.abs(f_low) < INF)
     residual, steepness = mean + center - s, variance
     if METHOD == KL_SYMMETRY:
         # on a smooth row α is better known from the first sweep than float32 could tell here
@@ -230,10 +237,9 @@ def judge(row, point, center, alpha_min, alpha_max, tol, METHOD: tl.constexpr):
         residual, steepness = f_low - f_high + 2 * s, mean_high - mean_low
         fit = fit & (steepness >= STEEP)
         accepted = (tl.abs(residual) <= steepness * (ALPHA_TOL / 2)) & (alpha > alpha_min) & (alpha < alpha_max)
-    elif METHOD == BY_ENTROPY:
-        fit = fit & smooth
-        accepted = fit
     else:
+        if METHOD != FIXED:
+            fit = fit & smooth
         accepted = fit
     return tl.where(fit, tl.where(accepted, 1, 0), 2), residual, steepness
 
@@ -244,14 +250,19 @@ def correct_kernel(
     partial,
     chunks,
     inv_temperature,
+    inv_temperature_low,
     alpha_min,
+    alpha_min_low,
     alpha_max,
+    alpha_max_low,
     tol,
     METHOD: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
     """A guarded Newton step for a row whose residual is too large, before its next float32 sweep by all programs."""
     i_row = tl.program_id(0).to(tl.int64)
+    inv_temperature = as_double(inv_temperature, inv_temperature_low)
+    alpha_min, alpha_max = as_double(alpha_min, alpha_min_low), as_double(alpha_max, alpha_max_low)
     row += i_row * ROW_COLUMNS
     partial += i_row * chunks * EVALUATED_COLUMNS
     if (tl.load(row + STATUS) == 0) & (tl.load(row + SETTLED) == 0):
@@ -279,6 +290,21 @@ def correct_kernel(
                 f_low -= move * (mean_low + center)
             tl.store(row + BOUND_HIGH, f_high)
             tl.store(row + BOUND_LOW, f_low)
+
+
+@triton.jit
+def kls_of(alpha, slope, f, norm_theta, norm_t):
+    """KL(q‖π_θ), KL(q‖π_t), and the larger of them and 1."""
+    kl_theta, kl_t = (alpha - 1) * slope - f + norm_theta, alpha * slope - f + norm_t
+    return kl_theta, kl_t, tl.maximum(tl.maximum(kl_theta, kl_t), 1.0)
+
+
+@triton.jit
+def is_sound(alpha, slope, f, f_high, f_low, norm_theta, norm_t, alpha_min, alpha_max, rounding):
+    """The last look (`holds` of reference.py) but for the rule's residual; false where a number is NaN."""
+    kl_theta, kl_t, size = kls_of(alpha, slope, f, norm_theta, norm_t)
+    sound = (alpha >= alpha_min) & (alpha <= alpha_max) & (tl.minimum(kl_theta, kl_t) >= -rounding * size)
+    return sound & (size < INF) & (tl.abs(f) < INF) & (tl.abs(f_high) < INF) & (tl.abs(f_low) < INF)
 
 
 @triton.jit
@@ -310,17 +336,46 @@ def refine(
     uneven = (tl.load(row + THETA_OUTSIDE) > 0) | (tl.load(row + T_OUTSIDE) > 0)
     f, mean, variance, f_high, mean_high, f_low, mean_low = point
     verdict, residual, steepness = judge(row, point, center, alpha_min, alpha_max, tol, METHOD)
+    slope = mean + center
     # a settled row was accepted at this very sweep
-    settled = ((verdict == 1) | (tl.load(row + SETTLED) == 1)).to(tl.int32)
-    disjoint = 0
+    accepted = (verdict == 1) | (tl.load(row + SETTLED) == 1)
+    sound = is_sound(alpha, slope, f, f_high, f_low, norm_theta, norm_t, alpha_min, alpha_max, 1e-5)
+    settled = (accepted & sound).to(tl.int32)
+    status = 0
 
     exact = 1 - settled
     low, high = tl.full([], 0.0, tl.float64), tl.full([], 1.0, tl.float64)
+    last_step, step_before = tl.full([], 1.0, tl.float64), tl.full([], 1.0, tl.float64)
     low_known, high_known, last, count = 0, 0, 0, 0
     if exact == 1:
+        center = tl.where(tl.abs(center) < INF, center, 0.0)
+        better_end = tl.full([], 0.0, tl.float64)
         if METHOD == BY_ENTROPY:
             alpha = exact_entropy_ratio(theta, t, vocab_size, tops, inv_temperature, TILE_GROUPS)
             alpha = tl.minimum(tl.maximum(alpha, alpha_min), alpha_max)
+        if (METHOD == REVERSE) | (METHOD == ESS_BALANCE):
+            # the slopes at both ends; and without a root, which takes different supports, the end with the smaller KL
+            ends = 2
+            if METHOD == ESS_BALANCE:
+                ends = tl.where(uneven, 2, 0)
+            gap_low, gap_high, worst_low = alpha, alpha, alpha
+            for end in range(ends):
+                at_end = tl.full([], 0.0, tl.float64) + end
+                at, _up, _down, norms = exact_sweep(
+                    theta, t, masses, vocab_size, tops, inv_temperature, at_end, center, NO_TOKEN, TILE_GROUPS
+                )
+                gap = at[1] + (center - (norms[0] - norms[1]))
+                kl_theta, kl_t, _size = kls_of(at_end, at[1] + center, at[0], norms[0], norms[1])
+                worst = tl.maximum(kl_theta, kl_t)
+                better_end = tl.where((end == 1) & (worst < worst_low), 1.0, 0.0).to(tl.float64)
+                gap_low, worst_low = tl.where(end == 0, gap, gap_low), tl.where(end == 0, worst, worst_low)
+                gap_high = gap
+            if METHOD == REVERSE:
+                spread = gap_high - gap_low
+                alpha = tl.where(spread > 1e-14, gap_high / tl.where(spread > 1e-14, spread, 1.0), 0.5)
+                alpha = tl.where(uneven & ((gap_low > 0) | (gap_high < 0)), better_end, alpha)
+                alpha = tl.minimum(tl.maximum(alpha, alpha_min), alpha_max)
+        alpha = tl.where((alpha >= 0) & (alpha <= 1), alpha, 0.5)
         # the range is applied at the end, so that a root outside it is told from no root at all
         while settled == 0:
             at, up, down, norms = exact_sweep(
@@ -331,59 +386,73 @@ def refine(
             f_low, mean_low = down
             norm_theta, norm_t = norms
             s = norm_theta - norm_t
+            slope = mean + center
+            residual, steepness = mean + (center - s), variance
+            rounding = 4e-16 * (tl.abs(slope) + tl.sqrt(variance))
+            if METHOD == ESS_BALANCE:
+                residual, steepness = f_low - f_high + 2 * s, mean_high - mean_low
+                rounding = 4e-16 * (tl.abs(f_low) + tl.abs(f_high))
             count += 1
             if f == -INF:
-                disjoint = 1
+                status = STATUS_DISJOINT
                 settled = 1
             elif last == 1 or (METHOD != KL_SYMMETRY) & (METHOD != ESS_BALANCE):
                 settled = 1
             else:
-                if METHOD == KL_SYMMETRY:
-                    residual, steepness = mean + center - s, variance
-                else:
-                    residual, steepness = f_low - f_high + 2 * s, mean_high - mean_low
+                center = tl.where(tl.abs(s) < INF, s, 0.0)
                 size = tl.abs(residual)
                 rootless = ((alpha <= 0) & (residual > 0)) | ((alpha >= 1) & (residual < 0))
                 # convergence first: at the root rounding can put the Newton step on the bracket's end, and a bisection
                 # there would throw α half a bracket away
-                done = (size <= 1e-3 * tol) & ((size <= 1e-7 * steepness) | (size <= 1e-14))
-                done = done | rootless | (high - low <= 1e-15) | (count >= 100)
+                done = (size <= 1e-3 * tol) & (size <= 1e-7 * steepness)
+                done = done | (size <= tl.maximum(rounding, 1e-14)) | rootless
+                done = done | (high - low <= tl.maximum(2.3e-16 * high, 1e-30)) | (count >= MOST_SWEEPS)
                 if residual < 0:
                     low, low_known = alpha, 1
                 else:
                     high, high_known = alpha, 1
                 newton = alpha - residual / tl.where(steepness > 0, steepness, 1e-300)
-                # an end of [0, 1] is tried once before the bracket is halved
+                # an end of [0, 1] is tried once before the bracket is halved; so it is where steps do not shrink, as in
+                # an exponential tail, which takes hundreds of them
                 middle = (low + high) / 2
                 step = tl.where(newton <= low, tl.where(low_known == 1, middle, low), newton)
                 step = tl.where(newton >= high, tl.where(high_known == 1, middle, high), step)
+                shrinks = (tl.abs(step - alpha) < step_before / 2) | (step <= low) | (step >= high)
+                step = tl.where(shrinks, step, middle)
+                step_before = last_step
+                last_step = tl.abs(step - alpha)
                 if done:
-                    if METHOD == ESS_BALANCE:
-                        step = tl.where(rootless & uneven, tl.load(row + BETTER_END), alpha)
-                    else:
-                        step = alpha
+                    step = tl.where(rootless & uneven, better_end, alpha) if METHOD == ESS_BALANCE else alpha
                     step = tl.minimum(tl.maximum(step, alpha_min), alpha_max)
                     last = 1
                     if step == alpha:
                         settled = 1
                 alpha = step
         tl.store(row + ALPHA, alpha)
-        tl.store(row + BOUND, f)
+        if status == 0:
+            sound = is_sound(alpha, slope, f, f_high, f_low, norm_theta, norm_t, alpha_min, alpha_max, 1e-9)
+            if (METHOD == KL_SYMMETRY) | (METHOD == ESS_BALANCE):
+                _kl_theta, _kl_t, size = kls_of(alpha, slope, f, norm_theta, norm_t)
+                at_low, at_high = alpha <= alpha_min, alpha >= alpha_max
+                stopped = (at_low & (residual > 0)) | (at_high & (residual < 0)) | (uneven & (at_low | at_high))
+                sound = sound & ((tl.abs(residual) <= tol * size) | stopped)
+            status = tl.where(sound, 0, STATUS_INEXACT)
     tl.store(row + MASSES_ARE_LOGS, exact.to(tl.float64))
     tl.store(row + LOG_NORM, f)
+    tl.store(row + TOP_X, f)
     tl.store(row + FLOOR_X, -INF)
     tl.store(row + FLOOR_T, -INF)
 
-    if disjoint == 0:
-        slope = mean + center
+    if status == 0:
+        kl_theta, kl_t, _size = kls_of(alpha, slope, f, norm_theta, norm_t)
         tl.store(out, alpha.to(tl.float32))
-        tl.store(out + rows, tl.maximum((alpha - 1) * slope - f + norm_theta, 0.0).to(tl.float32))
-        tl.store(out + 2 * rows, tl.maximum(alpha * slope - f + norm_t, 0.0).to(tl.float32))
+        tl.store(out + rows, tl.maximum(kl_theta, 0.0).to(tl.float32))
+        tl.store(out + 2 * rows, tl.maximum(kl_t, 0.0).to(tl.float32))
         ess_theta = tl.exp(tl.minimum(2 * norm_theta - f - f_high, 0.0))
         ess_t = tl.exp(tl.minimum(2 * norm_t - f - f_low, 0.0))
         tl.store(out + 3 * rows, tl.where(tl.load(row + THETA_OUTSIDE) > 0, 0.0, ess_theta).to(tl.float32))
         tl.store(out + 4 * rows, tl.where(tl.load(row + T_OUTSIDE) > 0, 0.0, ess_t).to(tl.float32))
-    return disjoint * STATUS_DISJOINT
+    return status
 
 
 @triton.jit
@@ -401,24 +470,25 @@ def draw_token(
     DRAW: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """The group with the greatest log-mass plus noise, and within it the token with the greatest log q plus noise."""
+    """The group with the greatest log-mass plus noise, and within it the token with the greatest log q plus noise.
+
+    Logarithms are made small in float64 before they are rounded: −40000.003 is −40000.004 in float32.
+    """
     o_group = tl.arange(0, GROUPS)  # [GROUPS]
     key = tl.load(masses + o_group, mask=o_group < groups, other=-INF)  # [GROUPS]
     if DRAW == SAMPLED:
         if tl.load(row + MASSES_ARE_LOGS) == 0:
             positive = key > 0  # [GROUPS]
             key = tl.where(positive, tl.log(tl.where(positive, key, 1.0)), -INF)  # [GROUPS]
-        key += gumbel(seed, position, o_group, STREAM_OF_GROUPS)
+        key = (key - tl.max(key)).to(tl.float32) + gumbel(seed, position, o_group, STREAM_OF_GROUPS)
     first = tl.argmax(key, axis=0).to(tl.int32) * GROUP
 
     o = first + tl.arange(0, GROUP)  # [GROUP]
     a = as_logits(tl.load(theta + o, mask=o < vocab_size, other=-INF))  # [GROUP]
     b = as_logits(tl.load(t + o, mask=o < vocab_size, other=-INF))  # [GROUP]
-    _a, low_b, x, usable = mix(a, b, mixing(row, tops, inv_temperature))  # [GROUP] each
-    kept = usable & (x >= tl.load(row + FLOOR_X)) & (low_b >= tl.load(row + FLOOR_T))  # [GROUP]
-    key = tl.where(kept, x * LN2, -INF)  # [GROUP]
+    key = exact_log_q(a, b, row, tops, inv_temperature)  # [GROUP]
     if DRAW == SAMPLED:
-        key += gumbel(seed, position, o, STREAM_OF_TOKENS)
+        key = (key - tl.max(key)).to(tl.float32) + gumbel(seed, position, o, STREAM_OF_TOKENS)
     return first + tl.argmax(key, axis=0).to(tl.int32)
 
 
@@ -441,8 +511,11 @@ def finish_kernel(
     s_theta,
     s_t,
     inv_temperature,
+    inv_temperature_low,
     alpha_min,
+    alpha_min_low,
     alpha_max,
+    alpha_max_low,
     tol,
     METHOD: tl.constexpr,
     DRAW: tl.constexpr,
@@ -454,6 +527,8 @@ def finish_kernel(
 ):
     """Check the residual (`REFINE`), then draw and look up (`CHOOSE`); truncation comes between the two."""
     i_row = tl.program_id(0).to(tl.int64)
+    inv_temperature = as_double(inv_temperature, inv_temperature_low)
+    alpha_min, alpha_max = as_double(alpha_min, alpha_min_low), as_double(alpha_max, alpha_max_low)
     theta += i_row * s_theta
     t += i_row * s_t
     row += i_row * ROW_COLUMNS
@@ -499,29 +574,34 @@ def finish_kernel(
                 token = draw_token(
                     theta, t, row, masses, seed, position, vocab_size, groups, tops, inv_temperature, DRAW, GROUPS
                 ).to(tl.int64)
-        tl.store(statuses + i_row, status.to(tl.int64))
-        if (DRAW == SAMPLED) | (DRAW == GREEDY):
-            tl.store(tokens + i_row, token)
         if DRAW != NO_TOKEN:
+            nan = float("nan")
             known = (status == 0) & (token >= 0) & (token < vocab_size)
             index = tl.where(known, token, 0)
             log_q, log_p_theta, log_p_t = look_up(theta, t, row, index, tops, inv_temperature)
-            nan = float("nan")
-            tl.store(out + 5 * rows, tl.where(known, log_q, nan).to(tl.float32))
-            tl.store(out + 6 * rows, tl.where(known, log_p_theta, nan).to(tl.float32))
-            tl.store(out + 7 * rows, tl.where(known, log_p_t, nan).to(tl.float32))
+            if (DRAW == SAMPLED) | (DRAW == GREEDY):
+                # a token that was drawn has a probability, and none is above 1 but for rounding
+                sound = known & (log_q > -INF) & (log_q <= 1e-5)
+                if (status == 0) & (sound == 0):
+                    status = STATUS_INEXACT
+                    for k in tl.static_range(5):
+                        tl.store(out + k * rows, nan)
+                known = known & sound
+                tl.store(tokens + i_row, tl.where(known, token, -1))
+            tl.store(out + 5 * rows, tl.where(known, tl.minimum(log_q, 0.0), nan).to(tl.float32))
+            tl.store(out + 6 * rows, tl.where(known, tl.minimum(log_p_theta, 0.0), nan).to(tl.float32))
+            tl.store(out + 7 * rows, tl.where(known, tl.minimum(log_p_t, 0.0), nan).to(tl.float32))
+        tl.store(statuses + i_row, status.to(tl.int64))
 
 
 @triton.jit
 def exact_log_q(a, b, row, tops, inv_temperature):
     """log q of raw logits after truncation: float64, −inf where cut."""
-    alpha = tl.load(row + ALPHA)
-    # compared in float32, as truncation did
-    _a, low_b, x, usable = mix(a, b, mixing(row, tops, inv_temperature))
-    kept = usable & (x >= tl.load(row + FLOOR_X)) & (low_b >= tl.load(row + FLOOR_T))
-    a = (tl.where(usable, a, 0.0).to(tl.float64) - tops[0]) * inv_temperature
-    b = (tl.where(usable, b, 0.0).to(tl.float64) - tops[1]) * inv_temperature
-    return tl.where(kept, alpha * a + (1 - alpha) * b - tl.load(row + LOG_NORM), -INF)
+    low_a, low_b, allow_theta, allow_t = exact_logits(a, b, tops, inv_temperature)
+    x = exact_mix(low_a, low_b, tl.load(row + ALPHA))
+    kept = allow_theta & allow_t & (value_of(x, tl.load(row + TOP_X)) >= tl.load(row + FLOOR_X))
+    kept = kept & (relative_logit(b, tops[1]) >= tl.load(row + FLOOR_T))
+    return tl.where(kept, x - tl.load(row + LOG_NORM), -INF)
 
 
 @triton.jit
@@ -534,8 +614,21 @@ def look_up(theta, t, row, token, tops, inv_temperature):
 
 
 @triton.jit
-def log_q_kernel(theta, t, row, log_q, vocab_size, s_theta, s_t, s_log_q, inv_temperature, BLOCK: tl.constexpr):
+def log_q_kernel(
+    theta,
+    t,
+    row,
+    log_q,
+    vocab_size,
+    s_theta,
+    s_t,
+    s_log_q,
+    inv_temperature,
+    inv_temperature_low,
+    BLOCK: tl.constexpr,
+):
     """The whole of log q, NaN on rows that cannot be sampled from."""
+    inv_temperature = as_double(inv_temperature, inv_temperature_low)
     i_row, i_block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     theta += i_row * s_theta
     t += i_row * s_t
@@ -547,6 +640,7 @@ def log_q_kernel(theta, t, row, log_q, vocab_size, s_theta, s_t, s_log_q, inv_te
         a = as_logits(tl.load(theta + o, mask=mask, other=-INF))  # [BLOCK]
         b = as_logits(tl.load(t + o, mask=mask, other=-INF))  # [BLOCK]
         tops = (tl.load(row + TOP_THETA), tl.load(row + TOP_T))
-        tl.store(log_q + o, exact_log_q(a, b, row, tops, inv_temperature).to(tl.float32), mask=mask)
+        exact = exact_log_q(a, b, row, tops, inv_temperature)  # [BLOCK]
+        tl.store(log_q + o, tl.minimum(exact, 0.0).to(tl.float32), mask=mask)
     else:
         tl.store(log_q + o, tl.full([BLOCK], float("nan"), tl.float32), mask=mask)

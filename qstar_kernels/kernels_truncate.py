@@ -12,25 +12,28 @@ import triton
 import triton.language as tl
 
 from qstar_kernels.kernels_common import (
+    ALPHA,
     FLOOR_T,
     FLOOR_X,
     GREEDY,
     GROUP,
     INF,
-    LN2,
     LOG_NORM,
     MASK,
     MASSES_ARE_LOGS,
-    NORM_T,
     ROW_COLUMNS,
     SAMPLED,
     STATUS,
     STATUS_EMPTY,
     TOP_T,
     TOP_THETA,
+    TOP_X,
+    as_double,
     as_logits,
-    mix,
-    mixing,
+    exact_logits,
+    exact_mix,
+    relative_logit,
+    value_of,
     zeros_of,
 )
 
@@ -39,20 +42,27 @@ OF_Q = tl.constexpr(1)  # the values are log2 of q's mass, over the tokens that 
 
 
 @triton.jit
-def values_of(theta, t, o, vocab_size, mixed, log_norm_t, floor_t, inv_temperature, WHICH: tl.constexpr):
-    """Value and probability (not normalised, for q) of the tokens [N], and whether they take part."""
+def values_of(theta, t, o, vocab_size, row, tops, top_x, floor_t, inv_temperature, WHICH: tl.constexpr):
+    """Value and mass of the tokens [N], relative to the greatest, and whether they take part."""
     a = as_logits(tl.load(theta + o, mask=o < vocab_size, other=-INF))  # [N]
     b = as_logits(tl.load(t + o, mask=o < vocab_size, other=-INF))  # [N]
-    allowed = b > MASK  # [N]
-    _a, b, x, usable = mix(a, b, mixed)  # [N] each
     if WHICH == OF_T:
-        value, part = b, allowed
-        mass = tl.exp(b * inv_temperature - log_norm_t)  # [N]
+        value, part = relative_logit(b, tops[1]), b > MASK  # [N]
+        mass = tl.exp(value * inv_temperature.to(tl.float32))  # [N]
     else:
-        value, part = x, usable & (b >= floor_t)
-        mass = tl.exp2(x)  # [N]
+        x, part = left_of(a, b, row, tops, floor_t, inv_temperature)  # [N]
+        value = value_of(x, top_x)  # [N]
+        mass = tl.exp(value)  # [N]
     # −0 and 0 are one value: the sum has the sign of 0
     return value + 0.0, tl.where(part, mass, 0.0), part
+
+
+@triton.jit
+def left_of(a, b, row, tops, floor_t, inv_temperature):
+    """`exact_mix` of raw logits [N], and whether both models and π_t's support allow the token."""
+    low_a, low_b, allow_theta, allow_t = exact_logits(a, b, tops, inv_temperature)
+    x = exact_mix(low_a, low_b, tl.load(row + ALPHA))
+    return x, allow_theta & allow_t & (relative_logit(b, tops[1]) >= floor_t)
 
 
 @triton.jit
@@ -70,14 +80,14 @@ def unordered(index):
 
 @triton.jit
 def weight_above(
-    theta, t, floor, vocab_size, mixed, log_norm_t, floor_t, inv_temperature, WHICH: tl.constexpr, BLOCK: tl.constexpr
+    theta, t, floor, vocab_size, row, tops, top_x, floor_t, inv_temperature, WHICH: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Mass of the tokens whose value is at least `floor`."""
     total = tl.full([], 0.0, tl.float64)
     for start in range(0, vocab_size, BLOCK):
         o = start + tl.arange(0, BLOCK)  # [BLOCK]
         value, mass, _part = values_of(
-            theta, t, o, vocab_size, mixed, log_norm_t, floor_t, inv_temperature, WHICH
+            theta, t, o, vocab_size, row, tops, top_x, floor_t, inv_temperature, WHICH
         )  # [BLOCK] each
         total += tl.sum(tl.where(value >= floor, mass, 0.0)).to(tl.float64)
     return total
@@ -90,8 +100,9 @@ def pivot(
     enough,
     floor,
     vocab_size,
-    mixed,
-    log_norm_t,
+    row,
+    tops,
+    top_x,
     floor_t,
     inv_temperature,
     WHICH: tl.constexpr,
@@ -106,7 +117,7 @@ def pivot(
         for start in range(0, vocab_size, BLOCK):
             o = start + tl.arange(0, BLOCK)  # [BLOCK]
             value, mass, part = values_of(
-                theta, t, o, vocab_size, mixed, log_norm_t, floor_t, inv_temperature, WHICH
+                theta, t, o, vocab_size, row, tops, top_x, floor_t, inv_temperature, WHICH
             )  # [BLOCK] each
             if COUNT:
                 mass = tl.where(part, 1.0, 0.0)
@@ -137,11 +148,12 @@ def truncate_kernel(
     s_theta,
     s_t,
     inv_temperature,
+    inv_temperature_low,
     target_top_k,
     target_top_p,
     top_k,
     top_p,
-    log2_min_p,
+    log_min_p,
     HAS_TARGET_TOP_K: tl.constexpr,
     HAS_TARGET_TOP_P: tl.constexpr,
     HAS_TOP_K: tl.constexpr,
@@ -156,11 +168,12 @@ def truncate_kernel(
     t += i_row * s_t
     row += i_row * ROW_COLUMNS
     masses += i_row * groups
+    inv_temperature = as_double(inv_temperature, inv_temperature_low)
     BLOCK: tl.constexpr = BLOCK_GROUPS * GROUP
     if tl.load(row + STATUS) == 0:
-        mixed = mixing(row, (tl.load(row + TOP_THETA), tl.load(row + TOP_T)), inv_temperature)
-        log_norm_t = tl.load(row + NORM_T).to(tl.float32)
+        tops = (tl.load(row + TOP_THETA), tl.load(row + TOP_T))
         nothing = tl.full([], -INF, tl.float32)
+        none = tl.full([], 0.0, tl.float64)
         floor_t, floor_x = nothing, nothing
         if HAS_TARGET_TOP_K:
             floor_t = pivot(
@@ -169,8 +182,9 @@ def truncate_kernel(
                 target_top_k,
                 nothing,
                 vocab_size,
-                mixed,
-                log_norm_t,
+                row,
+                tops,
+                none,
                 nothing,
                 inv_temperature,
                 OF_T,
@@ -178,59 +192,84 @@ def truncate_kernel(
                 BLOCK,
             )
         if HAS_TARGET_TOP_P:
-            whole = weight_above(
-                theta, t, floor_t, vocab_size, mixed, log_norm_t, nothing, inv_temperature, OF_T, BLOCK
-            )
+            whole = weight_above(theta, t, floor_t, vocab_size, row, tops, none, nothing, inv_temperature, OF_T, BLOCK)
             enough = whole * target_top_p
             found = pivot(
-                theta, t, enough, floor_t, vocab_size, mixed, log_norm_t, nothing, inv_temperature, OF_T, False, BLOCK
+                theta, t, enough, floor_t, vocab_size, row, tops, none, nothing, inv_temperature, OF_T, False, BLOCK
             )
             floor_t = tl.maximum(floor_t, found)
-        if HAS_TOP_K:
-            floor_x = pivot(
-                theta, t, top_k, nothing, vocab_size, mixed, log_norm_t, floor_t, inv_temperature, OF_Q, True, BLOCK
-            )
-        if HAS_TOP_P:
-            whole = weight_above(
-                theta, t, floor_x, vocab_size, mixed, log_norm_t, floor_t, inv_temperature, OF_Q, BLOCK
-            )
-            enough = whole * top_p
-            found = pivot(
-                theta, t, enough, floor_x, vocab_size, mixed, log_norm_t, floor_t, inv_temperature, OF_Q, False, BLOCK
-            )
-            floor_x = tl.maximum(floor_x, found)
-        if HAS_MIN_P:
-            highest = nothing
-            for start in range(0, vocab_size, BLOCK):
-                o = start + tl.arange(0, BLOCK)  # [BLOCK]
-                value, _mass, part = values_of(
-                    theta, t, o, vocab_size, mixed, log_norm_t, floor_t, inv_temperature, OF_Q
-                )  # [BLOCK] each
-                highest = tl.maximum(highest, tl.max(tl.where(part, value, -INF)))
-            floor_x = tl.maximum(floor_x, highest + log2_min_p)
 
-        o_group = tl.arange(0, BLOCK_GROUPS)  # [GROUPS]
-        total = tl.full([], 0.0, tl.float64)
+        # what is left may have no mass that float32 has: all values are relative to the greatest
+        greatest = tl.full([], -INF, tl.float64)
         for start in range(0, vocab_size, BLOCK):
             o = start + tl.arange(0, BLOCK)  # [BLOCK]
-            value, mass, part = values_of(
-                theta, t, o, vocab_size, mixed, log_norm_t, floor_t, inv_temperature, OF_Q
-            )  # [BLOCK] each
-            kept = part & (value >= floor_x)  # [BLOCK]
-            mass = tl.where(kept, mass, 0.0)
-            total += tl.sum(mass).to(tl.float64)
-            group = start // GROUP + o_group  # [GROUPS]
-            if DRAW == SAMPLED:
-                by_group = tl.sum(tl.reshape(mass, [BLOCK_GROUPS, GROUP]), axis=1)  # [GROUPS]
-                tl.store(masses + group, by_group, mask=group < groups)
-            elif DRAW == GREEDY:
-                value = tl.where(kept, value, -INF)
-                by_group = tl.max(tl.reshape(value, [BLOCK_GROUPS, GROUP]), axis=1)  # [GROUPS]
-                tl.store(masses + group, by_group, mask=group < groups)
-        tl.store(row + MASSES_ARE_LOGS, 0.0)
-        if total > 0:
+            a = as_logits(tl.load(theta + o, mask=o < vocab_size, other=-INF))  # [BLOCK]
+            b = as_logits(tl.load(t + o, mask=o < vocab_size, other=-INF))  # [BLOCK]
+            x, part = left_of(a, b, row, tops, floor_t, inv_temperature)  # [BLOCK]
+            greatest = tl.maximum(greatest, tl.max(tl.where(part, x, -INF)))
+        if greatest == -INF:
+            tl.store(row + STATUS, STATUS_EMPTY * 1.0)
+        else:
+            tl.store(row + TOP_X, greatest)
+            if HAS_TOP_K:
+                floor_x = pivot(
+                    theta,
+                    t,
+                    top_k,
+                    nothing,
+                    vocab_size,
+                    row,
+                    tops,
+                    greatest,
+                    floor_t,
+                    inv_temperature,
+                    OF_Q,
+                    True,
+                    BLOCK,
+                )
+            if HAS_TOP_P:
+                whole = weight_above(
+                    theta, t, floor_x, vocab_size, row, tops, greatest, floor_t, inv_temperature, OF_Q, BLOCK
+                )
+                enough = whole * top_p
+                found = pivot(
+                    theta,
+                    t,
+                    enough,
+                    floor_x,
+                    vocab_size,
+                    row,
+                    tops,
+                    greatest,
+                    floor_t,
+                    inv_temperature,
+                    OF_Q,
+                    False,
+                    BLOCK,
+                )
+                floor_x = tl.maximum(floor_x, found)
+            if HAS_MIN_P:
+                floor_x = tl.maximum(floor_x, log_min_p)
+
+            o_group = tl.arange(0, BLOCK_GROUPS)  # [GROUPS]
+            total = tl.full([], 0.0, tl.float64)
+            for start in range(0, vocab_size, BLOCK):
+                o = start + tl.arange(0, BLOCK)  # [BLOCK]
+                value, mass, part = values_of(
+                    theta, t, o, vocab_size, row, tops, greatest, floor_t, inv_temperature, OF_Q
+                )  # [BLOCK] each
+                kept = part & (value >= floor_x)  # [BLOCK]
+                mass = tl.where(kept, mass, 0.0)
+                total += tl.sum(mass).to(tl.float64)
+                group = start // GROUP + o_group  # [GROUPS]
+                if DRAW == SAMPLED:
+                    by_group = tl.sum(tl.reshape(mass, [BLOCK_GROUPS, GROUP]), axis=1)  # [GROUPS]
+                    tl.store(masses + group, by_group, mask=group < groups)
+                elif DRAW == GREEDY:
+                    value = tl.where(kept, value, -INF)
+                    by_group = tl.max(tl.reshape(value, [BLOCK_GROUPS, GROUP]), axis=1)  # [GROUPS]
+                    tl.store(masses + group, by_group, mask=group < groups)
+            tl.store(row + MASSES_ARE_LOGS, 0.0)
             tl.store(row + FLOOR_X, floor_x.to(tl.float64))
             tl.store(row + FLOOR_T, floor_t.to(tl.float64))
-            tl.store(row + LOG_NORM, mixed[4].to(tl.float64) * LN2 + tl.log(total))
-        else:
-            tl.store(row + STATUS, STATUS_EMPTY * 1.0)
+            tl.store(row + LOG_NORM, greatest + tl.log(total))

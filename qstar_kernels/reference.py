@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qstar_kernels.noise import GROUP_SIZE, GROUP_STREAM, TOKEN_STREAM, gumbel
-from qstar_kernels.types import QStarStep, Settings, Status, mask_of
+from qstar_kernels.types import LARGEST_LOGIT, QStarStep, Settings, Status, mask_of
 
 TINY_ENTROPY = 1e-300  # entropies below this have lost digits, or themselves, to underflow: then α is ½
 
@@ -65,7 +65,7 @@ def status_of(theta: Tensor, t: Tensor) -> Tensor:
     for code, hit in (
         (Status.DISJOINT, ~(theta.isfinite() & t.isfinite()).any(-1)),
         (Status.NO_SUPPORT, theta.isneginf().all(-1) | t.isneginf().all(-1)),
-        (Status.POSITIVE_INFINITY, (theta.isposinf() | t.isposinf()).any(-1)),
+        (Status.POSITIVE_INFINITY, ((theta >= LARGEST_LOGIT) | (t >= LARGEST_LOGIT)).any(-1)),
         (Status.NAN, (theta.isnan() | t.isnan()).any(-1)),
     ):
         status = torch.where(hit, int(code), status)

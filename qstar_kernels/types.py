@@ -16,7 +16,7 @@ class Status(IntEnum):
 
     OK = 0
     NAN = 1  # a logit is NaN
-    POSITIVE_INFINITY = 2  # a logit is +inf
+    POSITIVE_INFINITY = 2  # a logit is +inf, or `LARGEST_LOGIT` or more
     NO_SUPPORT = 3  # all logits of a row are −inf
     DISJOINT = 4  # no token is finite in both rows
     EMPTY = 5  # truncation leaves no token: π_t's top-k/top-p support has none that both models allow
@@ -27,14 +27,17 @@ class Status(IntEnum):
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
 
 
+LARGEST_LOGIT = 1e15  # beyond this a logit means an infinity
+
+
 def mask_of(dtype: torch.dtype) -> float:
     """The greatest logit of a type that means −inf.
 
-    Masks are also written as the least finite number of the logits' type, which taken literally puts corners into the
-    curve that have nothing to do with the two models. That number is −65504 for float16; for the wider types anything
-    from −1e30 down is taken for one.
+    Masks are also written as the least finite number of the logits' type, or as −1e18, which taken literally puts
+    corners into the curve that have nothing to do with the two models. The least number of float16 is −65504; for the
+    wider types anything from −1e15 down is taken for a mask.
     """
-    return -65504.0 if dtype == torch.float16 else -1e30
+    return -65504.0 if dtype == torch.float16 else -LARGEST_LOGIT
 
 
 # name: least, most (5e-324 is the least number above 0), what is accepted

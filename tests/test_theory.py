@@ -127,7 +127,7 @@ SHIM = """
 #include "cpu.c"
 double guess(const float *theta, const float *t, int64_t vocab_size) {
     const Passes *pass = best_passes();
-    Row row = {.logits = {theta, t}, .stride = {1, 1}, .vocab_size = vocab_size, .scale = 1, .mask = {-1e30, -1e30}};
+    Row row = {.logits = {theta, t}, .stride = {1, 1}, .vocab_size = vocab_size, .scale = 1, .mask = {-1e15, -1e15}};
     Scan scan;
     pass->scan(&row, &scan);
     for (int side = 0; side < 2; side++) row.high[side] = scan.high[side];
