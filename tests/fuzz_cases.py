@@ -16,7 +16,7 @@ from qstar_kernels import METHODS
 INF = torch.inf
 TYPES = ("float32", "bfloat16", "float16", "float64")
 LAYOUTS = ("plain", "padded", "columns", "transposed", "offset", "every other row", "expanded")
-MASKS = ("-inf", "finfo.min", "-1e4", "-6e4", "-1e9")
+MASKS = ("-inf", "finfo.min", "-1e4", "-6e4", "-1e9", "-1e14", "-1e18")
 EXTREMES = (0.5, 0.9, 0.1, 0.999, 1e-3, 1 - 1e-12, 1e-12, 1 - 2**-53, 1e-300)
 
 # Strategies are made once: Hypothesis takes longer to make one than to draw from it. All shrink towards their first
@@ -62,7 +62,7 @@ MASK = st.tuples(
 ).map(list)
 GRID = st.sampled_from((1.0, 0.25, 4.0))
 OFFSET = st.tuples(st.sampled_from((0.0, 3e4, -3e4, 1.0)), st.sampled_from((0.0, 3e4, -3e4))).map(list)
-BAD = st.sampled_from(("nan", "+inf", "none", "none by finfo.min", "disjoint"))
+BAD = st.sampled_from(("nan", "+inf", "+1e18", "none", "none by finfo.min", "disjoint"))
 
 
 @st.composite
@@ -176,8 +176,8 @@ def pair_of(row: dict, copies: int, vocab_size: int, types: list[str]) -> tuple[
     bad = row.get("bad")
     if bad == "nan":
         sides[0][:, -1] = torch.nan
-    elif bad == "+inf":
-        sides[1][:, 0] = INF
+    elif bad in ("+inf", "+1e18"):
+        sides[1][:, 0] = float(bad)
     elif bad in ("none", "none by finfo.min"):
         sides[1].fill_(-INF if bad == "none" else number_of("finfo.min", types[1]))
     elif bad == "disjoint":
