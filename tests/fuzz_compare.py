@@ -211,8 +211,7 @@ class Comparison:
         size = (self.pair.a.abs() + self.pair.b.abs()).nan_to_num(posinf=0.0)  # [B, V]
         self.token_size = size + self.here.f.abs()[:, None]
         d = torch.where(self.pair.common, self.pair.a - self.pair.b, 0.0)
-        self.deviation = (d - self.here.slope[:, None]).abs()  # [B, V]
-        spread = (self.here.log_q.exp() * self.deviation * self.token_size).sum(-1)
+        spread = (self.here.log_q.exp() * (d - self.here.slope[:, None]).abs() * self.token_size).sum(-1)
         norms = self.pair.norm_theta.abs() + self.pair.norm_t.abs()
         self.rounding = 16 * UNIT * (self.here.f.abs() + self.here.slope.abs() + norms + spread)
         self.counts["rows refused as inexact"] += int((want.status == Status.INEXACT).sum())
@@ -389,8 +388,9 @@ class Comparison:
         return bool((counts.amin(-1) > 0).any())
 
     def value_slack(self, row: int) -> Tensor:
-        """[V], how far the value of a token may be off: rounding of its sum, and of the α that is reported."""
-        moved = self.half * self.here.alpha[row] * self.deviation[row]
+        """[V], how far values may be off one another: rounding of their sums, and of the α that is reported."""
+        d = torch.where(self.pair.common[row], self.pair.a[row] - self.pair.b[row], 0.0)
+        moved = self.half * self.here.alpha[row] * (d - d[self.here.log_q[row].argmax()]).abs()
         return self.allowed.value * self.token_size[row] + moved
 
     def bounds(self, row: int) -> tuple[Tensor, Tensor]:
@@ -539,17 +539,14 @@ def cut_bounds(
         most = above(top, possibly, one, bottom) - (possibly & itself).double()
         surely, possibly = surely & (most < top_k), possibly & (least < top_k)
     if top_p < 1 and possibly.any():
-        mass = (value - value.masked_fill(~possibly, -INF).amax()).exp()
-        low, high = mass * (1 - 2 * slack).clamp(min=0), mass * (2 * slack).exp()
+        greatest = top.masked_fill(~possibly, -INF).amax()
+        low, high = (bottom - greatest).exp(), (top - greatest).exp()
         # the share above a token is greatest where what may be above it weighs much, and the rest of the certain little
         over = above(top, possibly, high, bottom) - torch.where(possibly & itself, high, 0.0)
         rest = low[surely].sum() - (above(top, surely, low, bottom) - torch.where(surely & itself, low, 0.0))
-        greatest = over.clamp(min=0) / (over + rest).clamp(min=1e-320)
+        most = over.clamp(min=0) / (over + rest).clamp(min=1e-320)
         over = above(bottom, surely, low, top)
         rest = high[possibly].sum() - above(bottom, possibly, high, top)
-        smallest = over / (over + rest).clamp(min=1e-320)
-        surely, possibly = (
-            surely & (greatest * (1 + mass_slack) < top_p),
-            possibly & (smallest / (1 + mass_slack) < top_p),
-        )
+        least = over / (over + rest).clamp(min=1e-320)
+        surely, possibly = surely & (most * (1 + mass_slack) < top_p), possibly & (least / (1 + mass_slack) < top_p)
     return surely, possibly
