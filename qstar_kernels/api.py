@@ -6,6 +6,7 @@ of π_θ (`theta`); π_t (`t`) is the target or teacher.
 
 import warnings
 from functools import cache
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -177,9 +178,10 @@ def checked_rows(theta: Tensor, t: Tensor, vocab_size: int | None) -> tuple[Tens
         )
     if vocab_size is not None:
         smaller = min(theta.shape[1], t.shape[1])
-        if not 0 < vocab_size <= smaller:
+        whole = isinstance(vocab_size, Integral) and not isinstance(vocab_size, bool)
+        if not whole or not 0 < vocab_size <= smaller:
             raise ValueError(
-                f"vocab_size is {vocab_size}; it must be between 1 and {smaller}, the smaller row's length"
+                f"vocab_size is {vocab_size!r}; it must be an integer from 1 to {smaller}, the smaller row's length"
             )
         return theta[:, :vocab_size], t[:, :vocab_size]
     if theta.shape[1] != t.shape[1]:
