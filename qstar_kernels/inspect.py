@@ -292,7 +292,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     chosen = options.architectures
-    if options.all or options.cover:
+    if options.all or options.cover is not None:
         print(f"Triton {triton.__version__}")
         sys.exit(not print_survey(chosen, options.cover))
     print(f"Triton {triton.__version__}, bfloat16 logits, V = {VOCAB_SIZE}, rows padded\n")

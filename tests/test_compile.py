@@ -8,7 +8,19 @@ import torch
 from rows import zipf_pair
 
 from qstar_kernels import qstar_logprobs, qstar_sample, qstar_stats
-from qstar_kernels.calls import PLACES, Call, Distinct, Side, Specialisation, compiled, covering, distinct, every_call
+from qstar_kernels.calls import (
+    PLACES,
+    TRUNCATIONS,
+    WHATS,
+    Call,
+    Distinct,
+    Side,
+    Specialisation,
+    compiled,
+    covering,
+    distinct,
+    every_call,
+)
 from qstar_kernels.inspect import ARCHITECTURES, attempts, estimate, report, reports, sampling_step, whole, workers
 from qstar_kernels.ops import step_op
 from qstar_kernels.types import Settings
@@ -28,9 +40,9 @@ MOST_REGISTERS = {
 PADDED = Side(torch.bfloat16, "padded")
 
 
-def check_all_compile(found: Distinct, strength: int, architecture: str) -> None:
-    """What `covering` leaves of the specialisations compiles, and nothing spills."""
-    launches = [found.of[key] for key in covering(found.of, strength)]
+def check_all_compile(found: Distinct, strength: int | None, architecture: str) -> None:
+    """The specialisations, or what `covering` leaves of them, compile, and nothing spills."""
+    launches = [found.of[key] for key in (found.of if strength is None else covering(found.of, strength))]
     bad = [
         f"launch {i} of {call}: {result if isinstance(result, str) else f'spills {result.spilled}'}"
         for (call, i), result in zip(launches, attempts(launches, architecture), strict=True)
@@ -39,25 +51,28 @@ def check_all_compile(found: Distinct, strength: int, architecture: str) -> None
     assert not bad, "\n".join(bad)
 
 
-def some_calls() -> Distinct:
-    return distinct(islice(every_call(), 0, None, 89), "sm_90")
+def some_calls(architecture: str = "sm_90") -> Distinct:
+    return distinct(islice(every_call(), 0, None, 89), architecture)
 
 
+@pytest.mark.parametrize("what", WHATS)
+def test_whatever_is_asked_compiles(what):
+    """Every launch of each question with the default settings, and of sampling with all of truncation."""
+    cuts = [{}, TRUNCATIONS] if what == "sample" else [{}]
+    calls = [Call(what, Settings(temperature=WHATS[what][0], **cut), PADDED, PADDED) for cut in cuts]
+    check_all_compile(distinct(calls, "sm_90"), None, "sm_90")
+
+
+@pytest.mark.slow
 def test_every_argument_of_every_kernel_compiles():
     """Types, constants, None, multiples of 16, ones: one that is compiled here has it, and has any two constants."""
     check_all_compile(some_calls(), 1, "sm_90")
 
 
 @pytest.mark.slow
-def test_any_two_arguments_of_every_kernel_compile():
-    """And any three constants."""
-    check_all_compile(whole("sm_90"), 2, "sm_90")
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a != "sm_90"])
-def test_every_argument_compiles_elsewhere(architecture):
-    check_all_compile(whole("gfx942" if architecture == "gfx942" else "sm_90"), 1, architecture)
+def test_every_constant_compiles_elsewhere(architecture):
+    check_all_compile(some_calls("gfx942" if architecture == "gfx942" else "sm_90"), 0, architecture)
 
 
 @pytest.mark.slow
