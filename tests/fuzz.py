@@ -37,6 +37,7 @@ from tests.fuzz_cases import cases, of_one_row, reproduction
 from tests.fuzz_compare import Disagreement, disagreements
 from tests.interpreter import interpret_quickly
 
+ROOT = Path(__file__).parents[1]
 EXAMPLES = Path(__file__).with_name("fixtures") / "fuzz.jsonl"
 CHUNK = 300  # cases that one run of Hypothesis makes
 SHRINKING = 20.0  # seconds for each disagreement
@@ -242,7 +243,7 @@ def work(folder: Path, impl: str, device: str, *flags) -> subprocess.CompletedPr
     command = [sys.executable, "-m", "tests.fuzz", "--worker", folder, "--impl", impl, "--device", device, *flags]
     return subprocess.run(
         [str(x) for x in command],
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
         env=environment_of(impl, device),
         capture_output=True,
         text=True,
