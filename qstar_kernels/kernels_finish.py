@@ -245,7 +245,7 @@ def judge(row, point, center, alpha_min, alpha_max, tol, METHOD: tl.constexpr):
     return tl.where(fit, tl.where(accepted, 1, 0), 2), residual, steepness
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def correct_kernel(
     row,
     partial,
@@ -493,7 +493,9 @@ def draw_token(
     return first + tl.argmax(key, axis=0).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["rows", "chunks", "groups"], do_not_specialize_on_alignment=["seeds", "positions", "tokens"]
+)
 def finish_kernel(
     theta,
     t,

@@ -158,7 +158,7 @@ def top_p_floor(
     return tl.maximum(floor, found)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def truncate_kernel(
     theta,
     t,

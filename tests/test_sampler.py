@@ -95,6 +95,74 @@ def test_temperature(temperature):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("temperature", [1.0, 0.1, 3e-3, 1e-6])
+def test_modes_far_apart(method, temperature):
+    """Each model sure of another token, in bfloat16: the variance of d under q vanishes but near the root."""
+    theta, t = torch.randn(2, 16, 37, generator=torch.Generator().manual_seed(0)).unbind()
+    theta[:, 0] += 60
+    t[:, -1] += 60
+    theta[0], t[0] = torch.full((37,), -30.0), torch.full((37,), -30.0)
+    theta[0, :3], t[0, :3] = torch.tensor([0.0, -12, -4]), torch.tensor([-12.0, 0, -4.8])
+    check_against_reference(theta.bfloat16(), t.bfloat16(), method=method, temperature=temperature)
+    step = draw(theta.bfloat16(), t.bfloat16(), method=method, temperature=temperature, impl="cpu")
+    assert (step.logq <= 0).all()
+    if method == "kl_symmetry":
+        assert ((step.kl_theta - step.kl_t).abs() <= 1e-5 * step.kl_t.clamp(min=1)).all()
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_masks_by_the_type(dtype, impl):
+    """−inf, the least number of the type and, in the wider ones, −1e18 are one; −6e4 is a logit."""
+    theta, t = (x.to(dtype) for x in zipf_pair(3, 50, 1.0))
+    masks = [-INF, torch.finfo(dtype).min] + ([-1e18] if dtype != torch.float16 else [])
+    steps = []
+    for mask in masks:
+        masked_theta, masked_t = theta.clone(), t.clone()
+        masked_theta[:, ::3] = mask
+        masked_t[:, ::7] = mask
+        steps.append(draw(masked_theta, masked_t, impl=impl))
+    assert all(equal_bits(step, steps[0]) for step in steps)
+    assert (steps[0].ess_theta == 0).all()
+    theta[:, ::3] = -6e4
+    assert (draw(theta, t, impl=impl).ess_theta > 0).all()
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("cut", [{}, {"top_p": 0.1}, {"min_p": 1.0}, {"top_k": 1}])
+def test_what_is_left_may_have_no_mass(cut, impl):
+    """π_t's support keeps tokens that q gives e^−18000."""
+    theta = torch.tensor([[-60000.0, 1.8, -60000.0, -60000.0, 0.2, -60000.0, 0.03]]).half()
+    t = torch.tensor([[1.1, -0.3, 0.4, -0.1, -1.4, -0.7, -0.7]]).half()
+    step = draw(theta, t, alpha_min=0.3, target_top_p=0.1, impl=impl, **cut)
+    assert (step.status.item(), step.token.item(), step.logq.item()) == (Status.OK, 0, 0.0)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("cut", [{"target_top_k": 1}, {"target_top_k": 5}, {"target_top_p": 0.3}, {"min_p": 1.0}])
+def test_greedy_stays_in_the_support(cut, impl):
+    theta, t = torch.randn(2, 64, 100, generator=torch.Generator().manual_seed(0)).unbind()
+    step = draw(theta, t, temperature=0, impl=impl, **cut)
+    log_q, _ = qstar_logprobs(theta, t, temperature=0, impl=impl, **cut)
+    assert torch.equal(step.token, log_q.argmax(-1))
+    assert torch.equal(step.logq, log_q.amax(-1))
+    assert torch.equal(step.token, draw(theta, t, temperature=0, impl="reference", **cut).token)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_a_row_that_fails_the_last_look_is_refused(impl):
+    """No α of float64 has a residual of 1e-300, but for rows that are one row."""
+    theta, t = zipf_pair(3, 50, 1.0)
+    theta[1] = t[1]
+    step = draw(theta, t, tol=1e-300, impl=impl)
+    assert step.status.tolist() == [Status.INEXACT, Status.OK, Status.INEXACT]
+    assert step.token.tolist() == [-1, draw(theta, t, impl=impl).token[1], -1]
+    assert all(getattr(step, f)[::2].isnan().all() for f in FLOATS)
+    log_q, _ = qstar_logprobs(theta, t, tol=1e-300, impl=impl)
+    assert log_q.isnan().all(-1).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_alpha_range(method):
     check_against_reference(*zipf_pair(8, 999, 3.0), method=method, alpha_min=0.52, alpha_max=0.56)
     step = draw(*zipf_pair(8, 999, 3.0), method=method, alpha_min=0.52, alpha_max=0.56)

@@ -104,6 +104,36 @@ def test_a_formula_off_by_one_percent_turns_claims_red(monkeypatch, old, new, cl
     assert [number for number, v in verdicts.items() if v.green] == []
 
 
+def test_a_short_step_by_taylors_formula_stays_within_its_bounds():
+    """The table of computation.md, «On a CPU», on rows of few tokens, where a cumulant comes nearest to its bound."""
+    g = np.random.default_rng(5)
+    for _ in range(300):
+        n = int(g.integers(2, 6))
+        d, b = g.normal(size=n) * 10 ** g.uniform(-2, 2), g.normal(size=n) * g.choice([0.1, 3, 12])
+        reach = np.ptp(d)
+        step = g.choice([-1, 1]) * 10 ** g.uniform(-4, -1) / reach
+        u = abs(step) * reach
+
+        def curve(alpha, d=d, b=b):
+            x = b + alpha * d
+            f = np.logaddexp.reduce(x)
+            q = np.exp(x - f)
+            mean = q @ d
+            return f, mean, q @ (d - mean) ** 2, q @ (d - mean) ** 3
+
+        (f, mean, variance, third), (f_there, mean_there, _, _) = curve(0.5), curve(0.5 + step)
+        rounding = 1e-13 * (1 + np.abs(b).max() + np.abs(d).max())
+        assert abs(f + step * mean - f_there) <= u**2 / 8 + rounding
+        assert abs(f + step * (mean + step * variance / 2) - f_there) <= u**3 / 24 + rounding
+        slope = mean + step * (variance + step * third / 2)
+        assert abs(slope - mean_there) <= abs(step) * u**2 * variance * np.exp(u) / 6 + rounding
+        # Halley's step to the value that F′ has there
+        gap = mean - mean_there
+        halley = -gap / (variance - gap * third / (2 * variance))
+        missed = curve(0.5 + halley)[1] - mean_there
+        assert abs(missed) <= abs(halley) * u**2 * variance * np.exp(2 * u) * (1 / 4 + 1 / 6) + rounding
+
+
 def test_every_claim_of_the_proof_has_a_check():
     text = (THEORY / "proof.md").read_text(encoding="utf-8")
     stated = list(dict.fromkeys(re.findall(r"\*\*(?:Claim )?(\d\.\d+)\b", text)))
