@@ -227,7 +227,8 @@ class Report:
             f"{counts['cases'] / self.seconds:.0f} cases and {counts['rows'] / self.seconds:.0f} rows a second; "
             f"{counts['cases that disagree']} cases disagree; proved: {counts['ties']} tokens are ties, "
             f"{counts['tokens at a boundary']} rows have a token at a boundary of truncation; "
-            f"{counts['rows refused as inexact']} rows refused as inexact"
+            f"{counts['rows refused as inexact']} rows refused as inexact, "
+            f"{counts['rows all but refused']} by one side only, for want of digits"
         ]
         lines += [f"{n:6d} ({n / minutes:.1f} a minute)  {kind}" for kind, n in self.kinds.most_common()]
         return "\n".join(lines)
