@@ -610,7 +610,7 @@ def exact_log_q(a, b, row, tops, inv_temperature):
 @triton.jit
 def look_up(theta, t, row, token, tops, inv_temperature):
     """log q of a token, and the models' own log-probabilities of it at temperature 1."""
-    a, b = as_logits(tl.load(theta + token)), tl.load(t + token).to(tl.float32)
+    a, b = as_logits(tl.load(theta + token)), as_logits(tl.load(t + token))
     log_p_theta = tl.where(a > MASK, a.to(tl.float64) - tops[0] - tl.load(row + LOG_COLD_THETA), -INF)
     log_p_t = tl.where(b > MASK, b.to(tl.float64) - tops[1] - tl.load(row + LOG_COLD_T), -INF)
     return exact_log_q(a, b, row, tops, inv_temperature), log_p_theta, log_p_t

@@ -162,6 +162,15 @@ def test_token_frequencies_at_one_position(demo_pair):
     assert chisquare(observed, wanted).pvalue > 0.001
 
 
+@pytest.mark.parametrize("temperature", [0.05, 0.01, 0.003])
+def test_low_temperature(demo_pair, temperature):
+    """The two models' modes are hundreds of nats apart then."""
+    out = demo_pair.generate(QUESTIONS[:12], max_new_tokens=40, temperature=temperature, batch_size=12, seed=3)
+    fields = {name: np.concatenate([s.fields[name] for s in out.samples]) for name in ("logq", "kl_theta", "kl_t")}
+    assert fields["logq"].max() <= 0
+    np.testing.assert_allclose(fields["kl_theta"], fields["kl_t"], rtol=1e-4, atol=1e-5)
+
+
 def test_ends(demo_pair):
     out = demo_pair.generate(QUESTIONS[:20], max_new_tokens=60, stop=["####", " has"])
     assert {"eos", "stop"} >= set(out.finish_reasons)
