@@ -37,6 +37,7 @@ from tests.fuzz_cases import cases, of_one_row, reproduction
 from tests.fuzz_compare import Disagreement, disagreements
 from tests.interpreter import interpret_quickly
 
+ROOT = Path(__file__).parents[1]
 EXAMPLES = Path(__file__).with_name("fixtures") / "fuzz.jsonl"
 CHUNK = 300  # cases that one run of Hypothesis makes
 SHRINKING = 20.0  # seconds for each disagreement
@@ -226,7 +227,8 @@ class Report:
             f"{counts['cases'] / self.seconds:.0f} cases and {counts['rows'] / self.seconds:.0f} rows a second; "
             f"{counts['cases that disagree']} cases disagree; proved: {counts['ties']} tokens are ties, "
             f"{counts['tokens at a boundary']} rows have a token at a boundary of truncation; "
-            f"{counts['rows refused as inexact']} rows refused as inexact"
+            f"{counts['rows refused as inexact']} rows refused as inexact, "
+            f"{counts['rows all but refused']} by one side only, for want of digits"
         ]
         lines += [f"{n:6d} ({n / minutes:.1f} a minute)  {kind}" for kind, n in self.kinds.most_common()]
         return "\n".join(lines)
@@ -242,7 +244,7 @@ def work(folder: Path, impl: str, device: str, *flags) -> subprocess.CompletedPr
     command = [sys.executable, "-m", "tests.fuzz", "--worker", folder, "--impl", impl, "--device", device, *flags]
     return subprocess.run(
         [str(x) for x in command],
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
         env=environment_of(impl, device),
         capture_output=True,
         text=True,

@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rows import chosen_seed
 
-from qstar_kernels import METHODS, qstar_sample
-from tests import fuzz
+from qstar_kernels import METHODS, Status, qstar_sample
+from tests import fuzz, fuzz_compare
+from tests.fuzz_compare import disagreements
 
 KEPT = [json.loads(line) for line in fuzz.EXAMPLES.read_text().splitlines()]
 
@@ -38,6 +39,54 @@ def test_fuzz(impl, seconds):
     fuzz.keep(report.found)
     assert not report.kinds
     assert report.counts["cases"] > 0
+
+
+CASE = {"vocab_size": 300, "types": ["float32", "float32"], "rows": [{"base": "zipf", "seed": 1, "noise": 1.0}]}
+CASE |= {"what": "sample", "seed": 1, "position": 1, "settings": {"method": "kl_symmetry", "top_p": 0.9}}
+
+
+FAULTS = {
+    "kl_theta at its own alpha": lambda step, log_q: step.alpha.add_(3e-5),
+    "kl_t at its own alpha": lambda step, log_q: step.kl_t.mul_(1 + 1e-5),
+    "ess_t at its own alpha": lambda step, log_q: step.ess_t.mul_(1 - 1e-4),
+    "alpha of kl_symmetry": lambda step, log_q: step.alpha.add_(1e-3),
+    "kl_theta < 0": lambda step, log_q: step.kl_theta.neg_(),
+    "logq": lambda step, log_q: step.logq.sub_(1e-4),
+    "logq above 0": lambda step, log_q: step.logq.neg_(),
+    "token": lambda step, log_q: step.token.sub_(1),
+    "status EMPTY for OK": lambda step, log_q: step.status.fill_(Status.EMPTY),
+    "whole log q": lambda step, log_q: log_q.sub_(1e-4),
+    "support of the truncated q": lambda step, log_q: log_q.masked_fill_(log_q == log_q.amax(), -math.inf),
+}
+
+
+@pytest.mark.parametrize("seen", FAULTS)
+def test_the_comparison_sees(monkeypatch, seen):
+    """A right result, then the same with one fault put in."""
+    assert not disagreements(CASE, "cpu")
+    call = fuzz_compare.call
+
+    def faulty(case, *args):
+        step, log_q = call(case, *args)
+        if (log_q is None) != (seen in ("whole log q", "support of the truncated q")):
+            FAULTS[seen](step, log_q)
+        return step, log_q
+
+    monkeypatch.setattr(fuzz_compare, "call", faulty)
+    assert seen in [x.kind for x in disagreements(CASE, "cpu")]
+
+
+def test_a_call_that_never_returns_is_found(tmp_path):
+    """The watch ends the process; what is left says which case it was."""
+    script = (
+        "import time; from functools import partial; from pathlib import Path; from tests import fuzz, fuzz_compare\n"
+        f"fuzz.Watch.file, fuzz.Watch.seconds = Path({str(tmp_path / 'now.json')!r}), 0.5\n"
+        "fuzz_compare.call = lambda *args: time.sleep(60)\n"
+        f"fuzz_compare.disagreements({CASE!r}, 'cpu', watch=partial(fuzz.Watch.over, {CASE!r}))"
+    )
+    run = subprocess.run([sys.executable, "-c", script], cwd=fuzz.ROOT, capture_output=True)
+    assert fuzz.fate(run.returncode) == "never returns"
+    assert json.loads((tmp_path / "now.json").read_text()) == CASE
 
 
 def real(value) -> bool:
