@@ -125,8 +125,10 @@ def pivot(
             digit += holds.to(tl.int64)
         best += digit * unit
         unit = unit // 16
-    # where not even all of them are enough nothing is cut; and never the greatest, whose value is 0
-    return tl.where(best == -(2**31), -INF, tl.minimum(unordered(best), 0.0))
+    # where not even all of them are enough nothing is cut; and never the greatest, whose value is 0: the last of all
+    # bits are a NaN's
+    found = unordered(best)
+    return tl.where(best == -(2**31), -INF, tl.where(found < 0, found, 0.0))
 
 
 @triton.jit
