@@ -12,29 +12,15 @@ from triton.runtime import interpreter
 from qstar_kernels import METHODS, QStarStep, Status, noise, qstar_logprobs, qstar_sample, qstar_stats
 from qstar_kernels.kernels_finish import gumbel, words
 from qstar_kernels.ops import step_op
+from tests.interpreter import interpret_quickly, poisoned
 
-patch_language, patched = interpreter._patch_lang, set()
-
-
-def call_device_function(self, *args, **kwargs):
-    """`InterpretedFunction.__call__`, which patches the language again at every call: half of all the time."""
-    if id(self.fn.__globals__) not in patched:
-        patch_language(self.fn)
-        patched.add(id(self.fn.__globals__))
-    return self.rewrite()(*args, **kwargs)
+interpret_quickly()
 
 
 @pytest.fixture(autouse=True)
-def prepared(monkeypatch):
-    """Fresh memory holds NaN or nonsense, so that an element which no kernel writes fails a test."""
-    empty, empty_like = torch.empty, torch.empty_like
-
-    def poisoned(x):
-        return x.fill_(torch.nan if x.is_floating_point() else -77777)
-
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poisoned(empty(*args, **kwargs)))
-    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poisoned(empty_like(*args, **kwargs)))
-    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call_device_function)
+def prepared():
+    with poisoned():
+        yield
 
 
 def draw(theta, t, impl: str = "triton", **kwargs) -> QStarStep:
