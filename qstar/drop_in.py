@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import LogitsProcessor
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
 
-from qstar.cache import Side, check_cache
+from qstar.cache import Side
 from qstar.decode import DecodeOptions, Decoder, Request
+from qstar.probe import check_model
 from qstar_kernels import Status, qstar_logprobs
 from qstar_kernels.types import Settings
 
@@ -47,7 +48,7 @@ class QStarLogitsProcessor(LogitsProcessor):
     """
 
     def __init__(self, model_t, attention_mask: Tensor | None = None, vocab_size: int | None = None, **settings):
-        check_cache(model_t, "t")
+        check_model(model_t, "t")
         Settings(**settings)
         self.model_t, self.attention_mask = model_t, attention_mask
         self.vocab_size, self.settings = vocab_size, settings
@@ -117,8 +118,8 @@ def qstar_generate(
     seeds = range(len(input_ids)) if seeds is None else seeds
     if len(seeds) != len(input_ids):
         raise ValueError(f"seeds has {len(seeds)} entries for {len(input_ids)} rows; give one a row")
-    check_cache(model, "theta")
-    check_cache(model_t, "t")
+    check_model(model, "theta")
+    check_model(model_t, "t")
     settings = dict(qstar_settings or {})
     if not generation_config.do_sample:
         settings["temperature"] = 0.0
