@@ -53,15 +53,17 @@ def check_plain(pair: Pair, samples: list[Sample]) -> None:
             torch.testing.assert_close(got, wanted, rtol=0, atol=2e-4)
 
 
+OTHER_PROMPTS = [f"Answer briefly and to the point: {prompt}" for prompt in PROMPTS]
+
+
 @pytest.mark.parametrize(
     "options",
     [
-        {"batch_size": 4},
-        {"batch_size": 6, "speculate": 1},
-        {"batch_size": 3, "speculate": 5},
-        {"batch_size": 4, "prompts_t": [f"Answer briefly and to the point: {x}" for x in PROMPTS]},
+        pytest.param({"batch_size": 4}, id="batch"),
+        pytest.param({"batch_size": 6, "speculate": 1}, id="one draft"),
+        pytest.param({"batch_size": 3, "speculate": 5}, id="five drafts"),
+        pytest.param({"batch_size": 4, "prompts_t": OTHER_PROMPTS}, id="another prompt for each model"),
     ],
-    ids=str,
 )
 def test_rows_have_the_frequencies_of_their_length(phi, options):
     out = phi.generate(PROMPTS, **OPTIONS, **options)
