@@ -77,6 +77,7 @@ class Side:
         self._clear()
 
     def _clear(self) -> None:
+        """Hold nothing."""
         # Without the model's config every layer keeps all its tokens. Sliding-window layers would drop old columns,
         # counted from the padded start, and rows of different age could not be joined; the window is then applied by
         # the attention mask, which gives the same numbers.

@@ -27,7 +27,7 @@ class Ropes:
         limit: tokens that a sequence may have because of dynamic NTK; None without it.
 
     Raises:
-        ValueError: the model has LongRoPE in a way that does not let rows be told apart.
+        ValueError: the model has LongRoPE of its own kind, or of several.
     """
 
     def __init__(self, model: torch.nn.Module):
@@ -49,11 +49,11 @@ class Ropes:
             parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
             kind = parameters.get("rope_type", parameters.get("type"))
             if kind in ("longrope", "su"):
-                switches |= {0, 1}
-            elif kind == "dynamic":
+                raise ValueError("its own LongRoPE does not let rows of unlike length be told apart")
+            if kind == "dynamic":
                 limits.add(config.max_position_embeddings)
         if len(switches) > 1:
-            raise ValueError("its LongRoPE does not let rows of unlike length be told apart")
+            raise ValueError(f"its layers have LongRoPE that switches at {sorted(switches)} tokens; it must be at one")
         self.switch, self.limit = max(switches, default=None), min(limits, default=None)
 
     def is_long(self, length: int) -> bool:

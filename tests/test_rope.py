@@ -140,6 +140,8 @@ def test_a_longrope_of_another_kind_is_refused(tokenizer, demo_pair):
     """A checkpoint's own code, whose rotary embedding cannot be told which rows are long."""
     model = random_model(copy.deepcopy(CONFIGS["gpt2"]), 1)
     model.config.rope_scaling = {"type": "su", "short_factor": [1.0], "long_factor": [2.0]}
-    with pytest.raises(ValueError, match=r"theta \(gpt2\).*LongRoPE does not let rows of unlike length be told apart"):
+    with pytest.raises(
+        ValueError, match=r"theta \(gpt2\).*its own LongRoPE does not let rows of unlike length be told apart"
+    ):
         Pair(model, demo_pair.t, tokenizer, tokenizer)
     assert Ropes(demo_pair.t).switch is None
