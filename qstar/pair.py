@@ -86,7 +86,7 @@ class Pair:
         tokenizer_draft: the third model's.
 
     Raises:
-        ValueError: the vocabularies differ, or a model has no plain KV cache.
+        ValueError: the vocabularies differ, or a model is not one whose rows can share a batch (`qstar.probe`).
     """
 
     def __init__(self, theta, t, tokenizer_theta, tokenizer_t, draft="theta", tokenizer_draft=None):

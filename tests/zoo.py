@@ -97,10 +97,9 @@ def config(model_type: str, **changes):
         sizes["text_config"] = config(sizes["text_config"]["of"]).to_dict()
     sizes = {name: value for name, value in sizes.items() if name in names and value is not None}
     try:
-        default = of_type()
-    except Exception:
-        default = None
-    found = default.to_dict() if default else {}
+        found = of_type().to_dict()
+    except Exception:  # some have no default that is valid
+        found = {}
     depth = found.get("num_hidden_layers")
     lists = {n: found[n] for n in names - sizes.keys() if isinstance(found.get(n), list) and len(found[n]) == depth}
     kinds = list(dict.fromkeys(zip(*lists.values(), strict=True)))[:4]
