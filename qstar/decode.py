@@ -216,12 +216,12 @@ class Decoder:
                 yield from finished
             if live:
                 with torch.inference_mode():
-                    drafts = min(length.choose([s.tally for s in live]), self._room(caches))
+                    drafts = min(length.choose([s.tally for s in live]), self.room(caches))
                     self._round(live, sides, drafter, drafts, length)
                     finished = self._drop_finished(live, caches)
                 yield from finished
 
-    def _room(self, caches: list[Side]) -> int:
+    def room(self, caches: Iterable[Side]) -> int:
         """Tokens that can be drafted before a row outgrows the context."""
         return max(0, self.context - max(max(side.lengths) for side in caches) - 1)
 

@@ -23,8 +23,9 @@ from transformers.generation import (
     TopKLogitsWarper,
 )
 
-from qstar.cache import Side, check_cache
+from qstar.cache import Side
 from qstar.decode import DecodeOptions, Decoder, Ending, Request, Sample
+from qstar.probe import check_model
 from qstar_kernels import Status, qstar_logprobs
 from qstar_kernels.types import Settings
 
@@ -74,7 +75,7 @@ class QStarLogitsProcessor(LogitsProcessor):
     """
 
     def __init__(self, model_t, attention_mask: Tensor | None = None, vocab_size: int | None = None, **settings):
-        check_cache(model_t, "t")
+        check_model(model_t, "t")
         Settings(**settings)
         self.model_t, self.attention_mask = model_t, attention_mask
         self.vocab_size, self.settings = vocab_size, settings
@@ -256,8 +257,8 @@ def qstar_generate(
     seeds = range(len(input_ids)) if seeds is None else seeds
     if len(seeds) != len(input_ids):
         raise ValueError(f"seeds has {len(seeds)} entries for {len(input_ids)} rows; give one a row")
-    check_cache(model, "theta")
-    check_cache(model_t, "t")
+    check_model(model, "theta")
+    check_model(model_t, "t")
     settings = dict(qstar_settings or {})
     if not generation_config.do_sample and settings.setdefault("temperature", 0.0) != 0:
         raise ValueError(

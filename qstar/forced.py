@@ -48,7 +48,8 @@ class Scorer:
         while self._drop_finished(live, sides, done):
             longest = max(len(s.token_ids) for s in live)
             chunk = min(CHUNK_TOKENS, CHUNK_LOGITS // self.decoder.rule.vocab_size) // len(live)
-            count = max(1, min(longest - done, chunk))
+            # rows that are at their end already go on with padding, and have no positions beyond the context
+            count = max(1, min(longest - done, chunk, self.decoder.room(sides) + 1))
             block = [s.token_ids[done - 1 : done - 1 + count] for s in live]
             block = torch.tensor([ids + [sides[0].pad_id] * (count - len(ids)) for ids in block])  # [B, count]
             self._look_up(live, [side.advance(block) for side in sides], done)

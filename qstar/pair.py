@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qstar.cache import check_cache
 from qstar.decode import FIELDS, DecodeOptions, Decoder, Request, Sample
+from qstar.probe import check_model
 from qstar.prompting import PromptError, PromptFormat
 from qstar_kernels.types import Settings
 
@@ -86,12 +86,12 @@ class Pair:
         tokenizer_draft: the third model's.
 
     Raises:
-        ValueError: the vocabularies differ, or a model has no plain KV cache.
+        ValueError: the vocabularies differ, or a model is not one whose rows can share a batch (`qstar.probe`).
     """
 
     def __init__(self, theta, t, tokenizer_theta, tokenizer_t, draft="theta", tokenizer_draft=None):
-        check_cache(theta, "theta")
-        check_cache(t, "t")
+        check_model(theta, "theta")
+        check_model(t, "t")
         self.theta, self.t, self.draft = theta, t, draft
         self.tokenizer_theta, self.tokenizer_t = tokenizer_theta, tokenizer_t
         self.vocab_size = shared_vocab_size(
@@ -101,7 +101,7 @@ class Pair:
         self.special_ids = {i for i in tokenizer_t.all_special_ids if i < self.vocab_size} | self.eos_ids
         models = [theta, t]
         if not isinstance(draft, str):
-            check_cache(draft, "draft")
+            check_model(draft, "draft")
             rows = draft.config.get_text_config().vocab_size
             shared_vocab_size(tokenizer_theta, tokenizer_draft, self.vocab_size, rows, "draft")
             models.append(draft)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from runs import SHARED_DATA, lines, run_through_kills, write_lines
 from test_decode import CONFIGS, random_model
+from transformers import GPT2Config
 
 import qstar.cache
 import qstar.forced
@@ -195,6 +196,20 @@ def test_chunks_give_the_numbers_of_one_pass(name, monkeypatch, demo_pair):
                 np.testing.assert_allclose(
                     sample.fields[field], getattr(step, field), atol=2e-4, rtol=1e-3, err_msg=field
                 )
+
+
+def test_a_short_answer_at_the_end_of_the_context(demo_pair):
+    """It waits beside a longer one, for which there is no position behind the context to be read."""
+    config = GPT2Config(vocab_size=2048, n_embd=32, n_layer=2, n_head=2, n_positions=64)
+    model, tokenizer = random_model(config, seed=1), demo_pair.tokenizer_theta
+    pair = Pair(model, model, tokenizer, tokenizer)
+    requests = [Request(0, [5] * 60, [5] * 60, 0, 4), Request(1, [6] * 4, [6] * 4, 0, 60)]
+    samples = [Sample(r, [7] * r.max_new_tokens) for r in requests]
+    alone = [copy.deepcopy(s) for s in samples]
+    list(Scorer(pair.decoder(DecodeOptions(batch_size=1))).run(alone))
+    list(Scorer(pair.decoder(DecodeOptions(batch_size=2))).run(samples))
+    for together, single in zip(samples, alone, strict=True):
+        np.testing.assert_allclose(together.fields["logp_theta"], single.fields["logp_theta"], atol=1e-4)
 
 
 def test_memory_does_not_follow_the_length(tmp_path):

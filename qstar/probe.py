@@ -1,0 +1,114 @@
+"""What a model must be for its rows to be decoded together, tried on the model itself before anything is drawn."""
+
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from qstar.cache import Side
+
+# a subclass keeps something else beside its keys and values; a dummy belongs to a layer that has those of another one
+PLAIN_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
+LONG, SHORT, NEW = 12, 2, 4  # tokens of two prompts and of what follows each
+# Relative errors that rounding alone does not reach, in 32 bits and in 16: of two passes of one shape, which round
+# nearly alike, and of others, where a deep mixture of experts that sends a token elsewhere for a tie comes to 0.1 in 16
+# bits. What a model does wrong changes its logits by a tenth and by half of their size, or more.
+SAME_SHAPE, OTHER_SHAPE = {4: 0.001, 2: 0.05}, {4: 0.01, 2: 0.3}
+
+_sound: WeakSet[torch.nn.Module] = WeakSet()
+
+
+def check_model(model: torch.nn.Module, name: str) -> None:
+    """Refuse a model that is not a causal language model with a plain KV cache, or minds its neighbours in a batch.
+
+    The configuration tells some; others show in a few short forward passes: tokens of left-padded rows, read through
+    the cache, must have the logits of a plain pass over their row alone. A model that has passed is not tried again.
+
+    Args:
+        model: on its device, in evaluation mode; on the meta device only its configuration is looked at.
+        name: what messages call it.
+
+    Raises:
+        ValueError: one line that says what the model does.
+    """
+    if model in _sound:
+        return
+    kind = f"{name} ({model.config.model_type})"
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{kind} is an encoder-decoder model; a decoder-only causal language model is needed")
+    try:
+        with torch.inference_mode():
+            reason = _state(model) or _behaviour(model)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a model raises that takes other inputs, or another cache
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{kind} cannot be decoded with a plain KV cache: {message}") from error
+    if reason is not None:
+        training = "; it is in training mode" if model.training else ""
+        raise ValueError(f"{kind} {reason}; a causal language model with a plain KV cache is needed{training}")
+    _sound.add(model)
+
+
+def _state(model: torch.nn.Module) -> str | None:
+    """What the model's layers remember beside keys and values; None if nothing."""
+    layers = DynamicCache(config=model.config).layers
+    other = next((type(layer) for layer in layers if type(layer).__name__ not in PLAIN_LAYERS), None)
+    if other and not hasattr(other, "update_recurrent_state"):
+        return f"keeps more than keys and values ({other.__name__})"
+    return "keeps recurrent state" if other or getattr(model, "_is_stateful", False) else None
+
+
+def _behaviour(model: torch.nn.Module) -> str | None:
+    """What the model does wrong with rows of unlike length in one batch, read through the cache; None if nothing."""
+    weight = model.get_input_embeddings().weight
+    if weight.is_meta:  # of a model that another engine runs
+        return None
+    settings = model.config.to_dict() | model.config.get_text_config().to_dict()
+    special = [v for k, v in settings.items() if k.endswith(("token_id", "token_index"))]  # an image's wants an image
+    special = {i for v in special for i in (v if isinstance(v, list) else [v])}
+    ids = [i for i in range(len(weight)) if i not in special]
+    count = LONG + SHORT + 2 * NEW
+    ids = [ids[i * len(ids) // count] for i in range(count)]
+    long, short = ids[: LONG + NEW], ids[LONG + NEW :]
+    side = Side(model, 0, ("theta",))
+
+    def plain(row: list[int]) -> Tensor:
+        return model(input_ids=torch.tensor([row], device=side.device), use_cache=False).logits[0]
+
+    def cached(*rows: list[int]) -> list[Tensor]:
+        """Logits [NEW + 1, V] from the end of each row's prompt on: prompts in one batch, and the last once more in its
+        own, which joins them."""
+        first, (of_prompts,) = side.prefill([row[:-NEW] for row in rows])
+        second, (of_last,) = side.prefill([rows[-1][:-NEW]])
+        first.join(second)
+        (of_new,) = first.advance(torch.tensor([row[-NEW:] for row in (*rows, rows[-1])]))
+        return list(torch.cat([torch.cat([of_prompts, of_last]), of_new], 1))
+
+    def behind(other: list[int]) -> Tensor:
+        return plain([*short[:-NEW], *other])[:SHORT]
+
+    wanted = [plain(row)[-NEW - 1 :] for row in (long, short)]
+    size = min(wanted[0].dtype.itemsize, 4)
+    if (error := _error(behind(long[:NEW]), behind(short[-NEW:]))) > SAME_SHAPE[size]:
+        return f"lets a token see those behind it, which change its logits {_by(error)}"
+    if (error := max(map(_error, cached(long), [wanted[0]] * 2))) > OTHER_SHAPE[size]:
+        return f"has logits through a KV cache that differ {_by(error)} from those without"
+    if (error := max(map(_error, cached(long, short), [*wanted, wanted[1]]))) > OTHER_SHAPE[size]:
+        return f"has logits of a left-padded row that differ {_by(error)} from those of the row alone"
+    return None
+
+
+def _error(found: Tensor, wanted: Tensor) -> float:
+    """Relative error of a row's logits [K, V], of the first column and in the median of all: a mixture of experts may
+    send a token elsewhere for a tie. Logits that are wanted to be infinite or NaN do not count."""
+    valid = wanted.isfinite()
+    found, wanted = (x.double().where(valid, 0.0) for x in (found, wanted))
+    spread = (wanted - wanted.mean(-1, keepdim=True)).square().mean(-1)
+    errors = ((found - wanted).square().mean(-1) / spread.clamp(min=1e-60)).sqrt().nan_to_num(nan=torch.inf)
+    return max(errors[0], errors.median()).item()
+
+
+def _by(error: float) -> str:
+    return "to NaN" if error == torch.inf else f"by {error:.1%}"

@@ -1,0 +1,216 @@
+"""Every causal architecture of transformers, small and random: exact in every way of decoding, or refused in one line.
+
+The guide lists them; `pytest -m slow tests/test_zoo.py` finds each where the guide has it.
+"""
+
+import copy
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from test_decode import CONFIGS, encode, random_model
+from transformers import AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import qstar.cache
+from qstar import Pair
+from qstar.decode import DecodeOptions, Sample
+from qstar.demo import THETA
+from qstar.drop_in import QStarLogitsProcessor, qstar_generate
+from qstar.forced import Scorer
+from qstar.generate import main
+from qstar.probe import check_model
+from qstar.rope import Ropes
+
+ROOT = Path(__file__).parents[1]
+GUIDE, README = ROOT / "docs" / "guide.md", ROOT / "README.md"
+REASONS = {
+    "recurrent state": "keeps recurrent state",
+    "more than keys and values": "keeps more than keys and values|cannot be decoded with a plain KV cache",
+    "padding": "logits of a left-padded row",
+    "not causal": "lets a token see those behind it",
+    "cache": "logits through a KV cache that differ",
+}
+PROMPTS = ["Hi.", "How many eggs are 9 times 8 eggs?", "Tell me about " + "very " * 50 + "old books.", "Hello there.",
+           "A farmer has 17 hens, and each of them lays 3 eggs a day. How many eggs are that?", "Why?"]  # fmt: skip
+MANY_ENDS = list(range(0, zoo.VOCAB_SIZE, 16))  # so that rows leave, and others join, all the time
+# whose `generate` differs from their own plain forward pass
+GENERATE_DIFFERS = {"moshi", "llama with LongRoPE", "phimoe with LongRoPE"}
+
+
+def lists() -> list[tuple[str, int, list[str]]]:
+    """What the guide lists: `exact`, a reason or `not tried`, how many architectures, and which."""
+    section = GUIDE.read_text(encoding="utf-8").split("### Architectures")[1].split("\n## ")[0]
+    found = re.findall(r"^- \*\*(.+?)\*\*.*?\((\d+)\):((?:\s+`[^`]+`[,.])+)", section, re.M)
+    return [(kind, int(count), re.findall("`(.+?)`", names)) for kind, count, names in found]
+
+
+LISTED = {name: kind for kind, _, names in lists() for name in names}
+
+
+def models(name: str):
+    """The architecture in float64 and, for those that cannot be that, in float32."""
+    model_type, changes = zoo.VARIANTS.get(name, (name, {}))
+    for dtype in (torch.float64, torch.float32):
+        model = zoo.model(model_type, 3, dtype, **changes)
+        model.generation_config.eos_token_id = MANY_ENDS
+        yield model
+
+
+@torch.inference_mode()
+def plainly(model, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """Logits [T, V] of the answer's tokens by forward passes of this row alone, each over the tokens before one."""
+    row, switch = prompt + answer, Ropes(model).switch or 0
+    logits = model(torch.tensor([row]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+    if len(prompt) <= switch < len(row):  # a pass over all of the row has long frequencies at every token
+        short = model(torch.tensor([row[:switch]]), use_cache=False).logits[0, len(prompt) - 1 :]
+        logits = torch.cat([short, logits[len(short) :]])
+    return logits
+
+
+def greedily(model, prompt: list[int], count: int, plain: bool) -> list[int]:
+    if not plain:
+        ids = torch.tensor([prompt])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count)
+        return out[0, len(prompt) :].tolist()
+    answer: list[int] = []
+    while len(answer) < count and (not answer or answer[-1] not in MANY_ENDS):
+        answer.append(plainly(model, prompt, [*answer, 0])[-1].argmax().item())
+    return answer
+
+
+def check(name: str, model, pair: Pair, tokenizer, tolerance: float) -> None:
+    options = {"max_new_tokens": 16, "batch_size": 3, "seed": 5}
+    out = pair.generate(PROMPTS, samples_per_prompt=2, **options)
+    varied = 0.0
+    for sample in out.samples:
+        log_p = plainly(model, sample.request.ids_theta, sample.token_ids).double().log_softmax(-1)
+        varied = max(varied, log_p.std(0).mean().item() if len(log_p) > 1 else 0.0)
+        wanted = log_p.gather(1, torch.tensor(sample.token_ids)[:, None])[:, 0]
+        got = torch.tensor(sample.fields["logp_theta"], dtype=torch.float64)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=tolerance)
+    assert varied > 0.01  # the logits say something
+    assert pair.generate(PROMPTS, samples_per_prompt=2, speculate=3, **options).token_ids == out.token_ids
+    again = [Sample(s.request, list(s.token_ids)) for s in out.samples]
+    for sample in Scorer(pair.decoder(DecodeOptions(batch_size=4))).run(again):
+        before = next(s for s in out.samples if s.request.key == sample.request.key)
+        torch.testing.assert_close(
+            torch.tensor(sample.fields["logp_theta"]), torch.tensor(before.fields["logp_theta"]), rtol=0, atol=tolerance
+        )
+    greedy = pair.generate(PROMPTS, temperature=0.0, method="fixed", alpha=1.0, **options)
+    prompts = [encode(tokenizer, prompt) for prompt in PROMPTS]
+    assert greedy.token_ids == [greedily(model, p, 16, name in GENERATE_DIFFERS) for p in prompts]
+
+
+def kind_of(name: str, tokenizer) -> str:
+    """`exact`, after every check of it, or the reason for which it is refused."""
+    refused = None
+    for model in models(name):
+        other = random_model(copy.deepcopy(CONFIGS["llama"]), seed=4).to(model.dtype)
+        try:
+            with torch.inference_mode():
+                logits = model(torch.tensor([[5, 6, 7]]), use_cache=False).logits
+        except RuntimeError:  # what has no float64
+            if model.dtype == torch.float32:
+                raise
+            continue
+        if model.dtype == torch.float64 != logits.dtype:
+            continue
+        try:
+            pair = Pair(model, other, tokenizer, tokenizer)
+        except ValueError as error:
+            refused = str(error)
+            continue
+        check(name, model, pair, tokenizer, 1e-5 if model.dtype == torch.float64 else 1e-3)
+        return "exact"
+    assert "\n" not in refused
+    assert refused.startswith("theta (")
+    return next(kind for kind, pattern in REASONS.items() if re.search(pattern, refused))
+
+
+HANDFUL = (
+    "bert with is_decoder", "deepseek_v3", "falcon with ALiBi", "gemma3n_text", "gpt_oss", "llama4_text",
+    "bart", "bert", "deepseek_v32", "mamba2",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(THETA)
+
+
+@pytest.fixture
+def short_pieces(monkeypatch):
+    monkeypatch.setattr(qstar.cache, "PREFILL_COLUMNS", 16)
+
+
+@pytest.mark.usefixtures("short_pieces")
+@pytest.mark.parametrize(
+    "name",
+    [
+        *HANDFUL,
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name, kind in LISTED.items()
+            if kind != "not tried" and name not in HANDFUL
+        ),
+    ],
+)
+def test_architecture(name, tokenizer):
+    """As the guide says: exact, however it is decoded, or refused, and why."""
+    assert kind_of(name, tokenizer) == LISTED[name]
+
+
+def test_the_guide_lists_every_architecture():
+    names = [name for _, _, names in lists() for name in names]
+    assert sorted(names) == sorted([*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *zoo.VARIANTS])
+    assert {kind for kind, _, _ in lists()} == {"exact", "not tried", *REASONS}
+    assert all(len(names) == count for _, count, names in lists())
+    assert f"{list(LISTED.values()).count('exact')} architectures that are exact" in README.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits(dtype):
+    """Their rounding, in 24 layers and with experts to choose from, refuses no sound model, and hides no other."""
+    deep = {"num_hidden_layers": 24, "layer_types": None}
+    for name in ("llama", "mixtral", "qwen3_moe"):
+        model = zoo.model(name, 3, dtype, **deep)
+        for p in model.parameters():
+            p.data.mul_(0.5)
+        check_model(model, "theta")
+    for name in ("bart", "bert", "opt"):
+        model = zoo.model(name, 3, dtype)
+        if name == "opt":
+            check_model(model, "theta")
+            continue
+        with pytest.raises(ValueError, match=REASONS[LISTED[name]]):
+            check_model(model, "theta")
+
+
+def test_a_refusal_is_one_line_everywhere(demo_pair, tokenizer, tmp_path, capsys):
+    bart = zoo.model("bart", 3, torch.float32)
+    message = r"\(bart\) has logits of a left-padded row that differ by \d+\.\d% from those of the row alone"
+    with pytest.raises(ValueError, match="t " + message):
+        Pair(demo_pair.theta, bart, tokenizer, tokenizer)
+    with pytest.raises(ValueError, match="draft " + message):
+        Pair(demo_pair.theta, demo_pair.t, tokenizer, tokenizer, bart, tokenizer)
+    with pytest.raises(ValueError, match="t " + message):
+        QStarLogitsProcessor(bart)
+    ids = torch.tensor([[5, 6, 7]])
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 2, "model_t": bart}
+    with pytest.raises(ValueError, match="t " + message):
+        demo_pair.theta.generate(ids, custom_generate=qstar_generate, **options)
+    bart.save_pretrained(tmp_path / "bart")
+    tokenizer.save_pretrained(tmp_path / "bart")
+    models = ["--model-theta", str(THETA), "--model-t", str(tmp_path / "bart")]
+    assert main([*models, "--output", str(tmp_path / "out.jsonl")]) == 1
+    assert re.search("t " + message, capsys.readouterr().err.strip().splitlines()[-1])
+
+
+def test_a_model_that_drops_out_is_refused():
+    model = random_model(copy.deepcopy(CONFIGS["gpt2"]), 1).train()
+    with pytest.raises(ValueError, match="it is in training mode"):
+        check_model(model, "theta")
+    check_model(model.eval(), "theta")
