@@ -185,8 +185,8 @@ static void shift_point(Point *p, double step, int64_t groups, double *group) {
 }
 
 /* Whether Taylor's formula is proved to carry a point over a step. With u = |step| · spread every weight of q changes by
- * a factor within e^±u, cumulants are at most 4 spreadⁿ⁻² F″, and what the formula leaves out is at most u³/6 of a
- * group's log-mass, u²/8 of log ESS, (7/6) |step| u² of α and F″ times that of the residual. */
+ * a factor within e^±u, and what the formulas leave out is at most u³/24 of a group's log-mass, u²/8 of log ESS, about
+ * |step| u²/2 of α and F″ times that of the residual (theory/computation.md, «On a CPU»). */
 static int carries(const Row *row, const Point *p, int64_t method, double step) {
     const double size = fabs(step), u = size * row->spread;
     if (method == ESS_BALANCE) return u <= 4e-4 && size * u <= 5e-8;
