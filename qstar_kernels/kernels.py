@@ -811,7 +811,7 @@ def plan(
         choose = {"REFINE": False, "METHOD": FIXED.value, "CHUNKS": 1}
         launches += [
             Launch(finish_kernel, (rows,), 256, finish | refine),
-            Launch(truncate_kernel, (rows,), 256, truncate),
+            Launch(truncate_kernel, (rows,), 512, truncate),
             Launch(finish_kernel, (rows,), 256, finish | choose),
         ]
     else:

@@ -39,6 +39,7 @@ from qstar_kernels.kernels_common import (
 )
 
 OF_T = tl.constexpr(0)  # the values are the logits of π_t less their maximum, over all tokens π_t allows
+LEAST = tl.constexpr(-(2**31))
 OF_Q = tl.constexpr(1)  # the values are log2 of q's mass, over the tokens that are left
 
 
@@ -68,15 +69,14 @@ def left_of(a, b, row, tops, floor_t, inv_temperature):
 
 @triton.jit
 def ordered(value):
-    """float32 to integers of the same order: int64."""
+    """float32 to integers of the same order, and back: int32."""
     bits = value.to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit
 def unordered(index):
-    bits = index.to(tl.int32)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
+    return tl.where(index < 0, index ^ 0x7FFFFFFF, index).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -100,8 +100,8 @@ def pivot(
 
     The mass below, not above: the tail of a top-p near 1 is then a sum of small numbers, without loss of digits.
     """
-    best = tl.full([], -(2**31), tl.int64)
-    unit = tl.full([], 2**28, tl.int64)
+    best = tl.full([], LEAST, tl.int32)
+    unit = tl.full([], 2**28, tl.int32)
     for _ in range(8):
         sums = zeros_of(tl.full([], 0.0, tl.float64), 15)
         for start in range(0, vocab_size, BLOCK):
@@ -119,16 +119,16 @@ def pivot(
                 hit = tl.where(reaches == COUNT, mass, 0.0)  # [BLOCK]
                 more = more + (sums[j] + tl.sum(hit).to(tl.float64),)
             sums = more
-        digit = tl.full([], 0, tl.int64)
+        digit = tl.full([], 0, tl.int32)
         for j in tl.static_range(15):
             holds = sums[j] >= target if COUNT else sums[j] <= target
-            digit += holds.to(tl.int64)
+            digit += holds.to(tl.int32)
         best += digit * unit
         unit = unit // 16
     # where not even all of them are enough nothing is cut; and never the greatest, whose value is 0: the last of all
     # bits are a NaN's
     found = unordered(best)
-    return tl.where(best == -(2**31), -INF, tl.where(found < 0, found, 0.0))
+    return tl.where(best == LEAST, -INF, tl.where(found < 0, found, 0.0))
 
 
 @triton.jit
