@@ -205,6 +205,9 @@ class Comparison:
         theta, t = (x.masked_fill(~self.usable[:, None], 0.0) for x in (self.theta, self.t))
         self.pair = make_pair(theta, t, self.settings.temperature or 1.0)
         alpha = torch.where(self.usable, got.alpha, 0.5).clamp(0, 1)
+        # 1 is what 1 − 2e-8 is rounded to, and not what it means where d is 1e9
+        rounded = self.usable & ~refused & (got.alpha == want.alpha.to(self.dtype))
+        alpha = torch.where(rounded, want.alpha, alpha)
         alphas = (alpha, *neighbourhood(alpha, self.dtype), torch.where(self.usable & ~refused, want.alpha, alpha))
         self.here, self.low, self.high, self.there = at(self.pair, *alphas)
         self.ok = self.usable & (got.status == Status.OK)
