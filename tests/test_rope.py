@@ -120,7 +120,8 @@ def test_inside_generate(phi, tokenizer):
         out = model.generate(**inputs, **options)[:, width:].tolist()
         assert [row[: len(ids)] for row, ids in zip(out, own, strict=True)] == own
     processor = QStarLogitsProcessor(phi.t, attention_mask=inputs["attention_mask"])
-    out = theta.generate(**inputs, logits_processor=[processor], do_sample=False, max_new_tokens=24)[:, width:].tolist()
+    options = processor.arguments() | {"do_sample": False, "max_new_tokens": 24}
+    out = theta.generate(**inputs, **options)[:, width:].tolist()
     assert [row[: len(ids)] for row, ids in zip(out, own, strict=True)] == own
 
 
