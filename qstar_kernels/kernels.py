@@ -59,6 +59,7 @@ from qstar_kernels.kernels_common import (
     LOG_COLD_T,
     LOG_COLD_THETA,
     LOW,
+    MASK,
     MAX_T,
     MAX_THETA,
     NANS,
@@ -163,6 +164,7 @@ def curve_tile(
             cold = (cold[0] * tl.exp(drop_theta), cold[1] * tl.exp(drop_t))
         top_theta, top_t = new_theta, new_t
 
+    one_sided = (a > MASK) != (b > MASK)  # [N, SUB]
     a = tl.maximum(a - top_theta, FLOOR)  # [N, SUB]
     b = tl.maximum(b - top_t, FLOOR)  # [N, SUB]
     if TEMPERED:
@@ -180,13 +182,11 @@ def curve_tile(
         extra = (count_theta, others_theta, first_theta, count_t, others_t, first_t)
 
     # Weights at the nodes: e^max(a, b) at the larger end, times e^(−|d| / INTERVALS) a node on the way to the other.
-    # A token that one model forbids has |d| = 1e15, so its weights are zero but for the larger end's.
     to_log2 = inv_temperature * LOG2E
     d = a - b  # [N, SUB]
     falling = d < 0  # [N, SUB], the larger end is α = 0
     end = tl.exp2(tl.maximum(a, b) * to_log2)  # [N, SUB]
     ratio = tl.exp2(tl.abs(d) * (to_log2 * (-1.0 / INTERVALS)))  # [N, SUB]
-    one_sided = tl.abs(d) >= -0.99 * FLOOR  # [N, SUB]
     weights = (tl.where(one_sided, 0.0, end),)
     # not 0 however small the mass is: that a model allows a token at all decides about ESS
     outside = tl.where(one_sided, tl.maximum(end, OUTSIDE), 0.0)  # [N, SUB]
