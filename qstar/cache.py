@@ -45,6 +45,20 @@ class RoomyLayer(DynamicLayer):
         return room[:, :, :stop]
 
 
+def takes(model: torch.nn.Module, argument: str) -> bool:
+    """Whether the model's forward pass takes an argument, which a subclass may hand on among its `**kwargs`."""
+    # the class's own: a wrapper of the instance's forward, or of the whole model for adapters, hides the arguments
+    wrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for kind in type(wrapped).__mro__:
+        if "forward" in vars(kind):
+            parameters = inspect.signature(kind.forward).parameters
+            if argument in parameters:
+                return True
+            if all(p.kind != p.VAR_KEYWORD for p in parameters.values()):
+                return False
+    return False
+
+
 class Side:
     """One model with its KV cache.
 
@@ -67,11 +81,7 @@ class Side:
 
     def __init__(self, model: torch.nn.Module, pad_id: int, sees: tuple[str, ...]):
         self.model, self.pad_id, self.sees, self.copies = model, pad_id, sees, len(sees)
-        # the class's own: a wrapper of the instance's forward, or of the whole model for adapters, hides the arguments
-        wrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
-        parameters = inspect.signature(type(wrapped).forward).parameters
-        self.takes_positions = "position_ids" in parameters
-        self.takes_logits_to_keep = "logits_to_keep" in parameters
+        self.takes_positions, self.takes_logits_to_keep = (takes(model, x) for x in ("position_ids", "logits_to_keep"))
         self.device = model.get_input_embeddings().weight.device
         self.ropes = Ropes(model)
         self._clear()

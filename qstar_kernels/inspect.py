@@ -65,7 +65,7 @@ class Report:
     kernel: str
     architecture: str
     registers: int
-    spilled: int  # registers that live in memory (AMD), instructions that move some there and back (NVIDIA)
+    spilled: int  # registers that live in memory (AMD), instructions of a loop that move some there or back (NVIDIA)
     shared: int  # bytes
     code: Counter
     loop: Counter  # empty where the kernel loops over no logits
@@ -84,6 +84,7 @@ class Report:
         return self.count(SPECIAL, loop)
 
 
+SPILL = r"LDL|STL"  # NVIDIA's; AMD's assembly states a number
 # NVIDIA | AMD
 WIDE_LOAD = r"LDG\S*\.128|(global|buffer)_load_dwordx4"
 LOAD = r"LDG|(global|buffer)_load"
@@ -113,13 +114,13 @@ def report(launch: Launch, architecture: str) -> Report:
     else:
         body, resources = disassembled(binary.asm["cubin"])
         registers = int(re.search(r"REG:(\d+)", resources)[1])
-        spilled = 0
         label, branch = r"^(\.L_x_\d+):", r"\bBRA\b.*?`\((\.L_x_\d+)\)"
         operation = r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)"
-    code = operations(body, operation)
+    in_loops = [operations(part, operation) for part in loops(body, label, branch)]
     if not amd:
-        spilled = sum(n for op, n in code.items() if re.match(r"LDL|STL", op))
-    loop, tokens = main_loop(launch, [operations(part, operation) for part in loops(body, label, branch)])
+        spilled = max((sum(n for op, n in loop.items() if re.match(SPILL, op)) for loop in in_loops), default=0)
+    loop, tokens = main_loop(launch, in_loops)
+    code = operations(body, operation)
     return Report(launch.kernel.__name__, architecture, registers, spilled, binary.metadata.shared, code, loop, tokens)
 
 

@@ -41,7 +41,7 @@ PADDED = Side(torch.bfloat16, "padded")
 
 
 def check_all_compile(found: Distinct, strength: int | None, architecture: str) -> None:
-    """The specialisations, or what `covering` leaves of them, compile, and nothing spills."""
+    """The specialisations, or what `covering` leaves of them, compile, and no loop spills."""
     launches = [found.of[key] for key in (found.of if strength is None else covering(found.of, strength))]
     bad = [
         f"launch {i} of {call}: {result if isinstance(result, str) else f'spills {result.spilled}'}"
@@ -161,7 +161,7 @@ def test_a_failure_to_compile_is_seen():
     "architecture", [a if a in ("sm_90", "gfx942") else pytest.param(a, marks=pytest.mark.slow) for a in ARCHITECTURES]
 )
 def test_machine_code(architecture):
-    """bfloat16, V = 50257 with padded rows: nothing spilled, whole 128-bit loads in both sweeps, registers bounded."""
+    """bfloat16, V = 50257 with padded rows: no loop spills, whole 128-bit loads in both sweeps, registers bounded."""
     found = {r.kernel: r for r in reports(architecture)}
     assert found.keys() == MOST_REGISTERS.keys()
     ceiling = 256 if architecture == "gfx942" else 0  # its threads have twice the registers

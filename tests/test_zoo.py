@@ -11,7 +11,7 @@ import pytest
 import torch
 import zoo
 from test_decode import CONFIGS, encode, random_model
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import qstar.cache
@@ -214,3 +214,19 @@ def test_a_model_that_drops_out_is_refused():
     with pytest.raises(ValueError, match="it is in training mode"):
         check_model(model, "theta")
     check_model(model.eval(), "theta")
+
+
+def test_a_subclass_that_hands_its_arguments_on():
+    """What its forward pass calls `**kwargs` is what that of its base takes: left-padded rows need position ids."""
+
+    class Subclass(LlamaForCausalLM):
+        def forward(self, input_ids=None, **kwargs):
+            return super().forward(input_ids=input_ids, **kwargs)
+
+    model = Subclass(zoo.model("llama", 3, torch.float32).config).eval()
+    check_model(model, "theta")
+    side = qstar.cache.Side(model, 0, ("theta",))
+    assert side.takes_positions
+    assert side.takes_logits_to_keep
+    bloom = qstar.cache.Side(zoo.model("bloom", 3, torch.float32), 0, ("theta",))
+    assert not bloom.takes_positions
