@@ -41,8 +41,8 @@ def qstar_sample(
 ) -> QStarStep:
     """Draw one token a row from q* ∝ π_θ^α π_t^(1−α), with its log-probabilities and the diagnostics of the row.
 
-    The token is a pure function of the row's logits, `seeds[i]` and `positions[i]`: neighbours, batch size and device
-    count do not enter (theory/computation.md, «The draw»).
+    The token is a pure function of the row's logits, `seeds[i]` and `positions[i]`: neighbours, batch size, device and
+    `impl` do not enter (theory/computation.md, «The draw», says where truncation on a GPU may leave a rounding).
 
     Args:
         logits_theta, logits_t: [B, V] floating point, any strides. A token that a model forbids is marked by −inf or

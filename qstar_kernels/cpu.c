@@ -85,6 +85,7 @@ typedef struct {
     Point point;
     Mixture q;
     double raw_norm[2]; /* at temperature 1 */
+    double doubt;       /* no difference of keys of the draw is off by more, for want of a last sweep */
 } Solved;
 
 typedef struct {
@@ -193,6 +194,13 @@ static int carries(const Row *row, const Point *p, int64_t method, double step) 
     return u <= 8e-3 && size * u * u * fmax(p->curvature, 1) <= 1e-7;
 }
 
+/* By how much such a step leaves the difference of two log-probabilities, of tokens or of groups, off: R times the error
+ * of α, and twice that of a group's log-mass. */
+static double doubt_of(const Row *row, int64_t method, double step) {
+    const double size = fabs(step), u = size * row->spread;
+    return method == ESS_BALANCE ? 2 * u * fmax(u, size) : u * u * u / 2;
+}
+
 static double larger_kl(const Point *p, double alpha) {
     const double theta = (alpha - 1) * p->slope - p->f + p->norm[0], t = alpha * p->slope - p->f + p->norm[1];
     return theta > t ? theta : t;
@@ -204,7 +212,8 @@ static void center_on_secant(Row *row, const double *norm) {
 
 /* α by the rule, and the curve and the group masses there. `carefully` takes nothing for granted: every exponent is
  * relative to its own maximum, and α is where a sweep was. */
-static double solve(const Job *job, Row *row, const Passes *pass, int even, int carefully, Point *point, double *groups) {
+static double solve(const Job *job, Row *row, const Passes *pass, int even, int carefully, Point *point, double *groups,
+                    double *doubt) {
     const double min = job->alpha_min, max = job->alpha_max;
     const int far = row->far |= carefully;
     double alpha = 0.5;
@@ -264,8 +273,11 @@ static double solve(const Job *job, Row *row, const Passes *pass, int even, int 
             if (halley > slope / 2 && halley < slope * 2) slope = halley;
         }
         double next = clamp(alpha - value / slope, min, max);
-        if (!carefully && carries(row, point, job->method, next - alpha)) {
+        const double left = doubt_of(row, job->method, next - alpha);
+        /* truncation has no doubts to be resolved later: a token stays or goes */
+        if (!carefully && carries(row, point, job->method, next - alpha) && (left < 1e-13 || !truncates(job))) {
             shift_point(point, next - alpha, row->groups, groups);
+            *doubt = left;
             return next;
         }
         if (high - low <= fmax(2.3e-16 * high, 1e-30)) return alpha;
@@ -297,11 +309,13 @@ static int holds(const Job *job, const Solved *solved, const double *groups) {
 }
 
 /* argmax of log w + Gumbel noise over `count` ids from `first` on, as the least E / w of exponential variables E (the
- * Gumbel variable is −log E): −1 where all w are 0. */
-static int64_t race(const Passes *pass, int64_t seed, int64_t position, uint32_t stream, int64_t first, int64_t count, const double *w) {
+ * Gumbel variable is −log E): −1 where all w are 0. `close` is set where another key comes within `doubt` of the greatest. */
+static int64_t race(const Passes *pass, int64_t seed, int64_t position, uint32_t stream, int64_t first, int64_t count,
+                    const double *w, double doubt, int *close) {
     enum { PART = 256 };
     uint64_t bits[PART];
-    double best = INFINITY;
+    const double reach = exp(doubt);
+    double best = INFINITY, second = INFINITY;
     int64_t winner = -1;
     for (int64_t start = 0; start < count; start += PART) {
         const int n = count - start < PART ? (int)(count - start) : PART;
@@ -310,14 +324,16 @@ static int64_t race(const Passes *pass, int64_t seed, int64_t position, uint32_t
             const double weight = w[start + i];
             if (!(weight > 0)) continue;
             /* E = −log(1 − u) > u, so most ids lose before a logarithm is taken */
-            if ((double)(bits[i] >> 32) * 0x1p-32 > best * weight) continue;
+            if ((double)(bits[i] >> 32) * 0x1p-32 > best * reach * weight) continue;
             const int upper = bits[i] >> 63;
             const uint64_t n64 = upper ? ~bits[i] : bits[i];
             const double u = (double)(n64 >> 32) * 0x1p-32 + ((double)(n64 & 0xFFFFFFFFu) + 0.5) * 0x1p-64;
             const double time = (upper ? -log(u) : -log1p(-u)) / weight;
-            if (time < best) best = time, winner = start + i;
+            if (time < best) second = best, best = time, winner = start + i;
+            else if (time < second) second = time;
         }
     }
+    *close |= doubt > 0 && second < INFINITY && second <= best * reach;
     return winner;
 }
 
@@ -450,20 +466,24 @@ static int truncate_q(const Job *job, const Row *row, const Passes *pass, Solved
     return 1;
 }
 
-/* The lowest id of the greatest log q. */
-static int64_t greatest_of(const Row *row, const Passes *pass, const Mixture *q) {
+/* The lowest id of the greatest log q. `close` is set where another comes within `doubt` of it. */
+static int64_t greatest_of(const Row *row, const Passes *pass, const Mixture *q, double doubt, int *close) {
     _Alignas(32) double log_q[TILE];
-    double best = -INFINITY;
+    double best = -INFINITY, second = -INFINITY;
     int64_t id = -1;
     for (int64_t start = 0; start < row->vocab_size; start += TILE) {
         pass->log_q(row, start, q, log_q);
         double top[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
         for (int i = 0; i < TILE; i += 4)
             for (int k = 0; k < 4; k++) top[k] = log_q[i + k] > top[k] ? log_q[i + k] : top[k];
-        if (!(top[0] > best || top[1] > best || top[2] > best || top[3] > best)) continue;
-        for (int i = 0; i < TILE; i++)
-            if (log_q[i] > best) best = log_q[i], id = start + i;
+        const double near = best - doubt;
+        if (!(top[0] >= near || top[1] >= near || top[2] >= near || top[3] >= near)) continue;
+        for (int i = 0; i < TILE; i++) {
+            if (log_q[i] > best) second = best, best = log_q[i], id = start + i;
+            else if (log_q[i] > second) second = log_q[i];
+        }
     }
+    *close |= doubt > 0 && second > -INFINITY && second >= best - doubt;
     return id;
 }
 
@@ -480,15 +500,15 @@ static void relative_weights(const Passes *pass, double *v, int64_t n) {
 }
 
 static int64_t draw(const Row *row, const Passes *pass, const Mixture *q, const double *groups, double *mass, int64_t seed,
-                    int64_t position) {
+                    int64_t position, double doubt, int *close) {
     memcpy(mass, groups, sizeof(double) * row->groups);
     relative_weights(pass, mass, row->groups);
-    const int64_t group = race(pass, seed, position, 0, 0, row->groups, mass);
+    const int64_t group = race(pass, seed, position, 0, 0, row->groups, mass, doubt, close);
     if (group < 0) return -1;
     _Alignas(32) double w[GROUP];
     for (int start = 0; start < GROUP; start += TILE) pass->log_q(row, group * GROUP + start, q, w + start);
     relative_weights(pass, w, GROUP);
-    const int64_t token = race(pass, seed, position, 1, group * GROUP, GROUP, w);
+    const int64_t token = race(pass, seed, position, 1, group * GROUP, GROUP, w, doubt, close);
     return token < 0 ? -1 : group * GROUP + token;
 }
 
@@ -523,7 +543,8 @@ static void solve_row(const Job *job, int64_t i, const Passes *pass, int careful
     }
     solved->theta_inside = !scan.only_theta, solved->t_inside = !scan.only_t;
     Point *point = &solved->point;
-    solved->q.alpha = solve(job, row, pass, solved->theta_inside && solved->t_inside, carefully, point, groups);
+    const int even = solved->theta_inside && solved->t_inside;
+    solved->q.alpha = solve(job, row, pass, even, carefully, point, groups, &solved->doubt);
     solved->q.f = point->f;
     solved->q.lowest = solved->q.lowest_b = -INFINITY;
     if (!holds(job, solved, groups)) {
@@ -569,23 +590,26 @@ static void look_up(const Solved *solved, const Passes *pass, int64_t token, dou
     }
 }
 
-/* Row i but for its log q [V]: `solved` holds what is known of it, unless it is `known` from the row before. */
-static void do_row(const Job *job, int64_t i, const Passes *pass, int known, int carefully, Solved *solved, double *groups,
+/* Row i but for its log q [V]: `solved` holds what is known of it, unless it is `known` from the row before. Returns
+ * whether it took another solve. */
+static int do_row(const Job *job, int64_t i, const Passes *pass, int known, int carefully, Solved *solved, double *groups,
                    double *scratch) {
     /* `groups` has log-mass, mean and variance of d of each, and room for their weights */
     double *mass = groups + 3 * ((job->vocab_size + GROUP - 1) / GROUP), field[8];
+    int close = 0;
     if (!known) solve_row(job, i, pass, carefully, solved, groups, scratch);
     int64_t token = job->what == LOOK_UP ? job->tokens[i] : -1;
     for (int k = 0; k < 8; k++) field[k] = NAN;
     if (job->what == DRAW && solved->status == OK)
-        token = job->temperature == 0 ? greatest_of(&solved->row, pass, &solved->q)
-                                      : draw(&solved->row, pass, &solved->q, groups, mass, job->seeds[i], job->positions[i]);
+        token = job->temperature == 0
+                    ? greatest_of(&solved->row, pass, &solved->q, solved->doubt, &close)
+                    : draw(&solved->row, pass, &solved->q, groups, mass, job->seeds[i], job->positions[i], solved->doubt, &close);
     if (solved->status == OK && token >= 0 && token < job->vocab_size) look_up(solved, pass, token, field + 5);
     /* a token that was drawn has a probability, and no probability is above 1 but for rounding */
     if (solved->status == OK && (field[5] > 1e-9 || (job->what == DRAW && !isfinite(field[5])))) solved->status = INEXACT;
-    if (solved->status == INEXACT && !carefully) {
+    if ((solved->status == INEXACT || close) && !carefully) {
         do_row(job, i, pass, 0, 1, solved, groups, scratch);
-        return;
+        return 1;
     }
     const Point *p = &solved->point;
     const double alpha = solved->q.alpha;
@@ -600,6 +624,7 @@ static void do_row(const Job *job, int64_t i, const Passes *pass, int known, int
         job->fields[k * job->batch + i] = k < 5 ? field[k] : solved->status == OK ? field[k] > 0 ? 0 : field[k] : NAN;
     if (job->what == DRAW) job->drawn[i] = solved->status == OK ? token : -1;
     job->status[i] = solved->status;
+    return 0;
 }
 
 /* Rows first, …, last − 1 of a job; the return value is 0, or 1 if memory is short. */
@@ -614,10 +639,11 @@ int qstar_rows(const Job *job, int64_t first, int64_t last) {
         return 1;
     }
     Solved solved;
+    int again = 0;
     for (int64_t i = first; i < last; i++) {
-        /* rows that are one row expanded are solved once */
-        const int known = i > first && job->row_stride[0] == 0 && job->row_stride[1] == 0;
-        do_row(job, i, pass, known, 0, &solved, groups, scratch);
+        /* rows that are one row expanded are solved once, and once more behind one whose own draw took another solve */
+        const int known = i > first && job->row_stride[0] == 0 && job->row_stride[1] == 0 && !again;
+        again = do_row(job, i, pass, known, 0, &solved, groups, scratch);
         if (job->log_q) write_log_q(job, i, pass, &solved);
     }
     free(groups);

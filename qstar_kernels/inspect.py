@@ -65,7 +65,7 @@ class Report:
     kernel: str
     architecture: str
     registers: int
-    spilled: int  # registers that live in memory (AMD), instructions of a loop that move some there or back (NVIDIA)
+    spilled: int  # registers that live in memory (AMD), instructions of inner loops that move some (NVIDIA)
     shared: int  # bytes
     code: Counter
     loop: Counter  # empty where the kernel loops over no logits
@@ -142,19 +142,20 @@ def operations(text: str, pattern: str) -> Counter:
 
 
 def loops(text: str, label: str, branch: str) -> Iterator[str]:
-    """The bodies of the backward branches."""
-    lines, seen = text.splitlines(), {}
+    """The bodies of the backward branches that nest no other."""
+    lines, seen, last = text.splitlines(), {}, -1
     for i, line in enumerate(lines):
         if found := re.match(label, line):
             seen[found[1]] = i
-        if (found := re.search(branch, line)) and found[1] in seen:
-            yield "\n".join(lines[seen[found[1]] : i + 1])
+        if (found := re.search(branch, line)) and seen.get(found[1], -1) > last:
+            last = seen[found[1]]
+            yield "\n".join(lines[last : i + 1])
 
 
 def main_loop(launch: Launch, bodies: list[Counter]) -> tuple[Counter, float]:
     """The loop over whole tiles in the two sweeps, and the pairs of logits that a thread takes in a turn of it.
 
-    That loop has the widest loads, and the fewest instructions of those that have (it nests no other).
+    That loop has the widest loads, and the fewest instructions of those that have.
     """
     arguments = launch.arguments
     if "CHUNK" not in arguments:

@@ -694,7 +694,7 @@ def plan(
     partial = empty(rows, chunks, CURVE_COLUMNS.value)  # [B, C, 40]
     evaluated = empty(rows, chunks, EVALUATED_COLUMNS.value)  # [B, C, 8]
     masses = empty(rows, groups, dtype=torch.float64)  # [B, groups]
-    row = empty(rows, ROW_COLUMNS.value, dtype=torch.float64)  # [B, 24]
+    row = empty(rows, ROW_COLUMNS.value, dtype=torch.float64)  # [B, 27]
     logits = {
         "theta": theta,
         "t": t,

@@ -34,6 +34,14 @@ ALPHA_TOL = tl.constexpr(5e-6)  # largest Newton step still to be made at an acc
 FLAT = tl.constexpr(5e-7)  # Var_q[d] below which α does not matter
 SMOOTH = tl.constexpr(2e-5)  # the quadratures over 7 and 4 nodes agree to this part of F'': see `solve_kernel`
 
+# What float32 leaves open before a token is drawn, as bounds: of the logarithm of a weight, and so of a sum of weights,
+# whose exponents are made of numbers up to 44 each where a row is not too deep; of d where it matters; of a key of the
+# draw, whose noise is known to 6e-7 and whose parts are below 90; and of α where the first sweep alone gives it
+WEIGHT_DOUBT = tl.constexpr(2e-5)
+D_DOUBT = tl.constexpr(3e-6)
+NOISE_DOUBT = tl.constexpr(1e-5)
+ALPHA_DOUBT = tl.constexpr(2e-5)
+
 STEEP = tl.constexpr(0.1)  # derivative of the ESS rule above which the 1e-7 of float32's F does not move α by 5e-6
 SMALL_ENTROPY = tl.constexpr(1e-30)  # below this float32's weights that make up a row's entropy may have underflowed
 TINY_ENTROPY = tl.constexpr(TINY_ENTROPY_OF_FLOAT64)
@@ -84,7 +92,10 @@ SETTLED = tl.constexpr(20)  # 0 unknown, 1 α is accepted, 2 float32 cannot tell
 LOW = tl.constexpr(21)  # the root lies between these
 HIGH = tl.constexpr(22)
 TOP_X = tl.constexpr(23)  # what the `value` of a token is relative to: the greatest log of q's mass that is left
-ROW_COLUMNS = tl.constexpr(24)
+DOUBT = tl.constexpr(24)  # how far α may be off before a token is drawn
+SLOPE = tl.constexpr(25)  # F' and √F'' as far as float32 knows them
+DEVIATION = tl.constexpr(26)
+ROW_COLUMNS = tl.constexpr(27)
 
 STATUS_NAN = tl.constexpr(int(Status.NAN))
 STATUS_POSITIVE_INFINITY = tl.constexpr(int(Status.POSITIVE_INFINITY))

@@ -11,12 +11,16 @@ import triton.language as tl
 
 from qstar_kernels.kernels_common import (
     ALPHA,
+    ALPHA_DOUBT,
     ALPHA_TOL,
     BOUND,
     BOUND_HIGH,
     BOUND_LOW,
     BY_ENTROPY,
+    D_DOUBT,
     DEEPEST,
+    DEVIATION,
+    DOUBT,
     ESS_BALANCE,
     EVALUATED_COLUMNS,
     FIXED,
@@ -39,6 +43,7 @@ from qstar_kernels.kernels_common import (
     MASSES_ARE_LOGS,
     MOST_SWEEPS,
     NO_TOKEN,
+    NOISE_DOUBT,
     NORM_T,
     NORM_THETA,
     REVERSE,
@@ -46,6 +51,7 @@ from qstar_kernels.kernels_common import (
     SAMPLED,
     SECANT,
     SETTLED,
+    SLOPE,
     STATUS,
     STATUS_DISJOINT,
     STATUS_INEXACT,
@@ -58,6 +64,7 @@ from qstar_kernels.kernels_common import (
     TOP_T,
     TOP_THETA,
     TOP_X,
+    WEIGHT_DOUBT,
     WIDEST,
     as_double,
     as_logits,
@@ -177,12 +184,12 @@ def words(seed, position, ids, STREAM: tl.constexpr):
 
 
 @triton.jit
-def gumbel(seed, position, ids, STREAM: tl.constexpr):
-    """Standard Gumbel noise of the ids [N]: float32."""
+def gumbel(seed, position, ids, STREAM: tl.constexpr, DTYPE: tl.constexpr):
+    """Standard Gumbel noise of the ids [N], float32 or float64."""
     high, low = words(seed, position, ids, STREAM)  # [N]
     upper = high >= 0x80000000  # [N]
     high, low = tl.where(upper, high ^ 0xFFFFFFFF, high), tl.where(upper, low ^ 0xFFFFFFFF, low)
-    u = high.to(tl.float32) * 2.0**-32 + (low.to(tl.float32) + 0.5) * 2.0**-64  # [N], in (0, 0.5]
+    u = high.to(DTYPE) * 2.0**-32 + (low.to(DTYPE) + 0.5) * 2.0**-64  # [N], in (0, 0.5]
     rest = 1 - u  # [N]
     # log1p(−u) by Kahan: the error of 1 − u cancels in the ratio
     small = tl.where(rest == 1, u, -tl.log(rest) * (u / tl.where(rest == 1, 1.0, 1 - rest)))  # [N]
@@ -323,13 +330,15 @@ def refine(
     alpha_max,
     tol,
     point,
+    exact,
     METHOD: tl.constexpr,
     DRAW: tl.constexpr,
     TILE_GROUPS: tl.constexpr,
 ):
-    """Accept the second sweep's α, or find it in float64; write the diagnostics. Returns 0 or the row's status.
+    """Accept the second sweep's α, or find it in float64; write the diagnostics.
 
-    `point` is what the last float32 sweep found.
+    `point` is what the last float32 sweep found, which is not accepted where the row must be `exact`. Returns 0 or the
+    row's status, and whether it is exact now.
     """
     alpha, s = tl.load(row + ALPHA), tl.load(row + SECANT)
     norm_theta, norm_t = tl.load(row + NORM_THETA), tl.load(row + NORM_T)
@@ -341,7 +350,7 @@ def refine(
     # a settled row was accepted at this very sweep
     accepted = (verdict == 1) | (tl.load(row + SETTLED) == 1)
     sound = is_sound(alpha, slope, f, f_high, f_low, norm_theta, norm_t, alpha_min, alpha_max, 1e-5)
-    settled = (accepted & sound).to(tl.int32)
+    settled = (accepted & sound & (exact == 0)).to(tl.int32)
     status = 0
 
     exact = 1 - settled
@@ -453,7 +462,36 @@ def refine(
         ess_t = tl.exp(tl.minimum(2 * norm_t - f - f_low, 0.0))
         tl.store(out + 3 * rows, tl.where(tl.load(row + THETA_OUTSIDE) > 0, 0.0, ess_theta).to(tl.float32))
         tl.store(out + 4 * rows, tl.where(tl.load(row + T_OUTSIDE) > 0, 0.0, ess_t).to(tl.float32))
-    return status
+    return status, exact
+
+
+@triton.jit
+def leave_doubts(row, point, center, METHOD: tl.constexpr):
+    """Write down how far an α that a float32 sweep accepts may be from the rule's; and F' and √F'' there."""
+    _f, mean, variance, f_high, mean_high, f_low, mean_low = point
+    doubt = tl.zeros_like(mean)
+    if METHOD == KL_SYMMETRY:
+        residual = tl.abs(mean + center - tl.load(row + SECANT)) + WEIGHT_DOUBT * tl.sqrt(variance) + D_DOUBT
+        doubt = residual / tl.maximum(variance, 1e-30)
+    elif METHOD == ESS_BALANCE:
+        residual = tl.abs(f_low - f_high + 2 * tl.load(row + SECANT)) + 4 * WEIGHT_DOUBT
+        doubt = residual / tl.maximum(mean_high - mean_low, 1e-30)
+    elif METHOD != FIXED:
+        doubt += ALPHA_DOUBT
+    tl.store(row + DOUBT, tl.minimum(doubt, 1.0))
+    tl.store(row + SLOPE, mean + center)
+    tl.store(row + DEVIATION, tl.sqrt(variance))
+
+
+@triton.jit
+def is_close(key, slack, greatest):
+    """1 if one of the keys [N] that are not the `greatest` may be greater, each off by its `slack` [N].
+
+    But for a key of −inf, which has no chance.
+    """
+    lead = tl.max(tl.where(greatest, key - slack, -INF))
+    rival = tl.max(tl.where(greatest | (key == -INF), -INF, key + slack))
+    return (rival >= lead).to(tl.int32)
 
 
 @triton.jit
@@ -468,29 +506,61 @@ def draw_token(
     groups,
     tops,
     inv_temperature,
+    exact,
     DRAW: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
     """The group with the greatest log-mass plus noise, and within it the token with the greatest log q plus noise.
 
-    Logarithms are made small in float64 before they are rounded: −40000.003 is −40000.004 in float32.
+    Also says whether float32 may have decided, which it has no part in where the row is `exact`: whether another key
+    comes as near as rounding and the doubt about α (`leave_doubts`) allow. Logarithms are made small in float64 before
+    they are rounded: −40000.003 is −40000.004 in float32.
     """
+    doubt, slope, deviation = tl.load(row + DOUBT), tl.load(row + SLOPE), tl.load(row + DEVIATION)
     o_group = tl.arange(0, GROUPS)  # [GROUPS]
-    key = tl.load(masses + o_group, mask=o_group < groups, other=-INF)  # [GROUPS]
+    mass = tl.load(masses + o_group, mask=o_group < groups, other=-INF)  # [GROUPS]
     if DRAW == SAMPLED:
         if tl.load(row + MASSES_ARE_LOGS) == 0:
-            positive = key > 0  # [GROUPS]
-            key = tl.where(positive, tl.log(tl.where(positive, key, 1.0)), -INF)  # [GROUPS]
-        key = (key - tl.max(key)).to(tl.float32) + gumbel(seed, position, o_group, STREAM_OF_GROUPS)
-    first = tl.argmax(key, axis=0).to(tl.int32) * GROUP
+            positive = mass > 0  # [GROUPS]
+            mass = tl.where(positive, tl.log(tl.where(positive, mass, 1.0)), -INF)  # [GROUPS]
+        mass -= tl.max(mass)
+        # of q's mass: a group's mean d is no further from F' than the deviation over the root of its share
+        log_share = mass - tl.log(tl.sum(tl.exp(mass)))  # [GROUPS]
+    else:
+        log_share = (mass + mixing(row, tops, inv_temperature)[4]) * LN2 - tl.load(row + LOG_NORM)  # [GROUPS]
+    slack = WEIGHT_DOUBT + NOISE_DOUBT + doubt * deviation * tl.exp(-0.5 * tl.maximum(log_share, -100.0))  # [GROUPS]
+    group, close = chosen(mass, slack, o_group, seed, position, o_group, exact, STREAM_OF_GROUPS, DRAW)
+    first = group * GROUP
 
     o = first + tl.arange(0, GROUP)  # [GROUP]
     a = as_logits(tl.load(theta + o, mask=o < vocab_size, other=-INF))  # [GROUP]
     b = as_logits(tl.load(t + o, mask=o < vocab_size, other=-INF))  # [GROUP]
-    key = exact_log_q(a, b, row, tops, inv_temperature)  # [GROUP]
-    if DRAW == SAMPLED:
-        key = (key - tl.max(key)).to(tl.float32) + gumbel(seed, position, o, STREAM_OF_TOKENS)
-    return first + tl.argmax(key, axis=0).to(tl.int32)
+    log_q, d = exact_log_q(a, b, row, tops, inv_temperature)  # [GROUP] each
+    log_q -= tl.max(log_q)
+    slack = NOISE_DOUBT + doubt * tl.abs(d - slope)  # [GROUP]
+    token, close_token = chosen(log_q, slack, d, seed, position, o, exact, STREAM_OF_TOKENS, DRAW)
+    return first + token, close | close_token
+
+
+@triton.jit
+def chosen(value, slack, kind, seed, position, ids, exact, STREAM: tl.constexpr, DRAW: tl.constexpr):
+    """The index of the greatest value [N] (plus noise, if sampled), the first of equals; and whether another may be
+    greater, each being known to within its `slack` [N].
+
+    Equal values of one `kind` [N] are equal whatever was rounded.
+    """
+    o = tl.arange(0, value.shape[0])  # [N]
+    if DRAW == GREEDY:
+        best = tl.argmax(value, axis=0).to(tl.int32)
+        close = is_close(value, slack, (value == tl.max(value)) & (kind == tl.sum(tl.where(o == best, kind, 0))))
+    elif exact == 1:
+        best = tl.argmax(value + gumbel(seed, position, ids, STREAM, tl.float64), axis=0).to(tl.int32)
+        close = 0
+    else:
+        key = value.to(tl.float32) + gumbel(seed, position, ids, STREAM, tl.float32)  # [N]
+        best = tl.argmax(key, axis=0).to(tl.int32)
+        close = is_close(key, slack, o == best)
+    return best, close
 
 
 @triton.jit(
@@ -539,11 +609,17 @@ def finish_kernel(
     out += i_row
     tops = (tl.load(row + TOP_THETA), tl.load(row + TOP_T))
     status = tl.load(row + STATUS).to(tl.int32)
-    if REFINE:
-        if status == 0:
-            partial += i_row * chunks * EVALUATED_COLUMNS
+    token = tl.full([], -1, tl.int64)
+    exact, again = tl.full([], 0, tl.int32), (status == 0).to(tl.int32)
+    partial += i_row * chunks * EVALUATED_COLUMNS
+    # once, and in float64 once more where float32 may have decided between two tokens
+    while again == 1:
+        again = tl.full([], 0, tl.int32)
+        if REFINE:
             point = point_of(row, partial, tops, chunks, inv_temperature, CHUNKS)
-            status = refine(
+            if CHOOSE:
+                leave_doubts(row, point, center_of(row, inv_temperature), METHOD)
+            status, exact = refine(
                 theta,
                 t,
                 row,
@@ -557,26 +633,42 @@ def finish_kernel(
                 alpha_max,
                 tol,
                 point,
+                exact,
                 METHOD,
                 DRAW,
                 TILE_GROUPS,
             )
-            tl.store(row + STATUS, status.to(tl.float64))
+        if CHOOSE and DRAW != NO_TOKEN and DRAW != GIVEN:  # noqa: SIM102 - with `and` all would be asked at run time
+            if status == 0:
+                # the masses may be this very program's stores, made by other threads
+                tl.debug_barrier()
+                chosen_token, close = draw_token(
+                    theta,
+                    t,
+                    row,
+                    masses,
+                    tl.load(seeds + i_row),
+                    tl.load(positions + i_row),
+                    vocab_size,
+                    groups,
+                    tops,
+                    inv_temperature,
+                    exact,
+                    DRAW,
+                    GROUPS,
+                )
+                token = chosen_token.to(tl.int64)
+                if REFINE:
+                    again = tl.where(exact == 0, close, 0)
+                    exact = tl.full([], 1, tl.int32)
+    if REFINE:
+        tl.store(row + STATUS, status.to(tl.float64))
         if status != 0:
             for k in tl.static_range(5):
                 tl.store(out + k * rows, float("nan"))
     if CHOOSE:
-        token = tl.full([], -1, tl.int64)
         if DRAW == GIVEN:
             token = tl.load(tokens + i_row)
-        elif DRAW != NO_TOKEN:  # noqa: SIM102 - with `and` both would be asked at run time
-            if status == 0:
-                seed, position = tl.load(seeds + i_row), tl.load(positions + i_row)
-                # the masses may be this very program's stores, made by other threads
-                tl.debug_barrier()
-                token = draw_token(
-                    theta, t, row, masses, seed, position, vocab_size, groups, tops, inv_temperature, DRAW, GROUPS
-                ).to(tl.int64)
         if DRAW != NO_TOKEN:
             nan = float("nan")
             known = (status == 0) & (token >= 0) & (token < vocab_size)
@@ -599,12 +691,12 @@ def finish_kernel(
 
 @triton.jit
 def exact_log_q(a, b, row, tops, inv_temperature):
-    """log q of raw logits after truncation: float64, −inf where cut."""
+    """log q of raw logits after truncation, −inf where cut, and d: float64."""
     low_a, low_b, allow_theta, allow_t = exact_logits(a, b, tops, inv_temperature)
     x = exact_mix(low_a, low_b, tl.load(row + ALPHA))
     kept = allow_theta & allow_t & (value_of(x, tl.load(row + TOP_X)) >= tl.load(row + FLOOR_X))
     kept = kept & (relative_logit(b, tops[1]) >= tl.load(row + FLOOR_T))
-    return tl.where(kept, x - tl.load(row + LOG_NORM), -INF)
+    return tl.where(kept, x - tl.load(row + LOG_NORM), -INF), low_a - low_b
 
 
 @triton.jit
@@ -613,7 +705,8 @@ def look_up(theta, t, row, token, tops, inv_temperature):
     a, b = as_logits(tl.load(theta + token)), as_logits(tl.load(t + token))
     log_p_theta = tl.where(a > MASK, a.to(tl.float64) - tops[0] - tl.load(row + LOG_COLD_THETA), -INF)
     log_p_t = tl.where(b > MASK, b.to(tl.float64) - tops[1] - tl.load(row + LOG_COLD_T), -INF)
-    return exact_log_q(a, b, row, tops, inv_temperature), log_p_theta, log_p_t
+    log_q, _d = exact_log_q(a, b, row, tops, inv_temperature)
+    return log_q, log_p_theta, log_p_t
 
 
 @triton.jit
@@ -643,7 +736,7 @@ def log_q_kernel(
         a = as_logits(tl.load(theta + o, mask=mask, other=-INF))  # [BLOCK]
         b = as_logits(tl.load(t + o, mask=mask, other=-INF))  # [BLOCK]
         tops = (tl.load(row + TOP_THETA), tl.load(row + TOP_T))
-        exact = exact_log_q(a, b, row, tops, inv_temperature)  # [BLOCK]
+        exact, _d = exact_log_q(a, b, row, tops, inv_temperature)  # [BLOCK] each
         tl.store(log_q + o, tl.minimum(exact, 0.0).to(tl.float32), mask=mask)
     else:
         tl.store(log_q + o, tl.full([BLOCK], float("nan"), tl.float32), mask=mask)

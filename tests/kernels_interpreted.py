@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from rows import FLOATS, INF, check_step, equal_bits, stacked, table, unusable, zipf_pair
+from rows import FLOATS, INF, NEAR_TIES, check_near_ties, check_step, equal_bits, stacked, table, unusable, zipf_pair
 from triton.runtime import interpreter
 
 from qstar_kernels import METHODS, QStarStep, Status, noise, qstar_logprobs, qstar_sample, qstar_stats
@@ -39,6 +39,11 @@ def test_hard_rows(vocab_size):
     if vocab_size in (1, 1024):
         pairs = dict(itertools.islice(pairs.items(), 0, None, 4))
     check_against_reference(*stacked(pairs), names=list(pairs))
+
+
+@pytest.mark.parametrize("case", NEAR_TIES)
+def test_two_tokens_nearly_tied(case):
+    check_near_ties("triton", case)
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "kl_symmetry"])
@@ -230,7 +235,7 @@ def noise_kernel(seed, position, high, low, g, first, BLOCK: tl.constexpr, STREA
     word_high, word_low = words(tl.load(seed), tl.load(position), first + o, STREAM)  # [BLOCK] each
     tl.store(high + o, word_high.to(tl.int64))
     tl.store(low + o, word_low.to(tl.int64))
-    tl.store(g + o, gumbel(tl.load(seed), tl.load(position), first + o, STREAM))
+    tl.store(g + o, gumbel(tl.load(seed), tl.load(position), first + o, STREAM, tl.float32))
 
 
 @pytest.mark.parametrize(("seed", "position"), [(0, 0), (-(2**63) + 12345, 2**40 + 17), (2**62 + 99, 3)])
@@ -260,7 +265,7 @@ def test_tails_of_the_noise(monkeypatch):
     @triton.jit
     def kernel(high, low, g):
         o = tl.arange(0, 16)
-        tl.store(g + o, gumbel(high, low, o, 0))
+        tl.store(g + o, gumbel(high, low, o, 0, tl.float32))
 
     def given(high, low, ids, STREAM):
         mask = ids < 10

@@ -5,9 +5,10 @@ import os
 import torch
 from torch import Tensor
 
-from qstar_kernels import QStarStep
-from qstar_kernels.reference import make_pair
-from qstar_kernels.types import mask_of
+from qstar_kernels import QStarStep, qstar_sample
+from qstar_kernels.noise import GROUP_SIZE, GROUP_STREAM, TOKEN_STREAM, gumbel
+from qstar_kernels.reference import make_pair, qstar_reference
+from qstar_kernels.types import Settings, mask_of
 
 FLOATS = ("alpha", "kl_theta", "kl_t", "ess_theta", "ess_t", "logq", "logp_theta", "logp_t")
 FIELDS = (*FLOATS, "status", "token")
@@ -21,6 +22,82 @@ def zipf_pair(rows: int, vocab_size: int, noise: float, seed: int = 0) -> tuple[
     rank = torch.stack([torch.randperm(vocab_size, generator=g) for _ in range(rows)])
     t = -1.1 * torch.log1p(rank.float()) + torch.randn(rows, vocab_size, generator=g)
     return t + noise * torch.randn(rows, vocab_size, generator=g), t
+
+
+def near_ties(vocab_size: int, seed: int, noise: float = 1.0, **settings) -> tuple[Tensor, Tensor, Tensor]:
+    """Two pairs of rows, float32 [2, V] each, whose two greatest keys of the draw (of groups, where there are several)
+    lie as near together as float32 logits allow, the one ahead here and the other there; and by how much [2].
+
+    One token's logits are moved by some units of their last places: among the many pairs of moves some bring the keys
+    within 1e-8.
+    """
+    theta, t = (x.double() for x in zipf_pair(1, vocab_size, noise, seed))
+    chosen, index = Settings(**settings), torch.zeros(1, dtype=torch.int64)
+    groups = -(-vocab_size // GROUP_SIZE)
+    stream, count = (GROUP_STREAM, groups) if groups > 1 else (TOKEN_STREAM, vocab_size)
+    drawn = gumbel(index, index, index, count, stream) if chosen.temperature else torch.zeros(1, count)
+
+    def keys(theta: Tensor, t: Tensor) -> Tensor:
+        log_q = qstar_reference(theta, t, chosen, want_log_q=True)[1]
+        if groups > 1:
+            log_q = torch.nn.functional.pad(log_q, (0, groups * GROUP_SIZE - vocab_size), value=-INF)
+            log_q = log_q.view(len(t), groups, GROUP_SIZE)
+            log_q = log_q.logsumexp(-1) if chosen.temperature else log_q.amax(-1)
+        return log_q + drawn
+
+    first, second = keys(theta, t)[0].topk(2).indices.tolist()
+    moved = second
+    if groups > 1:
+        ids = slice(second * GROUP_SIZE, (second + 1) * GROUP_SIZE)
+        moved = second * GROUP_SIZE + int((theta + t)[0, ids].argmax())
+
+    def ahead(theta: Tensor, t: Tensor) -> Tensor:
+        key = keys(theta, t)
+        return key[:, first] - key[:, second]
+
+    for _ in range(20):  # secant steps
+        there = t.clone()
+        there[:, moved] += 1e-4
+        gap = ahead(theta, t)
+        t[:, moved] += (1e-4 * gap / (gap - ahead(theta, there))).clamp(-1, 1)
+    steps = 16 if groups > 1 else 64
+    theta, t = theta.float(), t.float()
+    many = torch.arange(-steps, steps).float()
+    units = [2.0**-23 * 2.0 ** x[0, moved].abs().log2().floor() for x in (theta, t)]
+    moves = torch.cartesian_prod(units[0] * many, units[1] * many)
+    thetas, ts = theta.repeat(len(moves), 1), t.repeat(len(moves), 1)
+    thetas[:, moved] += moves[:, 0]
+    ts[:, moved] += moves[:, 1]
+    gaps = torch.cat([ahead(x.double(), y.double()) for x, y in zip(thetas.split(2048), ts.split(2048), strict=True)])
+    nearest = torch.stack([torch.where(side, gaps.abs(), INF).argmin() for side in (gaps > 0, gaps < 0)])
+    return thetas[nearest], ts[nearest], gaps[nearest]
+
+
+# vocabulary, seed and noise of `near_ties`, and the settings: within a group and between groups; on the first, float64
+# itself takes the other token where α's last step is made by Taylor's formula
+NEAR_TIES = (
+    (300, 2, 0.1, {}),
+    (50, 1, 1.0, {}),
+    (50, 3, 1.0, {"method": "ess_balance"}),
+    (50, 1, 1.0, {"method": "entropy", "temperature": 0.7}),
+    (50, 3, 1.0, {"method": "reverse_kl_symmetry"}),
+    (50, 2, 1.0, {"method": "fixed"}),
+    (50, 3, 1.0, {"temperature": 0.0}),
+    (1100, 3, 1.0, {}),
+    (2100, 1, 1.0, {"temperature": 0.0}),
+)
+
+
+def check_near_ties(impl: str, case: tuple) -> None:
+    """The token that the reference draws, also where two keys are as good as equal."""
+    vocab_size, seed, noise, settings = case
+    theta, t, gaps = near_ties(vocab_size, seed, noise, **settings)
+    assert gaps[0] > 0 > gaps[1]
+    assert gaps.abs().max() < 3e-8
+    index = {"seeds": torch.zeros(2, dtype=torch.int64), "positions": torch.zeros(2, dtype=torch.int64)}
+    tokens = [qstar_sample(theta, t, **index, **settings, impl=x).token.tolist() for x in (impl, "reference")]
+    assert tokens[0] == tokens[1]
+    assert tokens[0][0] != tokens[0][1]
 
 
 def table(vocab_size: int, seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:

@@ -14,7 +14,9 @@ from rows import (
     FIELDS,
     FLOATS,
     INF,
+    NEAR_TIES,
     VOCAB_SIZES,
+    check_near_ties,
     check_step,
     chosen_seed,
     equal_bits,
@@ -51,6 +53,11 @@ def test_cpu_matches_reference_on_hard_rows(vocab_size, method):
     if vocab_size > 50000:  # the reference is slow: the pairs that differ in kind
         pairs = dict(itertools.islice(pairs.items(), 0, None, 6))
     check_against_reference(*stacked(pairs), names=list(pairs), method=method)
+
+
+@pytest.mark.parametrize("case", NEAR_TIES)
+def test_two_tokens_nearly_tied(case):
+    check_near_ties("cpu", case)
 
 
 def test_other_instruction_sets(tmp_path, monkeypatch):
