@@ -1,4 +1,4 @@
-/* The passes of cpu.c over one row of logits, in vectors. cpu.c includes this file once for each instruction set that it
+/* The passes of rows.c over one row of logits, in vectors. rows.c includes this file once for each instruction set that it
  * can choose from, with NAME(x) giving every function a name of its own.
  *
  * A row goes by in tiles of 256 ids that stay in the L1 cache. All arithmetic is float64 but that of `outline`, which
