@@ -50,7 +50,7 @@ def step(
     theta, t = checked_rows(theta, t, vocab_size)
     index = {name: checked_index(name, x, theta) for name, x in index.items()}
     if torch.compiler.is_compiling():
-        return traced_step(impl, theta, t, settings, want_log_q=want_log_q, **index)
+        return traced_step(impl, theta, t, settings, want_log_q, index)
     step, log_q = implementation(impl, theta, t)(theta, t, settings, want_log_q=want_log_q, **index)
     dtype = output_dtype(theta, t)
     return step.to(dtype), log_q if log_q is None else log_q.to(dtype)
@@ -149,16 +149,8 @@ def _(theta, t, seeds, positions, tokens, want_log_q, *settings):
     )
 
 
-def traced_step(
-    impl: str,
-    theta: Tensor,
-    t: Tensor,
-    settings: Settings,
-    seeds: Tensor | None = None,
-    positions: Tensor | None = None,
-    tokens: Tensor | None = None,
-    want_log_q: bool = False,
-) -> tuple[QStarStep, Tensor | None]:
-    """`qstar_reference` by whatever `impl` names, through the operator."""
+def traced_step(impl: str, theta: Tensor, t: Tensor, settings: Settings, want_log_q: bool, index: dict[str, Tensor]):
+    """What `step` returns, through the operator."""
+    seeds, positions, tokens = [index.get(name) for name in ("seeds", "positions", "tokens")]
     numbers, status, drawn, log_q = step_op(theta, t, seeds, positions, tokens, want_log_q, impl, *settings.values())
     return QStarStep.of(numbers, status, tokens if seeds is None else drawn), log_q if want_log_q else None

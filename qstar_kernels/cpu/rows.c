@@ -2,8 +2,8 @@
  *
  * A row is read three times: for its maxima, for an outline of the curve F that gives a guess at α, and exactly at that
  * guess. What the guess is off by is mended by Taylor's formula from the moments of the last sweep, or by another sweep
- * if it is off by much. `launch.py` calls `qstar_rows` and says what the fields of `Job` are; the passes over
- * the logits are in passes.h.
+ * if it is off by much. `launch.py` calls `qstar_rows` and says what the fields of `Job` are; the passes over the logits
+ * are in passes.h.
  */
 
 #include <math.h>
