@@ -16,9 +16,9 @@ setup(
     package_data={"qstar": ["report.html.jinja"], "qstar.demo": ["*.jsonl", "*.md", "*.txt", "theta/*", "t/*"]},
     ext_modules=[
         Extension(
-            "qstar_kernels._cpu",
-            ["qstar_kernels/cpu.c"],
-            depends=["qstar_kernels/cpu_passes.h"],
+            "qstar_kernels.cpu._rows",
+            ["qstar_kernels/cpu/rows.c"],
+            depends=["qstar_kernels/cpu/passes.h"],
             extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math"],
             optional=True,  # without a C compiler the package installs, warns and uses its reference on a CPU
         )

@@ -20,8 +20,8 @@ from qstar.arguments import Parser, failed
 from qstar.records import NULL, RecordError, RunFiles
 from qstar.run import BANDS, FAR_APART_KL
 from qstar.weights import effective_sample_size, top_share
+from qstar_kernels.types import FIELDS
 
-READ = ("alpha", "kl_theta", "kl_t", "ess_theta", "ess_t", "logq", "logp_theta", "logp_t")
 STATISTICS = ("mean", "std", "min", "q25", "median", "q75", "max")
 WEIGHT = {"theta": "π_θ/q*", "t": "π_t/q*"}
 MIN_WIDTH = 116
@@ -53,10 +53,10 @@ def read_numbers(path: str | Path) -> Numbers:
         RecordError: it is missing, empty, torn in the middle or foreign.
     """
     files = RunFiles(path)
-    columns, lengths = {name: array("f") for name in READ}, array("q")
+    columns, lengths = {name: array("f") for name in FIELDS}, array("q")
     for record in files:
         lengths.append(len(record.tokens["id"]))
-        for name in READ:
+        for name in FIELDS:
             columns[name].extend(NULL.get(name, np.nan) if x is None else x for x in record.tokens[name])
     tokens = {name: np.frombuffer(column, dtype=np.float32) for name, column in columns.items()}
     counts = np.frombuffer(lengths, dtype=np.int64)

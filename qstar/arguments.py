@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from qstar.output import FORMATS, Output, OutputError
 from qstar.parts import Parts
 from qstar.prompting import HINT_TEMPLATE, PromptFormat
 from qstar.records import RunFiles
+from qstar.rule import FORCED
 from qstar.vllm import DUAL_PROMPTS
-from qstar_kernels.types import METHODS, Settings
+from qstar_kernels.types import METHODS, RULE, SAMPLING, SETTINGS, Settings
 
 
 class Parser(argparse.ArgumentParser):
@@ -70,6 +71,8 @@ def number(kind: type, low: float, text: str):
     return parse
 
 
+# The names of the settings among a command line's
+DEST = {name: "alpha_method" if name == "method" else name for name in SETTINGS}
 COUNT = number(int, 1, "a whole number of at least 1")
 
 
@@ -118,38 +121,16 @@ def add_prompts(parser: Parser) -> None:
 
 def add_rule(parser: Parser) -> None:
     """α, temperature, truncation and what is forced: everything that says which q* it is."""
-    defaults = Settings()
-    group = parser.add_argument_group("rule for α (the weight of π_θ)")
-    group.add_argument(
-        "--alpha-method", default=defaults.method, choices=METHODS, help="condition that α meets at every token"
-    )
-    group.add_argument("--alpha", type=float, default=defaults.alpha, help="α of method fixed")
-    group.add_argument("--alpha-min", type=float, default=defaults.alpha_min, help="lower clamp")
-    group.add_argument("--alpha-max", type=float, default=defaults.alpha_max, help="upper clamp")
-    group.add_argument("--tol", type=float, default=defaults.tol, help="bound on |KL(q*‖π_θ) − KL(q*‖π_t)| in nats")
-
-    group = parser.add_argument_group("sampling")
-    group.add_argument(
-        "--temperature",
-        type=float,
-        default=defaults.temperature,
-        help="of both models, before they are mixed; 0 is greedy",
-    )
-    group.add_argument(
-        "--top-k", type=int, default=defaults.top_k, help="keep the k most probable tokens of q* (0: all)"
-    )
-    group.add_argument(
-        "--top-p", type=float, default=defaults.top_p, help="keep the most probable tokens with this mass of q*"
-    )
-    group.add_argument(
-        "--min-p", type=float, default=defaults.min_p, help="drop tokens below this share of q*'s most probable one"
-    )
-    group.add_argument(
-        "--target-top-k", type=int, default=defaults.target_top_k, help="restrict q* to π_t's top k (0: all)"
-    )
-    group.add_argument(
-        "--target-top-p", type=float, default=defaults.target_top_p, help="restrict q* to π_t's top-p set"
-    )
+    for title in (RULE, SAMPLING):
+        group = parser.add_argument_group(title)
+        for setting in (f for f in fields(Settings) if f.metadata["group"] == title):
+            group.add_argument(
+                f"--{DEST[setting.name].replace('_', '-')}",
+                type=setting.type,
+                default=setting.default,
+                choices=METHODS if setting.name == "method" else None,
+                help=setting.metadata["help"],
+            )
     group.add_argument(
         "--force-t-first-token",
         "--force-target-for-first-token",
@@ -401,10 +382,7 @@ def prepare_score(argv: list[str] | None) -> Job:
 
 
 # What scoring takes over from the run that made the samples: who, and which q*
-RUN_DEFAULTS = frozenset(
-    "model_theta model_t dtype load_in_4bit trust_remote_code alpha_method alpha alpha_min alpha_max tol temperature "
-    "top_k top_p min_p target_top_k target_top_p force_t_first_token force_t_special_tokens".split()
-)
+RUN_DEFAULTS = {"model_theta", "model_t", "dtype", "load_in_4bit", "trust_remote_code", *DEST.values(), *FORCED}
 
 
 def open_prompts(args: argparse.Namespace) -> PromptSource:
@@ -483,8 +461,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
     Raises:
         ValueError: a setting is outside its range.
     """
-    same = "alpha alpha_min alpha_max temperature top_k top_p min_p target_top_k target_top_p tol".split()
-    return Settings(method=args.alpha_method, **{name: getattr(args, name) for name in same})
+    return Settings(**{name: getattr(args, dest) for name, dest in DEST.items()})
 
 
 def check_folder(parser: Parser, option: str, model: str) -> None:

@@ -7,7 +7,7 @@ drafts change anything but rounding.
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -17,10 +17,10 @@ from torch import Tensor
 from qstar.cache import Side
 from qstar.rule import Rule
 from qstar.speculate import DraftLength, Tally, overlap
-from qstar_kernels import QStarStep, Status, qstar_logprobs, qstar_sample
-from qstar_kernels.types import Settings
+from qstar_kernels import QStarStep, Status, dispatch
+from qstar_kernels.types import OF_ROW, OF_TOKEN, Settings
 
-FIELDS = ("logq", "logp_theta", "logp_t", "alpha", "kl_theta", "kl_t", "ess_theta", "ess_t")
+FIELDS = OF_TOKEN + OF_ROW  # in the order of the files
 OVERLAP_EVERY = 8  # drafting rounds from one measurement of 1 − TV(q*, draft model) to the next
 PREFILL_TOKENS = 16384  # padded prompt tokens that one forward pass takes: bounds the activations, not the results
 
@@ -166,6 +166,10 @@ class Decoder:
         self.rule = Rule(
             vocab_size, options.settings, options.force_t_first_token, options.force_t_special_tokens, special_ids
         )
+        drawn = options.settings
+        self.of_drafts = Settings(
+            "fixed", temperature=drawn.temperature, top_k=drawn.top_k, top_p=drawn.top_p, min_p=drawn.min_p
+        )
         self.eos_tensor = torch.tensor(sorted(eos_ids), dtype=torch.int64)
         self.pad_id = min(eos_ids, default=0)
         self.tally = Tally()
@@ -273,21 +277,17 @@ class Decoder:
 
     def _draft(self, samples: list[Sample], logits: Tensor, ahead: int) -> Tensor:
         """Token `ahead` of the next one by the draft model's logits [B, V] and the token's own noise: int64 [B]."""
-        settings = self.options.settings
-        step = qstar_sample(
-            logits, logits, **self._noise(samples, logits, ahead), vocab_size=self.rule.vocab_size, method="fixed",
-            temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p, min_p=settings.min_p,
-        )  # fmt: skip
+        noise = self._noise(samples, logits, ahead)
+        step, _ = dispatch.step("auto", logits, logits, self.of_drafts, self.rule.vocab_size, **noise)
         return step.token.clamp(min=0)  # a row that cannot be drawn from is found out when it is verified
 
     def _measure_overlap(self, of_drafter: Tensor, logits_theta: Tensor, logits_t: Tensor) -> None:
         """Add 1 − TV(q*, draft model) of the rows [B, V] of the first draft to the tally."""
-        settings = vars(self.options.settings)
-        log_q, _ = qstar_logprobs(
-            logits_theta, logits_t.to(logits_theta.device), vocab_size=self.rule.vocab_size, **settings
-        )
-        alone = settings | {"method": "fixed", "target_top_k": 0, "target_top_p": 1.0}
-        log_p, _ = qstar_logprobs(of_drafter, of_drafter, vocab_size=self.rule.vocab_size, **alone)
+        settings, vocab_size = self.options.settings, self.rule.vocab_size
+        logits_t = logits_t.to(logits_theta.device)
+        _, log_q = dispatch.step("auto", logits_theta, logits_t, settings, vocab_size, want_log_q=True)
+        alone = replace(settings, method="fixed", target_top_k=0, target_top_p=1.0)
+        _, log_p = dispatch.step("auto", of_drafter, of_drafter, alone, vocab_size, want_log_q=True)
         found = overlap(log_p.to(log_q.device), log_q)
         found = found[found.isfinite()]
         self.tally.overlap += found.sum().item()

@@ -26,7 +26,7 @@ from transformers.generation import (
 from qstar.cache import Side
 from qstar.decode import DecodeOptions, Decoder, Ending, Request, Sample
 from qstar.probe import check_model
-from qstar_kernels import Status, qstar_logprobs
+from qstar_kernels import Status, dispatch
 from qstar_kernels.types import Settings
 
 # Fields of a generation config that have no part in which token comes next
@@ -76,9 +76,8 @@ class QStarLogitsProcessor(LogitsProcessor):
 
     def __init__(self, model_t, attention_mask: Tensor | None = None, vocab_size: int | None = None, **settings):
         check_model(model_t, "t")
-        Settings(**settings)
         self.model_t, self.attention_mask = model_t, attention_mask
-        self.vocab_size, self.settings = vocab_size, settings
+        self.vocab_size, self.settings = vocab_size, Settings(**settings)
         self.side: Side | None = None
         self.seen: Tensor | None = None
         self.alone = False
@@ -110,9 +109,8 @@ class QStarLogitsProcessor(LogitsProcessor):
                     "these rows do not continue those of the step before; "
                     "make a QStarLogitsProcessor for every call of generate, and do not use beam search"
                 )
-            log_q, stats = qstar_logprobs(
-                scores, logits_t[:, -1].to(scores.device), vocab_size=self.vocab_size, **self.settings
-            )
+            logits_t = logits_t[:, -1].to(scores.device)
+            stats, log_q = dispatch.step("auto", scores, logits_t, self.settings, self.vocab_size, want_log_q=True)
         self.seen = input_ids.clone()
         if (stats.status != Status.OK).any():
             row = int((stats.status != Status.OK).nonzero()[0])

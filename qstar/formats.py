@@ -10,6 +10,7 @@ import pyarrow as pa
 from qstar.data import Prompt
 from qstar.decode import FIELDS, Sample
 from qstar.speculate import Tally
+from qstar_kernels.types import OF_TOKEN
 
 Key = tuple[int, int]  # prompt_index, sample_index
 
@@ -78,7 +79,7 @@ def diagnostics_line(done: Finished) -> dict[str, Any]:
         "ess_t_mean": fields["ess_t"].mean(),
         "ess_ratio_mean": ratio.mean() if len(ratio) else None,
         "ess_ratio_std": ratio.std() if len(ratio) else None,
-        **{f"{name}_sum": finite(fields[name].sum()) for name in ("logq", "logp_theta", "logp_t")},
+        **{f"{name}_sum": finite(fields[name].sum()) for name in OF_TOKEN},
         **(drafts(sample.tally) if sample.tally.drafted else {}),
         "prompt_ids_theta": sample.request.ids_theta,
         "prompt_ids_t": sample.request.ids_t,

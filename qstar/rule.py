@@ -6,8 +6,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from qstar_kernels import QStarStep, qstar_logprobs, qstar_sample, qstar_stats
+from qstar_kernels import QStarStep, dispatch
 from qstar_kernels.types import Settings
+
+FORCED = ("force_t_first_token", "force_t_special_tokens")
 
 
 @dataclass(frozen=True)
@@ -36,37 +38,34 @@ class Rule:
             first: the rows are those of the first tokens of their sequences.
             **what: `seeds` and `positions`, int64 [B], to draw; `tokens`, int64 [B], to look up.
         """
-        options = self._options(first)
+        settings = self._settings(first)
         if not self.force_t_special_tokens:
-            return (qstar_stats if "tokens" in what else qstar_sample)(logits_theta, logits_t, **what, **options)
-        forced = self._special_from_t(logits_theta, logits_t, options)
-        if "tokens" in what:
-            step = qstar_stats(forced, forced, **what, method="fixed")
-        else:
-            greedy = {"temperature": 0.0} if options["temperature"] == 0 else {}
-            step = qstar_sample(forced, forced, **what, method="fixed", **greedy)
-        stats = qstar_stats(logits_theta, logits_t, tokens=step.token, **options)
-        stats.logq, stats.status = step.logq, torch.maximum(stats.status, step.status)
+            return dispatch.step("auto", logits_theta, logits_t, settings, self.vocab_size, **what)[0]
+        forced = self._special_from_t(logits_theta, logits_t, settings)
+        greedy = settings.temperature == 0 and "tokens" not in what
+        of_forced = Settings(method="fixed", temperature=0.0 if greedy else 1.0)
+        drawn, _ = dispatch.step("auto", forced, forced, of_forced, **what)
+        stats, _ = dispatch.step("auto", logits_theta, logits_t, settings, self.vocab_size, tokens=drawn.token)
+        stats.logq, stats.status = drawn.logq, torch.maximum(stats.status, drawn.status)
         return stats
 
     def log_q(self, logits_theta: Tensor, logits_t: Tensor, *, first: bool = False) -> Tensor:
         """The whole distribution that `step` draws from: log-probabilities [B, vocab_size], −inf where cut."""
-        options = self._options(first)
+        settings = self._settings(first)
         if self.force_t_special_tokens:
-            return self._special_from_t(logits_theta, logits_t, options)
-        return qstar_logprobs(logits_theta, logits_t, **options)[0]
+            return self._special_from_t(logits_theta, logits_t, settings)
+        return dispatch.step("auto", logits_theta, logits_t, settings, self.vocab_size, want_log_q=True)[1]
 
-    def _options(self, first: bool) -> dict:
-        settings = self.settings
+    def _settings(self, first: bool) -> Settings:
         if first and self.force_t_first_token:
-            settings = replace(settings, method="fixed", alpha=0.0, alpha_min=0.0, alpha_max=1.0)
-        return vars(settings) | {"vocab_size": self.vocab_size}
+            return replace(self.settings, method="fixed", alpha=0.0, alpha_min=0.0, alpha_max=1.0)
+        return self.settings
 
-    def _special_from_t(self, logits_theta: Tensor, logits_t: Tensor, options: dict) -> Tensor:
+    def _special_from_t(self, logits_theta: Tensor, logits_t: Tensor, settings: Settings) -> Tensor:
         """log q* [B, V] with the special tokens at π_t's own probability and the others scaled to the rest."""
-        log_q, _ = qstar_logprobs(logits_theta, logits_t, **options)
+        _, log_q = dispatch.step("auto", logits_theta, logits_t, settings, self.vocab_size, want_log_q=True)
         special = torch.tensor(sorted(self.special_ids), dtype=torch.int64, device=log_q.device)
-        temperature = options["temperature"] or 1.0
+        temperature = settings.temperature or 1.0
         log_t = (logits_t[:, : self.vocab_size].to(log_q.dtype) / temperature).log_softmax(-1)[:, special]
         rest = log_q.index_fill(-1, special, -torch.inf).log_softmax(-1)
         forced = rest + torch.log1p(-log_t.exp().sum(-1, keepdim=True).clamp(max=1))

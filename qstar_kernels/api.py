@@ -4,19 +4,10 @@ All take the logits of both models for the same positions and agree with each ot
 of π_θ (`theta`); π_t (`t`) is the target or teacher.
 """
 
-import warnings
-from functools import cache
-from numbers import Integral
-
-import torch
 from torch import Tensor
 
-from qstar_kernels import cpu
-from qstar_kernels.ops import traced_step
-from qstar_kernels.reference import qstar_reference
-from qstar_kernels.types import QStarStep, Settings, output_dtype
-
-IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton")
+from qstar_kernels import dispatch
+from qstar_kernels.types import QStarStep, Settings
 
 
 def qstar_sample(
@@ -76,9 +67,7 @@ def qstar_sample(
     settings = Settings(
         method, alpha, alpha_min, alpha_max, temperature, top_k, top_p, min_p, target_top_k, target_top_p, tol
     )
-    theta, t = checked_rows(logits_theta, logits_t, vocab_size)
-    seeds, positions = checked_index("seeds", seeds, theta), checked_index("positions", positions, theta)
-    return run(impl, theta, t, settings, seeds=seeds, positions=positions)[0]
+    return dispatch.step(impl, logits_theta, logits_t, settings, vocab_size, seeds=seeds, positions=positions)[0]
 
 
 def qstar_logprobs(
@@ -96,9 +85,8 @@ def qstar_logprobs(
     Raises:
         ValueError: as `qstar_sample`.
     """
-    theta, t = checked_rows(logits_theta, logits_t, vocab_size)
-    step, log_q = run(impl, theta, t, Settings(**settings), want_log_q=True)
-    return log_q, step
+    stats, log_q = dispatch.step(impl, logits_theta, logits_t, Settings(**settings), vocab_size, want_log_q=True)
+    return log_q, stats
 
 
 def qstar_stats(
@@ -123,80 +111,5 @@ def qstar_stats(
     Raises:
         ValueError: as `qstar_sample`.
     """
-    theta, t = checked_rows(logits_theta, logits_t, vocab_size)
-    if tokens is not None:
-        tokens = checked_index("tokens", tokens, theta)
-    return run(impl, theta, t, Settings(**settings), tokens=tokens)[0]
-
-
-def run(impl: str, theta: Tensor, t: Tensor, settings: Settings, **what) -> tuple[QStarStep, Tensor | None]:
-    """Do `what` by `impl`, in the output's type."""
-    if torch.compiler.is_compiling():
-        return traced_step(impl, theta, t, settings, **what)
-    step, log_q = implementation(impl, theta, t)(theta, t, settings, **what)
-    dtype = output_dtype(theta, t)
-    return step.to(dtype), log_q if log_q is None else log_q.to(dtype)
-
-
-def implementation(impl: str, theta: Tensor, t: Tensor):
-    """The function behind `impl`."""
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl is {impl!r}; it must be one of {', '.join(IMPLEMENTATIONS)}")
-    device = theta.device.type
-    if impl == "auto" and device == "cpu" and cpu.library() is None:
-        warn_of_slowness()
-    elif impl == "auto" and device == "cpu":
-        impl = "cpu"
-    elif impl == "auto" and device == "cuda" and output_dtype(theta, t) == torch.float32:
-        impl = "triton"
-    if impl == "triton":
-        from qstar_kernels.kernels import qstar_triton  # a machine without a GPU may lack Triton
-
-        return qstar_triton
-    return cpu.qstar_cpu if impl == "cpu" else qstar_reference
-
-
-@cache
-def warn_of_slowness() -> None:
-    """Say once that the compiled CPU path is missing."""
-    warnings.warn(
-        "qstar_kernels was installed without its CPU kernel and falls back on the reference, which is exact but slow; "
-        "install a C compiler, then the package again",
-        stacklevel=4,
-    )
-
-
-def checked_rows(theta: Tensor, t: Tensor, vocab_size: int | None) -> tuple[Tensor, Tensor]:
-    """Both rows as [B, V] over one vocabulary."""
-    for name, logits in (("logits_theta", theta), ("logits_t", t)):
-        if logits.ndim != 2 or not logits.is_floating_point() or logits.shape[1] == 0:
-            raise ValueError(f"{name} is {logits.dtype} {list(logits.shape)}; it must be floating point [B, V], V > 0")
-    if theta.shape[0] != t.shape[0] or theta.device != t.device:
-        raise ValueError(
-            f"logits_theta is {list(theta.shape)} on {theta.device} and logits_t {list(t.shape)} on {t.device}; "
-            "both need the same rows on the same device"
-        )
-    if vocab_size is not None:
-        smaller = min(theta.shape[1], t.shape[1])
-        whole = isinstance(vocab_size, Integral) and not isinstance(vocab_size, bool)
-        if not whole or not 0 < vocab_size <= smaller:
-            raise ValueError(
-                f"vocab_size is {vocab_size!r}; it must be an integer from 1 to {smaller}, the smaller row's length"
-            )
-        return theta[:, :vocab_size], t[:, :vocab_size]
-    if theta.shape[1] != t.shape[1]:
-        raise ValueError(
-            f"logits_theta has {theta.shape[1]} columns and logits_t {t.shape[1]}; for one tokenizer padded "
-            "differently pass vocab_size=, the tokenizer's length"
-        )
-    return theta, t
-
-
-def checked_index(name: str, index: Tensor, rows: Tensor) -> Tensor:
-    """int64 [B] beside the rows."""
-    if index.shape != rows.shape[:1] or index.dtype != torch.int64 or index.device != rows.device:
-        raise ValueError(
-            f"{name} is {index.dtype} {list(index.shape)} on {index.device}; "
-            f"it must be int64 [{rows.shape[0]}] on {rows.device}"
-        )
-    return index
+    index = {} if tokens is None else {"tokens": tokens}
+    return dispatch.step(impl, logits_theta, logits_t, Settings(**settings), vocab_size, **index)[0]

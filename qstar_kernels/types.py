@@ -1,9 +1,10 @@
 """What goes into and comes out of the sampler."""
 
-import dataclasses
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,70 +41,93 @@ def mask_of(dtype: torch.dtype) -> float:
     return -65504.0 if dtype == torch.float16 else -LARGEST_LOGIT
 
 
-# name: least, most (5e-324 is the least number above 0), what is accepted
-NUMBERS = {
-    "alpha": (0.0, 1.0, "in [0, 1]: the weight of π_θ"),
-    "alpha_min": (0.0, 1.0, "in [0, 1]"),
-    "alpha_max": (0.0, 1.0, "in [alpha_min, 1]"),
-    "temperature": (0.0, MAX_TEMPERATURE, f"0 (greedy), or in [{MIN_TEMPERATURE:g}, {MAX_TEMPERATURE:g}]"),
-    "top_p": (5e-324, 1.0, "in (0, 1] (1 keeps all tokens)"),
-    "min_p": (0.0, 1.0, "in [0, 1] (0 keeps all tokens)"),
-    "target_top_p": (5e-324, 1.0, "in (0, 1] (1 keeps all tokens)"),
-    "tol": (5e-324, 1.0, "in (0, 1]"),
-}
-COUNTS = ("top_k", "target_top_k")
+class Range(NamedTuple):
+    """The numbers that a setting may be, and how an error says so."""
+
+    least: float
+    most: float
+    accepted: str
+
+
+ABOVE_0, MOST = 5e-324, 2**63 - 1  # the least number above 0, and a count that no vocabulary has
+SHARE = Range(ABOVE_0, 1.0, "in (0, 1] (1 keeps all tokens)")
+COUNT = Range(0, MOST, "an integer, at least 0 (0 keeps all tokens)")
+TEMPERATURE = Range(0.0, MAX_TEMPERATURE, f"0 (greedy), or in [{MIN_TEMPERATURE:g}, {MAX_TEMPERATURE:g}]")
+RULE, SAMPLING = "rule for α (the weight of π_θ)", "sampling"
+
+
+def setting(default: Any, group: str, help: str, bounds: Range | None = None) -> Any:
+    """A field of `Settings`; `group` and `help` are those of its option on a command line."""
+    return field(default=default, metadata={"group": group, "help": help, "range": bounds})
 
 
 @dataclass(frozen=True)
 class Settings:
     """The rule for α, temperature and truncation; the meaning of each is in `qstar_kernels.api.qstar_sample`.
 
+    Whatever else lists the settings has them from the fields: the C struct, the operator, command lines, requests.
+
     Raises:
         ValueError: a setting is of another type, or outside its range; the message names it, the value seen and what is
             accepted.
     """
 
-    method: str = "kl_symmetry"
-    alpha: float = 0.5
-    alpha_min: float = 0.0
-    alpha_max: float = 1.0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    target_top_k: int = 0
-    target_top_p: float = 1.0
-    tol: float = 1e-5
+    method: str = setting("kl_symmetry", RULE, "condition that α meets at every token")
+    alpha: float = setting(0.5, RULE, "α of method fixed", Range(0.0, 1.0, "in [0, 1]: the weight of π_θ"))
+    alpha_min: float = setting(0.0, RULE, "lower clamp", Range(0.0, 1.0, "in [0, 1]"))
+    alpha_max: float = setting(1.0, RULE, "upper clamp", Range(0.0, 1.0, "in [alpha_min, 1]"))
+    temperature: float = setting(1.0, SAMPLING, "of both models, before they are mixed; 0 is greedy", TEMPERATURE)
+    top_k: int = setting(0, SAMPLING, "keep the k most probable tokens of q* (0: all)", COUNT)
+    top_p: float = setting(1.0, SAMPLING, "keep the most probable tokens with this mass of q*", SHARE)
+    min_p: float = setting(
+        0.0,
+        SAMPLING,
+        "drop tokens below this share of q*'s most probable one",
+        Range(0.0, 1.0, "in [0, 1] (0 keeps all tokens)"),
+    )
+    target_top_k: int = setting(0, SAMPLING, "restrict q* to π_t's top k (0: all)", COUNT)
+    target_top_p: float = setting(1.0, SAMPLING, "restrict q* to π_t's top-p set", SHARE)
+    tol: float = setting(1e-5, RULE, "bound on |KL(q*‖π_θ) − KL(q*‖π_t)| in nats", Range(ABOVE_0, 1.0, "in (0, 1]"))
 
     def __post_init__(self) -> None:
-        # once a token: what costs more than a comparison is done only where a comparison asks for it
-        def refuse(name: str, range_: str) -> None:
-            raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {range_}")
+        # once a call: what costs more than a comparison is done only where a comparison asks for it
+        def refuse(name: str, accepted: str) -> None:
+            raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {accepted}")
 
         if self.method not in METHODS:
             refuse("method", f"one of {', '.join(METHODS)}")
-        for name, (least, most, range_) in NUMBERS.items():
+        for name, least, most, accepted in NUMBERS:
             value = getattr(self, name)
             if type(value) is not float and (not isinstance(value, Real) or isinstance(value, bool)):
-                refuse(name, range_)
+                refuse(name, accepted)
             if not least <= value <= most:
-                refuse(name, range_)
+                refuse(name, accepted)
             if type(value) is not float:
                 object.__setattr__(self, name, float(value))
         if self.alpha_min > self.alpha_max:
             refuse("alpha_max", f"in [alpha_min = {self.alpha_min}, 1]")
         if 0 < self.temperature < MIN_TEMPERATURE:
-            refuse("temperature", NUMBERS["temperature"][2])
-        for name in COUNTS:
+            refuse("temperature", TEMPERATURE.accepted)
+        for name, least, most, accepted in COUNTS:
             value = getattr(self, name)
-            if type(value) is not int or not 0 <= value < 2**63:
-                if not isinstance(value, Integral) or isinstance(value, bool) or value < 0:
-                    refuse(name, "an integer, at least 0 (0 keeps all tokens)")
-                object.__setattr__(self, name, min(int(value), 2**63 - 1))  # more than any vocabulary has
+            if type(value) is not int or not least <= value <= most:
+                if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+                    refuse(name, accepted)
+                object.__setattr__(self, name, min(int(value), most))
 
     @property
     def truncates(self) -> bool:
         return bool(self.top_k or self.top_p < 1 or self.min_p or self.target_top_k or self.target_top_p < 1)
+
+    def values(self) -> list[str | float | int]:
+        """In the order of the fields."""
+        return [getattr(self, name) for name in SETTINGS]
+
+
+SETTINGS = tuple(f.name for f in fields(Settings))
+NUMBERS, COUNTS = (
+    [(f.name, *f.metadata["range"]) for f in fields(Settings) if f.type is kind] for kind in (float, int)
+)
 
 
 @dataclass
@@ -126,14 +150,26 @@ class QStarStep:
     logp_theta: Tensor | None = None
     logp_t: Tensor | None = None
 
+    @classmethod
+    def of(cls, numbers: Sequence[Tensor], status: Tensor, token: Tensor | None) -> "QStarStep":
+        """From `FIELDS`, [B] each; of those `OF_ROW` alone are looked at where there is no token."""
+        of_token = () if token is None else numbers[len(OF_ROW) :]
+        return cls(*numbers[: len(OF_ROW)], status, token, *of_token)
+
     def to(self, dtype: torch.dtype) -> "QStarStep":
         """The same with its floating-point fields in `dtype`."""
         if self.alpha.dtype == dtype:
             return self
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return QStarStep(
-            **{k: v.to(dtype) if v is not None and v.is_floating_point() else v for k, v in fields.items()}
-        )
+        return QStarStep.of([x.to(dtype) for x in self.numbers()], self.status, self.token)
+
+    def numbers(self) -> list[Tensor]:
+        """The `FIELDS` that are there."""
+        return [x for name in FIELDS if (x := getattr(self, name)) is not None]
+
+
+NAMES = tuple(f.name for f in fields(QStarStep))
+OF_ROW, OF_TOKEN = NAMES[: NAMES.index("status")], NAMES[NAMES.index("token") + 1 :]
+FIELDS = OF_ROW + OF_TOKEN  # the floating-point fields, in the order of every [8, B]
 
 
 def output_dtype(theta: Tensor, t: Tensor) -> torch.dtype:

@@ -18,12 +18,10 @@ from torch import Tensor
 from qstar_kernels import QStarStep, Status, qstar_logprobs, qstar_sample, qstar_stats
 from qstar_kernels.noise import GROUP_SIZE, GROUP_STREAM, TOKEN_STREAM, gumbel
 from qstar_kernels.reference import Pair, entropy, make_pair, qstar_reference, solve_alpha, truncate
-from qstar_kernels.types import Settings, mask_of, output_dtype
+from qstar_kernels.types import OF_ROW, OF_TOKEN, Settings, mask_of, output_dtype
 from tests.fuzz_cases import INF, index_of, rows_of
 from tests.interpreter import poisoned
 
-NUMBERS = ("alpha", "kl_theta", "kl_t", "ess_theta", "ess_t")
-AT_TOKEN = ("logq", "logp_theta", "logp_t")
 UNIT = 2.0**-52  # a step of float64 at 1
 HALF32 = 2.0**-24  # what rounding to float32 moves a number by, relative
 
@@ -41,7 +39,7 @@ class Allowance:
 
 
 ALLOWED = {
-    # float64 throughout, but the last step of α may be by Taylor's formula: what `carries` in cpu.c proves of it
+    # float64 throughout, but the last step of α may be by Taylor's formula: what `carries` in rows.c proves of it
     "cpu": Allowance(relative=2e-7, log_ess=1e-5, alpha=2e-7, value=4 * UNIT, mass=1e-12),
     # what is promised of the numbers; values and masses are float32, of which this is a few roundings
     "triton": Allowance(relative=1e-5, log_ess=1e-4, alpha=1e-5, value=8 * HALF32, mass=8 * HALF32, truncated_key=3e-5),
@@ -229,7 +227,7 @@ class Comparison:
         """What the docstrings say of fields whatever the numbers are."""
         got, ok = self.got, self.got.status == Status.OK
         solved = ok | (got.status == Status.EMPTY)
-        for name in NUMBERS:
+        for name in OF_ROW:
             x = getattr(got, name)
             self.report(f"{name} not finite", solved & ~x.isfinite(), x)
             self.report(f"{name} of an unusable row is not NaN", ~solved & ~x.isnan(), x)
@@ -247,14 +245,14 @@ class Comparison:
                 self.report("a token of an unusable row", ~ok & (got.token != -1), got.token)
             else:
                 self.report("token is not the given one", got.token != self.index["tokens"], got.token)
-            for name in AT_TOKEN:
+            for name in OF_TOKEN:
                 x = getattr(got, name)
                 finite = x.isfinite() if drawn else x < INF
                 self.report(f"{name} not finite", known & ~finite, x)
                 self.report(f"{name} above 0", known & (x > 1e-6), x)
                 self.report(f"{name} above 0 by rounding", known & (x > 0) & (x <= 1e-6), x)
                 self.report(f"{name} without a token is not NaN", ~known & ~x.isnan(), x)
-        elif any(getattr(got, name) is not None for name in ("token", *AT_TOKEN)):
+        elif any(getattr(got, name) is not None for name in ("token", *OF_TOKEN)):
             self.found.append(Disagreement("fields of a token that nobody asked for", 0, ""))
         if self.log_q is not None:
             greatest = self.log_q.amax(-1)

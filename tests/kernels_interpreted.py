@@ -6,12 +6,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from rows import FLOATS, INF, NEAR_TIES, check_near_ties, check_step, equal_bits, stacked, table, unusable, zipf_pair
+from rows import INF, NEAR_TIES, check_near_ties, check_step, equal_bits, stacked, table, unusable, zipf_pair
 from triton.runtime import interpreter
 
 from qstar_kernels import METHODS, QStarStep, Status, noise, qstar_logprobs, qstar_sample, qstar_stats
-from qstar_kernels.kernels_finish import gumbel, words
-from qstar_kernels.ops import step_op
+from qstar_kernels.dispatch import step_op
+from qstar_kernels.gpu.finish import gumbel, words
+from qstar_kernels.types import FIELDS, Settings
 from tests.interpreter import interpret_quickly, poisoned
 
 interpret_quickly()
@@ -156,7 +157,7 @@ def test_unusable_rows_are_reported_and_harm_no_neighbour(vocab_size):
     assert equal_bits(among, clean, slice(0, 2))
     assert among.status[2:].tolist() == [Status[name] for name in bad]
     assert (among.token[2:] == -1).all()
-    assert all(getattr(among, name)[2:].isnan().all() for name in FLOATS)
+    assert all(getattr(among, name)[2:].isnan().all() for name in FIELDS)
 
 
 def test_a_row_alone_or_among_64_twice():
@@ -305,5 +306,4 @@ def test_traced():
     token, logq = torch.compile(sample, fullgraph=True, backend="aot_eager")(theta, t, index)
     assert torch.equal(token, eager.token)
     assert torch.equal(logq, eager.logq)
-    settings = ("kl_symmetry", 0.5, 0.0, 1.0, 1.0, 0, 1.0, 0.0, 0, 1.0, 1e-5)
-    torch.library.opcheck(step_op, (theta, t, index, index, None, True, "triton", *settings))
+    torch.library.opcheck(step_op, (theta, t, index, index, None, True, "triton", *Settings().values()))

@@ -8,10 +8,8 @@ from torch import Tensor
 from qstar_kernels import QStarStep, qstar_sample
 from qstar_kernels.noise import GROUP_SIZE, GROUP_STREAM, TOKEN_STREAM, gumbel
 from qstar_kernels.reference import make_pair, qstar_reference
-from qstar_kernels.types import Settings, mask_of
+from qstar_kernels.types import NAMES, OF_TOKEN, Settings, mask_of
 
-FLOATS = ("alpha", "kl_theta", "kl_t", "ess_theta", "ess_t", "logq", "logp_theta", "logp_t")
-FIELDS = (*FLOATS, "status", "token")
 VOCAB_SIZES = (1, 2, 999, 1024, 4097, 50257, 151936)
 INF = torch.inf
 
@@ -171,7 +169,7 @@ def stacked(pairs) -> tuple[torch.Tensor, torch.Tensor]:
 
 def equal_bits(x: QStarStep, y: QStarStep, rows=slice(None)) -> bool:
     """Equal to the last bit, NaN where NaN."""
-    return all(torch.equal(getattr(x, f)[rows].nan_to_num(nan=7e7), getattr(y, f).nan_to_num(nan=7e7)) for f in FIELDS)
+    return all(torch.equal(getattr(x, f)[rows].nan_to_num(nan=7e7), getattr(y, f).nan_to_num(nan=7e7)) for f in NAMES)
 
 
 def check_step(got: QStarStep, want: QStarStep, theta: Tensor, t: Tensor, names, **kwargs) -> None:
@@ -196,7 +194,7 @@ def check_step(got: QStarStep, want: QStarStep, theta: Tensor, t: Tensor, names,
     for name in ("ess_theta", "ess_t"):  # below 1e-30 float32 has nothing to say
         x, y = (getattr(step, name).clamp(min=1e-30).log() for step in (got, want))
         wrong[name] = far(x, y, 1e-4)
-    for name in ("logq", "logp_theta", "logp_t"):
+    for name in OF_TOKEN:
         x, y = getattr(got, name), getattr(want, name)
         wrong[name] = far(x, y, 1e-5 * y.abs().clamp(min=1))
     hits = {n: [names[i] for i in w.nonzero()[:, 0].tolist()] for n, w in wrong.items() if w.any()}

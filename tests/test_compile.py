@@ -7,8 +7,7 @@ import pytest
 import torch
 from rows import zipf_pair
 
-from qstar_kernels import qstar_logprobs, qstar_sample, qstar_stats
-from qstar_kernels.calls import (
+from bench.calls import (
     PLACES,
     TRUNCATIONS,
     WHATS,
@@ -21,8 +20,9 @@ from qstar_kernels.calls import (
     distinct,
     every_call,
 )
-from qstar_kernels.inspect import ARCHITECTURES, attempts, estimate, report, reports, sampling_step, whole, workers
-from qstar_kernels.ops import step_op
+from bench.machine_code import ARCHITECTURES, attempts, estimate, report, reports, sampling_step, whole, workers
+from qstar_kernels import qstar_logprobs, qstar_sample, qstar_stats
+from qstar_kernels.dispatch import step_op
 from qstar_kernels.types import Settings
 
 # Three programs of 128 threads, or one of 256, still find room on a multiprocessor with these.
@@ -233,5 +233,4 @@ def test_operator(what):
     theta, t = zipf_pair(3, 200, 1.0)
     index = torch.arange(3)
     sampled = (index, index, None) if what == "sample" else (None, None, index if what == "look up" else None)
-    settings = ("kl_symmetry", 0.5, 0.0, 1.0, 1.0, 0, 1.0, 0.0, 0, 1.0, 1e-5)
-    torch.library.opcheck(step_op, (theta, t, *sampled, what == "log q", "cpu", *settings))
+    torch.library.opcheck(step_op, (theta, t, *sampled, what == "log q", "cpu", *Settings().values()))

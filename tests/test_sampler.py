@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from rows import (
-    FIELDS,
-    FLOATS,
     INF,
     NEAR_TIES,
     VOCAB_SIZES,
@@ -27,8 +25,9 @@ from rows import (
 )
 from scipy.stats import chi2
 
-from qstar_kernels import METHODS, QStarStep, Status, api, cpu, qstar_logprobs, qstar_sample, qstar_stats
-from qstar_kernels.types import Settings
+from qstar_kernels import METHODS, QStarStep, Status, dispatch, qstar_logprobs, qstar_sample, qstar_stats
+from qstar_kernels.cpu import launch as cpu
+from qstar_kernels.types import FIELDS, NAMES, OF_ROW, Settings
 
 
 def draw(theta, t, first_seed: int = 0, **kwargs) -> QStarStep:
@@ -42,7 +41,7 @@ def check_against_reference(theta, t, names=None, **kwargs) -> None:
     got = draw(theta, t, impl="cpu", **kwargs)
     want = draw(theta.double(), t.double(), impl="reference", **kwargs)
     assert got.alpha.isfinite().all()
-    assert not any(getattr(got, name).isnan().any() for name in FLOATS)
+    assert not any(getattr(got, name).isnan().any() for name in FIELDS)
     check_step(got, want, theta, t, names or range(len(theta)), **kwargs)
 
 
@@ -63,7 +62,7 @@ def test_two_tokens_nearly_tied(case):
 def test_other_instruction_sets(tmp_path, monkeypatch):
     """What runs where there is no AVX2: the same passes, compiled for the least that the machine's family has."""
     compiler = sysconfig.get_config_var("CC").split()[0]
-    source, built = Path(cpu.__file__).with_name("cpu.c"), tmp_path / "plain.so"
+    source, built = Path(cpu.__file__).with_name("rows.c"), tmp_path / "plain.so"
     flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-DONLY_PLAIN", "-Wall", "-Wextra", "-Werror"]
     subprocess.run([compiler, *flags, "-shared", "-fPIC", source, "-o", built, "-lm"], check=True)
     monkeypatch.setattr(cpu, "library", lambda: ctypes.CDLL(built))
@@ -76,7 +75,7 @@ def test_without_a_compiled_kernel(monkeypatch):
     """`auto` says so once and is the reference; `cpu` refuses."""
     theta, t = zipf_pair(2, 50, 1.0)
     monkeypatch.setattr(cpu, "library", lambda: None)
-    api.warn_of_slowness.cache_clear()
+    dispatch.warn_of_slowness.cache_clear()
     with pytest.warns(UserWarning, match="install a C compiler"):
         step = draw(theta, t)
     with warnings.catch_warnings():
@@ -166,8 +165,8 @@ def test_a_row_that_fails_the_last_look_is_refused(impl):
     assert refused.any()
     assert not refused[1]
     assert torch.equal(step.token, usual.token.masked_fill(refused, -1))
-    assert all(getattr(step, f)[refused].isnan().all() for f in FLOATS)
-    assert all(torch.equal(getattr(step, f)[~refused], getattr(usual, f)[~refused]) for f in FLOATS)
+    assert all(getattr(step, f)[refused].isnan().all() for f in FIELDS)
+    assert all(torch.equal(getattr(step, f)[~refused], getattr(usual, f)[~refused]) for f in FIELDS)
     log_q, described = qstar_logprobs(theta, t, tol=1e-300, impl=impl)
     assert torch.equal(log_q.isnan().all(-1), described.status == Status.INEXACT)
 
@@ -237,8 +236,8 @@ def test_unusable_rows_are_reported(vocab_size, impl):
         step = draw(torch.stack((theta[0], bad_theta, theta[2])), torch.stack((t[0], bad_t, t[2])), impl=impl)
         assert step.status.tolist() == [0, Status[name], 0]
         assert step.token[1] == -1
-        assert all(getattr(step, f)[1].isnan() for f in FLOATS)
-        assert all(torch.equal(getattr(step, f)[::2], getattr(clean, f)[::2]) for f in FIELDS)
+        assert all(getattr(step, f)[1].isnan() for f in FIELDS)
+        assert all(torch.equal(getattr(step, f)[::2], getattr(clean, f)[::2]) for f in NAMES)
     log_q, step = qstar_logprobs(*stacked(bad), impl=impl)
     assert log_q.isnan().all()
     assert (step.status > 0).all()
@@ -331,7 +330,7 @@ def test_the_three_functions_agree(kwargs, impl):
     step = draw(theta, t, **kwargs)
     stats = qstar_stats(theta, t, tokens=step.token, **kwargs)
     assert equal_bits(step, stats)
-    assert all(torch.equal(getattr(step, f), getattr(described, f)) for f in FLOATS[:5])
+    assert all(torch.equal(getattr(step, f), getattr(described, f)) for f in OF_ROW)
     assert described.token is None
     torch.testing.assert_close(log_q.logsumexp(-1), torch.zeros(5), atol=1e-5, rtol=0)
     torch.testing.assert_close(log_q.gather(1, step.token[:, None])[:, 0], step.logq, atol=1e-5, rtol=0)

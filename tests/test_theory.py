@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from qstar_kernels import api, reference
+from qstar_kernels import dispatch, reference
 from theory import direct, verify, visualize
 from theory.families import GAUSSIANS, zipf_pair
 from theory.measure import hermite_guess, quartic_guess
@@ -98,7 +98,7 @@ def test_a_formula_off_by_one_percent_turns_claims_red(monkeypatch, old, new, cl
     changed["holds"] = lambda pair, *_: torch.ones_like(pair.norm_t, dtype=torch.bool)
     for name in ("Pair", "make_pair", "entropy"):
         monkeypatch.setattr(reference, name, changed[name])
-    monkeypatch.setattr(api, "qstar_reference", changed["qstar_reference"])
+    monkeypatch.setattr(dispatch, "qstar_reference", changed["qstar_reference"])
     verdicts = {v.claim.number: v for v in verify.verify("reference", claims.split())}
     assert list(verdicts) == sorted(claims.split(), key=[c.number for c in verify.CLAIMS].index)
     assert [number for number, v in verdicts.items() if v.green] == []
@@ -154,7 +154,7 @@ def test_the_table_says_what_is_violated(monkeypatch, capsys):
 
 
 SHIM = """
-#include "cpu.c"
+#include "rows.c"
 double guess(const float *theta, const float *t, int64_t vocab_size) {
     const Passes *pass = best_passes();
     Row row = {.logits = {theta, t}, .stride = {1, 1}, .vocab_size = vocab_size, .scale = 1, .mask = {-1e15, -1e15}};
@@ -169,8 +169,8 @@ double guess(const float *theta, const float *t, int64_t vocab_size) {
 
 KERNEL = """
 import sys, numpy, torch
-from qstar_kernels.kernels import plan
-from qstar_kernels.kernels_common import ALPHA
+from qstar_kernels.gpu.launch import plan
+from qstar_kernels.gpu.scratch import ALPHA
 from qstar_kernels.types import Settings
 theta, t = (torch.from_numpy(x) for x in numpy.load(sys.argv[1]))
 launches, _ = plan(theta, t, Settings())
@@ -199,7 +199,7 @@ def check_guesses(of_code: np.ndarray, of_theory: np.ndarray) -> None:
 
 def test_the_measured_interpolation_is_that_of_the_c_code(tmp_path):
     compiler = sysconfig.get_config_var("CC").split()[0]
-    built, folder = tmp_path / "guess.so", Path(reference.__file__).parent
+    built, folder = tmp_path / "guess.so", Path(reference.__file__).with_name("cpu")
     flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", f"-I{folder}", "-shared", "-fPIC", "-x", "c", "-"]
     subprocess.run([compiler, *flags, "-o", built, "-lm"], input=SHIM, text=True, check=True)
     guess = ctypes.CDLL(built).guess

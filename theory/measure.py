@@ -1,6 +1,6 @@
 """`python -m theory.measure`: the measured tables of proof.md and computation.md, in Markdown.
 
-`interpolation`: how far the α of the first sweep alone is from the rule, for the interpolations of cpu.c and of the
+`interpolation`: how far the α of the first sweep alone is from the rule, for the interpolations of rows.c and of the
 kernels. `rules`: how far apart KL symmetry and ESS balance are. `far`: q* and what else one could draw from.
 """
 
@@ -21,8 +21,8 @@ from theory.families import demo_rows, sharp, zipf_pair
 ROWS = 64
 PROMPTS = 32  # of the demo pair's problems
 NODES = 7
-CHUNK, LANES, SUB = 8192, 128, 8  # how a program of the kernels goes over a row: see kernels.py
-TILE, VECTOR = 256, 8  # and cpu.c, in float32
+CHUNK, LANES, SUB = 8192, 128, 8  # how a program of the kernels goes over a row: see launch.py
+TILE, VECTOR = 256, 8  # and rows.c, in float32
 
 
 def summed(x: np.ndarray, shape: tuple[int, ...], axes: tuple[int, ...]) -> float:
@@ -37,7 +37,7 @@ def summed(x: np.ndarray, shape: tuple[int, ...], axes: tuple[int, ...]) -> floa
 
 
 def quartic_guess(theta: np.ndarray, t: np.ndarray, dtype: type) -> float:
-    """α of one row after the first sweep of cpu.c, with exponentials and short sums in `dtype`.
+    """α of one row after the first sweep of rows.c, with exponentials and short sums in `dtype`.
 
     F′ − s as the quartic that matches F′ and F″ at the ends of [0, ½] or [½, 1] and ∫F′ between them.
     """
@@ -107,7 +107,7 @@ def spread(x: np.ndarray) -> str:
 
 def interpolation() -> Iterator[tuple[str, ...]]:
     """Median / maximum of the residual before the second sweep; Zipf-like rows of 50,000 float32 logits."""
-    yield "noise", *(f"{name}, {dtype}" for name in ("cpu.c", "kernels") for dtype in ("float32", "float64"))
+    yield "noise", *(f"{name}, {dtype}" for name in ("rows.c", "kernels") for dtype in ("float32", "float64"))
     for noise in (0.5, 1.0, 2.0, 4.0, 8.0):
         pair = zipf_pair(ROWS, 50_000, noise, seed=11)
         theta, t = (x.astype(np.float32).astype(np.float64) for x in pair)

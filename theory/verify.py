@@ -19,7 +19,8 @@ from scipy.optimize import brentq, minimize, minimize_scalar
 from scipy.special import logsumexp
 from scipy.stats import binom
 
-from qstar_kernels import METHODS, Status, cpu, qstar_logprobs, qstar_sample, qstar_stats, reference
+from qstar_kernels import METHODS, Status, qstar_logprobs, qstar_sample, qstar_stats, reference
+from qstar_kernels.cpu import launch as cpu
 from qstar_kernels.noise import GROUP_SIZE, GROUP_STREAM, TOKEN_STREAM, gumbel
 from theory import direct
 from theory.direct import kl, log_ess, log_softmax, mean

@@ -14,7 +14,7 @@ import hashlib
 import os
 import re
 from collections.abc import Sized
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -22,9 +22,9 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
 from qstar.pair import sample_seed
-from qstar.rule import Rule
+from qstar.rule import FORCED, Rule
 from qstar.vllm import SERVER
-from qstar_kernels.types import Settings
+from qstar_kernels.types import SETTINGS, Settings
 
 # What vLLM's sampler, which a pair has none of, would do to one model's logits; the values with which it does nothing,
 # as it does with None and with what is empty
@@ -50,8 +50,6 @@ ELSEWHERE = {"temperature": (1,), "top_k": (0, -1), "top_p": (1,), "min_p": (0,)
 ROUTES = "/v1/chat/completions, /v1/chat/completions/batch, /v1/completions or /invocations"
 
 PREFIX = "qstar_"
-SETTINGS = tuple(field.name for field in fields(Settings))
-FORCED = ("force_t_first_token", "force_t_special_tokens")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
-/* The passes of cpu.c over one row of logits, in vectors. cpu.c includes this file once for each instruction set that it
- * can choose from, with NAME(x) giving every function a name of its own.
+/* The passes of rows.c over one row of logits, in vectors. rows.c includes this file once for each instruction set that
+ * it can choose from, with NAME(x) giving every function a name of its own.
  *
  * A row goes by in tiles of 256 ids that stay in the L1 cache. All arithmetic is float64 but that of `outline`, which
  * only guesses. Sums run in one fixed order, so a row's bits depend on the row alone.

@@ -1,4 +1,4 @@
-"""q* on a CPU: the compiled rows of cpu.c (theory/computation.md, «On a CPU»).
+"""q* on a CPU: the compiled rows of rows.c (theory/computation.md, «On a CPU»).
 
 Rows are shared out over `torch.get_num_threads()` threads of our own: nothing spins at a barrier, and the bits of a row
 depend on nothing but the row.
@@ -6,20 +6,22 @@ depend on nothing but the row.
 
 import ctypes
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from functools import cache
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from qstar_kernels.types import LARGEST_LOGIT, METHODS, QStarStep, Settings, mask_of, output_dtype
+from qstar_kernels.types import FIELDS, LARGEST_LOGIT, METHODS, QStarStep, Settings, mask_of, output_dtype
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+KINDS = {str: ctypes.c_int64, float: ctypes.c_double, int: ctypes.c_int64}  # a method is its place in `METHODS`
 MIN_SHARE = 1 << 17  # logits of one side that are worth a thread
 
 
 class Job(ctypes.Structure):
-    """The struct of the same name in cpu.c."""
+    """The struct of the same name in rows.c."""
 
     _fields_ = (
         ("logits", ctypes.c_void_p * 2),
@@ -27,25 +29,15 @@ class Job(ctypes.Structure):
         ("stride", ctypes.c_int64 * 2),
         ("dtype", ctypes.c_int64 * 2),
         ("vocab_size", ctypes.c_int64),
-        ("method", ctypes.c_int64),
         ("what", ctypes.c_int64),
         ("log_q_is_double", ctypes.c_int64),
         ("mask", ctypes.c_double * 2),
         ("largest_logit", ctypes.c_double),
-        ("alpha", ctypes.c_double),
-        ("alpha_min", ctypes.c_double),
-        ("alpha_max", ctypes.c_double),
-        ("temperature", ctypes.c_double),
-        ("tol", ctypes.c_double),
-        ("top_k", ctypes.c_int64),
-        ("target_top_k", ctypes.c_int64),
-        ("top_p", ctypes.c_double),
-        ("min_p", ctypes.c_double),
-        ("target_top_p", ctypes.c_double),
+        *((f.name, KINDS[f.type]) for f in fields(Settings)),
         ("seeds", ctypes.c_void_p),
         ("positions", ctypes.c_void_p),
         ("tokens", ctypes.c_void_p),
-        ("fields", ctypes.c_void_p),
+        ("numbers", ctypes.c_void_p),
         ("batch", ctypes.c_int64),
         ("status", ctypes.c_void_p),
         ("drawn", ctypes.c_void_p),
@@ -55,8 +47,8 @@ class Job(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled cpu.c, None where it was not built."""
-    spec = find_spec("qstar_kernels._cpu")
+    """The compiled rows.c, None where it was not built."""
+    spec = find_spec("qstar_kernels.cpu._rows")
     return None if spec is None else ctypes.CDLL(spec.origin)
 
 
@@ -80,7 +72,7 @@ def qstar_cpu(
 
     Raises:
         ValueError: the logits are not on a CPU, or of another type than float16, bfloat16, float32 or float64.
-        RuntimeError: cpu.c was not built.
+        RuntimeError: rows.c was not built.
         MemoryError: no memory for one row in float64, which truncation takes.
     """
     compiled = library()
@@ -93,7 +85,7 @@ def qstar_cpu(
     batch, vocab_size = sides[0].shape
     dtype = output_dtype(*sides)
     # beside the logits, whatever torch's default device is: their addresses are all that the C code gets
-    fields = torch.empty(8, batch, dtype=torch.float64, device="cpu")
+    numbers = torch.empty(len(FIELDS), batch, dtype=torch.float64, device="cpu")
     status = torch.empty(batch, dtype=torch.int64, device="cpu")
     log_q = torch.empty(batch, vocab_size, dtype=dtype, device="cpu") if want_log_q else None
     drawn = None if seeds is None else torch.empty(batch, dtype=torch.int64, device="cpu")
@@ -105,23 +97,14 @@ def qstar_cpu(
         (ctypes.c_int64 * 2)(*(side.stride(1) for side in sides)),
         (ctypes.c_int64 * 2)(*(DTYPES[side.dtype] for side in sides)),
         vocab_size,
-        METHODS.index(settings.method),
         1 if seeds is not None else 2 if tokens is not None else 0,
         dtype == torch.float64,
         (ctypes.c_double * 2)(*(mask_of(side.dtype) for side in sides)),
         LARGEST_LOGIT,
-        settings.alpha,
-        settings.alpha_min,
-        settings.alpha_max,
-        settings.temperature,
-        settings.tol,
-        settings.top_k,
-        settings.target_top_k,
-        settings.top_p,
-        settings.min_p,
-        settings.target_top_p,
+        METHODS.index(settings.method),
+        *settings.values()[1:],
         *(None if x is None else x.data_ptr() for x in index),
-        fields.data_ptr(),
+        numbers.data_ptr(),
         batch,
         status.data_ptr(),
         None if drawn is None else drawn.data_ptr(),
@@ -139,9 +122,4 @@ def qstar_cpu(
         short = rows(0, batch)
     if short:
         raise MemoryError(f"no memory for a row of {vocab_size} numbers")
-    *of_row, logq, logp_theta, logp_t = fields.to(dtype).unbind()
-    step = QStarStep(*of_row, status=status)
-    if drawn is not None or tokens is not None:
-        step.token = tokens if drawn is None else drawn
-        step.logq, step.logp_theta, step.logp_t = logq, logp_theta, logp_t
-    return step, log_q
+    return QStarStep.of(numbers.to(dtype).unbind(), status, tokens if drawn is None else drawn), log_q

@@ -12,23 +12,10 @@ are relative to the greatest that is left, subtracted in float64, whatever mass 
 import triton
 import triton.language as tl
 
-from qstar_kernels.kernels_common import (
-    ALPHA,
-    FLOOR_T,
-    FLOOR_X,
-    GREEDY,
+from qstar_kernels.gpu import scratch
+from qstar_kernels.gpu.scratch import (
     GROUP,
     INF,
-    LOG_NORM,
-    MASK,
-    MASSES_ARE_LOGS,
-    ROW_COLUMNS,
-    SAMPLED,
-    STATUS,
-    STATUS_EMPTY,
-    TOP_T,
-    TOP_THETA,
-    TOP_X,
     as_double,
     as_logits,
     exact_logits,
@@ -49,7 +36,7 @@ def values_of(theta, t, o, vocab_size, row, tops, top_x, floor_t, inv_temperatur
     a = as_logits(tl.load(theta + o, mask=o < vocab_size, other=-INF))  # [N]
     b = as_logits(tl.load(t + o, mask=o < vocab_size, other=-INF))  # [N]
     if WHICH == OF_T:
-        value, part = relative_logit(b, tops[1]), b > MASK  # [N]
+        value, part = relative_logit(b, tops[1]), b > scratch.MASK  # [N]
         mass = tl.exp(value * inv_temperature.to(tl.float32))  # [N]
     else:
         x, part = left_of(a, b, row, tops, floor_t, inv_temperature)  # [N]
@@ -63,7 +50,7 @@ def values_of(theta, t, o, vocab_size, row, tops, top_x, floor_t, inv_temperatur
 def left_of(a, b, row, tops, floor_t, inv_temperature):
     """`exact_mix` of raw logits [N], and whether both models and π_t's support allow the token."""
     low_a, low_b, allow_theta, allow_t = exact_logits(a, b, tops, inv_temperature)
-    x = exact_mix(low_a, low_b, tl.load(row + ALPHA))
+    x = exact_mix(low_a, low_b, tl.load(row + scratch.ALPHA))
     return x, allow_theta & allow_t & (relative_logit(b, tops[1]) >= floor_t)
 
 
@@ -191,12 +178,12 @@ def truncate_kernel(
     i_row = tl.program_id(0).to(tl.int64)
     theta += i_row * s_theta
     t += i_row * s_t
-    row += i_row * ROW_COLUMNS
+    row += i_row * scratch.ROW_COLUMNS
     masses += i_row * groups
     inv_temperature = as_double(inv_temperature, inv_temperature_low)
     BLOCK: tl.constexpr = BLOCK_GROUPS * GROUP
-    if tl.load(row + STATUS) == 0:
-        tops = (tl.load(row + TOP_THETA), tl.load(row + TOP_T))
+    if tl.load(row + scratch.STATUS) == 0:
+        tops = (tl.load(row + scratch.TOP_THETA), tl.load(row + scratch.TOP_T))
         nothing = tl.full([], -INF, tl.float32)
         none = tl.full([], 0.0, tl.float64)
         floor_t, floor_x = nothing, nothing
@@ -242,9 +229,9 @@ def truncate_kernel(
             x, part = left_of(a, b, row, tops, floor_t, inv_temperature)  # [BLOCK]
             greatest = tl.maximum(greatest, tl.max(tl.where(part, x, -INF)))
         if greatest == -INF:
-            tl.store(row + STATUS, STATUS_EMPTY * 1.0)
+            tl.store(row + scratch.STATUS, scratch.STATUS_EMPTY * 1.0)
         else:
-            tl.store(row + TOP_X, greatest)
+            tl.store(row + scratch.TOP_X, greatest)
             if HAS_TOP_K:
                 floor_x = pivot(
                     theta,
@@ -291,14 +278,14 @@ def truncate_kernel(
                 mass = tl.where(kept, mass, 0.0)
                 total += tl.sum(mass).to(tl.float64)
                 group = start // GROUP + o_group  # [GROUPS]
-                if DRAW == SAMPLED:
+                if DRAW == scratch.SAMPLED:
                     by_group = tl.sum(tl.reshape(mass, [BLOCK_GROUPS, GROUP]), axis=1)  # [GROUPS]
                     tl.store(masses + group, by_group, mask=group < groups)
-                elif DRAW == GREEDY:
+                elif DRAW == scratch.GREEDY:
                     value = tl.where(kept, value, -INF)
                     by_group = tl.max(tl.reshape(value, [BLOCK_GROUPS, GROUP]), axis=1)  # [GROUPS]
                     tl.store(masses + group, by_group, mask=group < groups)
-            tl.store(row + MASSES_ARE_LOGS, 0.0)
-            tl.store(row + FLOOR_X, floor_x.to(tl.float64))
-            tl.store(row + FLOOR_T, floor_t.to(tl.float64))
-            tl.store(row + LOG_NORM, greatest + tl.log(total))
+            tl.store(row + scratch.MASSES_ARE_LOGS, 0.0)
+            tl.store(row + scratch.FLOOR_X, floor_x.to(tl.float64))
+            tl.store(row + scratch.FLOOR_T, floor_t.to(tl.float64))
+            tl.store(row + scratch.LOG_NORM, greatest + tl.log(total))

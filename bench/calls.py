@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
-from qstar_kernels.kernels import Launch, aligned, plan
+from qstar_kernels.gpu.launch import Launch, aligned, plan
 from qstar_kernels.types import METHODS, Settings
 
 # what is asked for, and the temperatures it can be asked at

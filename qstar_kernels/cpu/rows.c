@@ -2,8 +2,8 @@
  *
  * A row is read three times: for its maxima, for an outline of the curve F that gives a guess at α, and exactly at that
  * guess. What the guess is off by is mended by Taylor's formula from the moments of the last sweep, or by another sweep
- * if it is off by much. `qstar_kernels/cpu.py` calls `qstar_rows` and says what the fields of `Job` are; the passes over
- * the logits are in cpu_passes.h.
+ * if it is off by much. `launch.py` calls `qstar_rows` and says what the fields of `Job` are; the passes over the logits
+ * are in passes.h.
  */
 
 #include <math.h>
@@ -28,14 +28,18 @@ typedef struct {
     int64_t row_stride[2], stride[2];
     int64_t dtype[2];
     int64_t vocab_size;
-    int64_t method, what, log_q_is_double;
+    int64_t what, log_q_is_double;
     double mask[2];       /* the greatest logit that means −inf */
     double largest_logit; /* the least that means +inf */
-    double alpha, alpha_min, alpha_max, temperature, tol;
-    int64_t top_k, target_top_k;
-    double top_p, min_p, target_top_p;
+    /* the fields of Settings in types.py, in their order */
+    int64_t method;
+    double alpha, alpha_min, alpha_max, temperature;
+    int64_t top_k;
+    double top_p, min_p;
+    int64_t target_top_k;
+    double target_top_p, tol;
     const int64_t *seeds, *positions, *tokens;
-    double *fields;   /* [8, B]: α, KL(q‖π_θ), KL(q‖π_t), ESS_θ, ESS_t, log q, log π_θ, log π_t */
+    double *numbers;  /* [8, B]: FIELDS of types.py */
     int64_t batch;
     int64_t *status, *drawn;
     void *log_q;      /* [B, V] or NULL */
@@ -103,7 +107,7 @@ typedef struct {
 #endif
 
 #define NAME(x) x##_plain
-#include "cpu_passes.h"
+#include "passes.h"
 #undef NAME
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(ONLY_PLAIN)
@@ -115,7 +119,7 @@ typedef struct {
 #pragma GCC target("avx2,fma")
 #endif
 #define NAME(x) x##_avx2
-#include "cpu_passes.h"
+#include "passes.h"
 #undef NAME
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -621,7 +625,7 @@ static int do_row(const Job *job, int64_t i, const Passes *pass, int known, int 
         field[4] = solved->t_inside ? fmin(exp(2 * p->norm[1] - p->f - p->f_low), 1) : 0;
     }
     for (int k = 0; k < 8; k++)
-        job->fields[k * job->batch + i] = k < 5 ? field[k] : solved->status == OK ? field[k] > 0 ? 0 : field[k] : NAN;
+        job->numbers[k * job->batch + i] = k < 5 ? field[k] : solved->status == OK ? field[k] > 0 ? 0 : field[k] : NAN;
     if (job->what == DRAW) job->drawn[i] = solved->status == OK ? token : -1;
     job->status[i] = solved->status;
     return 0;

@@ -4,71 +4,15 @@ The float64 sweeps are made by one program a row. They are rare: what brings the
 interpolation or float32 is not enough, and never the ordinary row.
 """
 
-# ruff: noqa: RUF005 - Triton knows no starred tuples
-
 import triton
 import triton.language as tl
 
-from qstar_kernels.kernels_common import (
-    ALPHA,
-    ALPHA_DOUBT,
-    ALPHA_TOL,
-    BOUND,
-    BOUND_HIGH,
-    BOUND_LOW,
-    BY_ENTROPY,
-    D_DOUBT,
-    DEEPEST,
-    DEVIATION,
-    DOUBT,
-    ESS_BALANCE,
-    EVALUATED_COLUMNS,
-    FIXED,
-    FLAT,
-    FLOOR_T,
-    FLOOR_X,
-    GIVEN,
-    GREEDY,
+from qstar_kernels.gpu import scratch
+from qstar_kernels.gpu.scratch import (
     GROUP,
-    HIGH,
     INF,
-    IS_SMOOTH,
-    KL_SYMMETRY,
-    LN2,
-    LOG_COLD_T,
-    LOG_COLD_THETA,
-    LOG_NORM,
-    LOW,
-    MASK,
-    MASSES_ARE_LOGS,
-    MOST_SWEEPS,
-    NO_TOKEN,
-    NOISE_DOUBT,
-    NORM_T,
-    NORM_THETA,
-    REVERSE,
-    ROW_COLUMNS,
-    SAMPLED,
-    SECANT,
-    SETTLED,
-    SLOPE,
-    STATUS,
-    STATUS_DISJOINT,
-    STATUS_INEXACT,
-    STEEP,
-    STREAM_OF_GROUPS,
-    STREAM_OF_TOKENS,
-    T_OUTSIDE,
-    THETA_OUTSIDE,
-    TINY_ENTROPY,
-    TOP_T,
-    TOP_THETA,
-    TOP_X,
-    WEIGHT_DOUBT,
-    WIDEST,
     as_double,
     as_logits,
-    bounds_of_sides,
     entropy_of,
     exact_logits,
     exact_mix,
@@ -76,6 +20,7 @@ from qstar_kernels.kernels_common import (
     relative_logit,
     value_of,
 )
+from qstar_kernels.gpu.sweep import center_of, judge, point_of
 
 
 @triton.jit
@@ -124,11 +69,11 @@ def exact_sweep(
         top, sums, w, shift = add_scaled(top, sums, x, usable, d)
         top_high, sums_high, _w, _shift = add_scaled(top_high, sums_high, 2 * a - x, usable, d)
         top_low, sums_low, _w, _shift = add_scaled(top_low, sums_low, 2 * b - x, usable, d)
-        if DRAW == SAMPLED:
+        if DRAW == scratch.SAMPLED:
             mass = tl.sum(tl.reshape(w, [TILE_GROUPS, GROUP]), axis=1)  # [GROUPS]
             log_mass = tl.where(mass > 0, tl.log(tl.where(mass > 0, mass, 1.0)) + shift, -INF)  # [GROUPS]
             tl.store(masses + start // GROUP + o_group, log_mass, mask=start + o_group * GROUP < vocab_size)
-        elif DRAW == GREEDY:
+        elif DRAW == scratch.GREEDY:
             highest = tl.max(tl.reshape(tl.where(usable, x, -INF), [TILE_GROUPS, GROUP]), axis=1)  # [GROUPS]
             tl.store(masses + start // GROUP + o_group, highest, mask=start + o_group * GROUP < vocab_size)
     mean = sums[1] / sums[0]
@@ -153,7 +98,7 @@ def exact_entropy_ratio(theta, t, vocab_size, tops, inv_temperature, TILE_GROUPS
     entropy_theta = entropy_of(theta_sums[0], theta_sums[1], theta_sums[2])
     entropy_t = entropy_of(t_sums[0], t_sums[1], t_sums[2])
     total = entropy_theta + entropy_t
-    return tl.where(total > TINY_ENTROPY, entropy_theta / tl.where(total > 0, total, 1.0), 0.5)
+    return tl.where(total > scratch.TINY_ENTROPY, entropy_theta / tl.where(total > 0, total, 1.0), 0.5)
 
 
 @triton.jit
@@ -197,110 +142,6 @@ def gumbel(seed, position, ids, STREAM: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def point_of(row, partial, tops, chunks, inv_temperature, CHUNKS: tl.constexpr):
-    """What a float32 sweep found at α: log-mass, mean and variance of d − s, log-mass and mean at 2 − α and at −α."""
-    o_chunk = tl.arange(0, CHUNKS)  # [C]
-    sums = ()
-    for k in tl.static_range(7):
-        x = tl.load(partial + o_chunk * EVALUATED_COLUMNS + k, mask=o_chunk < chunks, other=0.0)  # [C]
-        sums = sums + (tl.sum(x.to(tl.float64)),)
-    bound = mixing(row, tops, inv_temperature)[4]
-    sides = bounds_of_sides(row, bound)
-    bound = bound.to(tl.float64)
-    mean = sums[1] / sums[0] * inv_temperature
-    square = sums[2] / sums[0] * inv_temperature * inv_temperature
-    return (
-        bound * LN2 + tl.log(sums[0]),
-        mean,
-        tl.maximum(square - mean * mean, 0.0),
-        (sides[0].to(tl.float64) - bound) * LN2 + tl.log(sums[3]),
-        sums[5] / sums[3] * inv_temperature,
-        (sides[1].to(tl.float64) - bound) * LN2 + tl.log(sums[4]),
-        sums[6] / sums[4] * inv_temperature,
-    )
-
-
-@triton.jit
-def center_of(row, inv_temperature):
-    """s as the sweep subtracted it from d."""
-    return (tl.load(row + SECANT) / inv_temperature).to(tl.float32).to(tl.float64) * inv_temperature
-
-
-@triton.jit
-def judge(row, point, center, alpha_min, alpha_max, tol, METHOD: tl.constexpr):
-    """1 if α is accepted, 2 if float32 cannot tell, else 0; what vanishes at the root, and its derivative."""
-    alpha, s = tl.load(row + ALPHA), tl.load(row + SECANT)
-    smooth = tl.load(row + IS_SMOOTH) > 0
-    f, mean, variance, f_high, mean_high, f_low, mean_low = point
-    # a comparison with NaN is false: sums that under- or overflowed are not accepted
-    fit = (variance <= WIDEST) & (tl.abs(f) <= DEEPEST) & (tl.abs(f_high) < INF) & (tl.abs(f_low) < INF)
-    residual, steepness = mean + center - s, variance
-    if METHOD == KL_SYMMETRY:
-        # on a smooth row α is better known from the first sweep than float32 could tell here
-        near = smooth | (tl.abs(residual) <= variance * ALPHA_TOL) | (variance <= FLAT)
-        stopped = ((alpha <= alpha_min) & (residual >= 0)) | ((alpha >= alpha_max) & (residual <= 0))
-        accepted = stopped | (near & (tl.abs(residual) <= tol))
-    elif METHOD == ESS_BALANCE:
-        residual, steepness = f_low - f_high + 2 * s, mean_high - mean_low
-        fit = fit & (steepness >= STEEP)
-        accepted = (tl.abs(residual) <= tl.minimum(steepness * (ALPHA_TOL / 2), tol)) & (alpha > alpha_min)
-        accepted = accepted & (alpha < alpha_max)
-    else:
-        if METHOD != FIXED:
-            fit = fit & smooth
-        accepted = fit
-    return tl.where(fit, tl.where(accepted, 1, 0), 2), residual, steepness
-
-
-@triton.jit(do_not_specialize=["chunks"])
-def correct_kernel(
-    row,
-    partial,
-    chunks,
-    inv_temperature,
-    inv_temperature_low,
-    alpha_min,
-    alpha_min_low,
-    alpha_max,
-    alpha_max_low,
-    tol,
-    METHOD: tl.constexpr,
-    CHUNKS: tl.constexpr,
-):
-    """A guarded Newton step for a row whose residual is too large, before its next float32 sweep by all programs."""
-    i_row = tl.program_id(0).to(tl.int64)
-    inv_temperature = as_double(inv_temperature, inv_temperature_low)
-    alpha_min, alpha_max = as_double(alpha_min, alpha_min_low), as_double(alpha_max, alpha_max_low)
-    row += i_row * ROW_COLUMNS
-    partial += i_row * chunks * EVALUATED_COLUMNS
-    if (tl.load(row + STATUS) == 0) & (tl.load(row + SETTLED) == 0):
-        tops = (tl.load(row + TOP_THETA), tl.load(row + TOP_T))
-        center = center_of(row, inv_temperature)
-        point = point_of(row, partial, tops, chunks, inv_temperature, CHUNKS)
-        verdict, residual, steepness = judge(row, point, center, alpha_min, alpha_max, tol, METHOD)
-        tl.store(row + SETTLED, verdict.to(tl.float64))
-        if verdict == 0:
-            alpha = tl.load(row + ALPHA)
-            low = tl.where(residual < 0, alpha, tl.load(row + LOW))
-            high = tl.where(residual < 0, tl.load(row + HIGH), alpha)
-            newton = alpha - residual / tl.where(steepness > 0, steepness, 1e-300)
-            step = tl.where((newton > low) & (newton < high), newton, (low + high) / 2)
-            step = tl.minimum(tl.maximum(step, alpha_min), alpha_max)
-            move = step - alpha
-            f, mean, variance, f_high, mean_high, f_low, mean_low = point
-            tl.store(row + ALPHA, step)
-            tl.store(row + LOW, low)
-            tl.store(row + HIGH, high)
-            # close enough to F at the new place to keep the exponents in range
-            tl.store(row + BOUND, f + move * (mean + center + move * variance / 2))
-            if METHOD == ESS_BALANCE:
-                f_high -= move * (mean_high + center)
-                f_low -= move * (mean_low + center)
-            tl.store(row + BOUND_HIGH, f_high)
-            tl.store(row + BOUND_LOW, f_low)
-
-
-@triton.jit
 def kls_of(alpha, slope, f, norm_theta, norm_t):
     """KL(q‖π_θ), KL(q‖π_t), and the larger of them and 1."""
     kl_theta, kl_t = (alpha - 1) * slope - f + norm_theta, alpha * slope - f + norm_t
@@ -340,15 +181,15 @@ def refine(
     `point` is what the last float32 sweep found, which is not accepted where the row must be `exact`. Returns 0 or the
     row's status, and whether it is exact now.
     """
-    alpha, s = tl.load(row + ALPHA), tl.load(row + SECANT)
-    norm_theta, norm_t = tl.load(row + NORM_THETA), tl.load(row + NORM_T)
+    alpha, s = tl.load(row + scratch.ALPHA), tl.load(row + scratch.SECANT)
+    norm_theta, norm_t = tl.load(row + scratch.NORM_THETA), tl.load(row + scratch.NORM_T)
     center = center_of(row, inv_temperature)
-    uneven = (tl.load(row + THETA_OUTSIDE) > 0) | (tl.load(row + T_OUTSIDE) > 0)
+    uneven = (tl.load(row + scratch.THETA_OUTSIDE) > 0) | (tl.load(row + scratch.T_OUTSIDE) > 0)
     f, mean, variance, f_high, mean_high, f_low, mean_low = point
     verdict, residual, steepness = judge(row, point, center, alpha_min, alpha_max, tol, METHOD)
     slope = mean + center
     # a settled row was accepted at this very sweep
-    accepted = (verdict == 1) | (tl.load(row + SETTLED) == 1)
+    accepted = (verdict == 1) | (tl.load(row + scratch.SETTLED) == 1)
     sound = is_sound(alpha, slope, f, f_high, f_low, norm_theta, norm_t, alpha_min, alpha_max, 1e-5)
     settled = (accepted & sound & (exact == 0)).to(tl.int32)
     status = 0
@@ -360,19 +201,19 @@ def refine(
     if exact == 1:
         center = tl.where(tl.abs(center) < INF, center, 0.0)
         better_end = tl.full([], 0.0, tl.float64)
-        if METHOD == BY_ENTROPY:
+        if METHOD == scratch.BY_ENTROPY:
             alpha = exact_entropy_ratio(theta, t, vocab_size, tops, inv_temperature, TILE_GROUPS)
             alpha = tl.minimum(tl.maximum(alpha, alpha_min), alpha_max)
-        if (METHOD == REVERSE) | (METHOD == ESS_BALANCE):
+        if (METHOD == scratch.REVERSE) | (METHOD == scratch.ESS_BALANCE):
             # the slopes at both ends; and without a root, which takes different supports, the end with the smaller KL
             ends = 2
-            if METHOD == ESS_BALANCE:
+            if METHOD == scratch.ESS_BALANCE:
                 ends = tl.where(uneven, 2, 0)
             gap_low, gap_high, worst_low = alpha, alpha, alpha
             for end in range(ends):
                 at_end = tl.full([], 0.0, tl.float64) + end
                 at, _up, _down, norms = exact_sweep(
-                    theta, t, masses, vocab_size, tops, inv_temperature, at_end, center, NO_TOKEN, TILE_GROUPS
+                    theta, t, masses, vocab_size, tops, inv_temperature, at_end, center, scratch.NO_TOKEN, TILE_GROUPS
                 )
                 gap = at[1] + (center - (norms[0] - norms[1]))
                 kl_theta, kl_t, _size = kls_of(at_end, at[1] + center, at[0], norms[0], norms[1])
@@ -380,7 +221,7 @@ def refine(
                 better_end = tl.where((end == 1) & (worst < worst_low), 1.0, 0.0).to(tl.float64)
                 gap_low, worst_low = tl.where(end == 0, gap, gap_low), tl.where(end == 0, worst, worst_low)
                 gap_high = gap
-            if METHOD == REVERSE:
+            if METHOD == scratch.REVERSE:
                 spread = gap_high - gap_low
                 alpha = tl.where(spread > 1e-14, gap_high / tl.where(spread > 1e-14, spread, 1.0), 0.5)
                 alpha = tl.where(uneven & ((gap_low > 0) | (gap_high < 0)), better_end, alpha)
@@ -399,14 +240,14 @@ def refine(
             slope = mean + center
             residual, steepness = mean + (center - s), variance
             rounding = 4e-16 * (tl.abs(slope) + tl.sqrt(variance))
-            if METHOD == ESS_BALANCE:
+            if METHOD == scratch.ESS_BALANCE:
                 residual, steepness = f_low - f_high + 2 * s, mean_high - mean_low
                 rounding = 4e-16 * (tl.abs(f_low) + tl.abs(f_high))
             count += 1
             if f == -INF:
-                status = STATUS_DISJOINT
+                status = scratch.STATUS_DISJOINT
                 settled = 1
-            elif last == 1 or (METHOD != KL_SYMMETRY) & (METHOD != ESS_BALANCE):
+            elif last == 1 or (METHOD != scratch.KL_SYMMETRY) & (METHOD != scratch.ESS_BALANCE):
                 settled = 1
             else:
                 center = tl.where(tl.abs(s) < INF, s, 0.0)
@@ -416,7 +257,7 @@ def refine(
                 # there would throw α half a bracket away
                 done = (size <= 1e-3 * tol) & (size <= 1e-7 * steepness)
                 done = done | (size <= tl.maximum(rounding, 1e-14)) | rootless
-                done = done | (high - low <= tl.maximum(2.3e-16 * high, 1e-30)) | (count >= MOST_SWEEPS)
+                done = done | (high - low <= tl.maximum(2.3e-16 * high, 1e-30)) | (count >= scratch.MOST_SWEEPS)
                 if residual < 0:
                     low, low_known = alpha, 1
                 else:
@@ -432,26 +273,26 @@ def refine(
                 step_before = last_step
                 last_step = tl.abs(step - alpha)
                 if done:
-                    step = tl.where(rootless & uneven, better_end, alpha) if METHOD == ESS_BALANCE else alpha
+                    step = tl.where(rootless & uneven, better_end, alpha) if METHOD == scratch.ESS_BALANCE else alpha
                     step = tl.minimum(tl.maximum(step, alpha_min), alpha_max)
                     last = 1
                     if step == alpha:
                         settled = 1
                 alpha = step
-        tl.store(row + ALPHA, alpha)
+        tl.store(row + scratch.ALPHA, alpha)
         if status == 0:
             sound = is_sound(alpha, slope, f, f_high, f_low, norm_theta, norm_t, alpha_min, alpha_max, 1e-9)
-            if (METHOD == KL_SYMMETRY) | (METHOD == ESS_BALANCE):
+            if (METHOD == scratch.KL_SYMMETRY) | (METHOD == scratch.ESS_BALANCE):
                 _kl_theta, _kl_t, size = kls_of(alpha, slope, f, norm_theta, norm_t)
                 at_low, at_high = alpha <= alpha_min, alpha >= alpha_max
                 stopped = (at_low & (residual > 0)) | (at_high & (residual < 0)) | (uneven & (at_low | at_high))
                 sound = sound & ((tl.abs(residual) <= tol * size) | stopped)
-            status = tl.where(sound, 0, STATUS_INEXACT)
-    tl.store(row + MASSES_ARE_LOGS, exact.to(tl.float64))
-    tl.store(row + LOG_NORM, f)
-    tl.store(row + TOP_X, f)
-    tl.store(row + FLOOR_X, -INF)
-    tl.store(row + FLOOR_T, -INF)
+            status = tl.where(sound, 0, scratch.STATUS_INEXACT)
+    tl.store(row + scratch.MASSES_ARE_LOGS, exact.to(tl.float64))
+    tl.store(row + scratch.LOG_NORM, f)
+    tl.store(row + scratch.TOP_X, f)
+    tl.store(row + scratch.FLOOR_X, -INF)
+    tl.store(row + scratch.FLOOR_T, -INF)
 
     if status == 0:
         kl_theta, kl_t, _size = kls_of(alpha, slope, f, norm_theta, norm_t)
@@ -460,8 +301,8 @@ def refine(
         tl.store(out + 2 * rows, tl.maximum(kl_t, 0.0).to(tl.float32))
         ess_theta = tl.exp(tl.minimum(2 * norm_theta - f - f_high, 0.0))
         ess_t = tl.exp(tl.minimum(2 * norm_t - f - f_low, 0.0))
-        tl.store(out + 3 * rows, tl.where(tl.load(row + THETA_OUTSIDE) > 0, 0.0, ess_theta).to(tl.float32))
-        tl.store(out + 4 * rows, tl.where(tl.load(row + T_OUTSIDE) > 0, 0.0, ess_t).to(tl.float32))
+        tl.store(out + 3 * rows, tl.where(tl.load(row + scratch.THETA_OUTSIDE) > 0, 0.0, ess_theta).to(tl.float32))
+        tl.store(out + 4 * rows, tl.where(tl.load(row + scratch.T_OUTSIDE) > 0, 0.0, ess_t).to(tl.float32))
     return status, exact
 
 
@@ -470,17 +311,18 @@ def leave_doubts(row, point, center, METHOD: tl.constexpr):
     """Write down how far an α that a float32 sweep accepts may be from the rule's; and F' and √F'' there."""
     _f, mean, variance, f_high, mean_high, f_low, mean_low = point
     doubt = tl.zeros_like(mean)
-    if METHOD == KL_SYMMETRY:
-        residual = tl.abs(mean + center - tl.load(row + SECANT)) + WEIGHT_DOUBT * tl.sqrt(variance) + D_DOUBT
-        doubt = residual / tl.maximum(variance, 1e-30)
-    elif METHOD == ESS_BALANCE:
-        residual = tl.abs(f_low - f_high + 2 * tl.load(row + SECANT)) + 4 * WEIGHT_DOUBT
-        doubt = residual / tl.maximum(mean_high - mean_low, 1e-30)
-    elif METHOD != FIXED:
-        doubt += ALPHA_DOUBT
-    tl.store(row + DOUBT, tl.minimum(doubt, 1.0))
-    tl.store(row + SLOPE, mean + center)
-    tl.store(row + DEVIATION, tl.sqrt(variance))
+    if METHOD == scratch.KL_SYMMETRY:
+        rounding = scratch.WEIGHT_DOUBT * tl.sqrt(variance) + scratch.D_DOUBT
+        residual = tl.abs(mean + center - tl.load(row + scratch.SECANT))
+        doubt = (residual + rounding) / tl.maximum(variance, 1e-30)
+    elif METHOD == scratch.ESS_BALANCE:
+        residual = tl.abs(f_low - f_high + 2 * tl.load(row + scratch.SECANT))
+        doubt = (residual + 4 * scratch.WEIGHT_DOUBT) / tl.maximum(mean_high - mean_low, 1e-30)
+    elif METHOD != scratch.FIXED:
+        doubt += scratch.ALPHA_DOUBT
+    tl.store(row + scratch.DOUBT, tl.minimum(doubt, 1.0))
+    tl.store(row + scratch.SLOPE, mean + center)
+    tl.store(row + scratch.DEVIATION, tl.sqrt(variance))
 
 
 @triton.jit
@@ -516,20 +358,22 @@ def draw_token(
     comes as near as rounding and the doubt about α (`leave_doubts`) allow. Logarithms are made small in float64 before
     they are rounded: −40000.003 is −40000.004 in float32.
     """
-    doubt, slope, deviation = tl.load(row + DOUBT), tl.load(row + SLOPE), tl.load(row + DEVIATION)
+    doubt, slope = tl.load(row + scratch.DOUBT), tl.load(row + scratch.SLOPE)
     o_group = tl.arange(0, GROUPS)  # [GROUPS]
     mass = tl.load(masses + o_group, mask=o_group < groups, other=-INF)  # [GROUPS]
-    if DRAW == SAMPLED:
-        if tl.load(row + MASSES_ARE_LOGS) == 0:
+    if DRAW == scratch.SAMPLED:
+        if tl.load(row + scratch.MASSES_ARE_LOGS) == 0:
             positive = mass > 0  # [GROUPS]
             mass = tl.where(positive, tl.log(tl.where(positive, mass, 1.0)), -INF)  # [GROUPS]
         mass -= tl.max(mass)
         # of q's mass: a group's mean d is no further from F' than the deviation over the root of its share
         log_share = mass - tl.log(tl.sum(tl.exp(mass)))  # [GROUPS]
     else:
-        log_share = (mass + mixing(row, tops, inv_temperature)[4]) * LN2 - tl.load(row + LOG_NORM)  # [GROUPS]
-    slack = WEIGHT_DOUBT + NOISE_DOUBT + doubt * deviation * tl.exp(-0.5 * tl.maximum(log_share, -100.0))  # [GROUPS]
-    group, close = chosen(mass, slack, o_group, seed, position, o_group, exact, STREAM_OF_GROUPS, DRAW)
+        log_mass = (mass + mixing(row, tops, inv_temperature)[4]) * scratch.LN2  # [GROUPS]
+        log_share = log_mass - tl.load(row + scratch.LOG_NORM)  # [GROUPS]
+    far = tl.load(row + scratch.DEVIATION) * tl.exp(-0.5 * tl.maximum(log_share, -100.0))  # [GROUPS]
+    slack = scratch.WEIGHT_DOUBT + scratch.NOISE_DOUBT + doubt * far  # [GROUPS]
+    group, close = chosen(mass, slack, o_group, seed, position, o_group, exact, scratch.STREAM_OF_GROUPS, DRAW)
     first = group * GROUP
 
     o = first + tl.arange(0, GROUP)  # [GROUP]
@@ -537,8 +381,8 @@ def draw_token(
     b = as_logits(tl.load(t + o, mask=o < vocab_size, other=-INF))  # [GROUP]
     log_q, d = exact_log_q(a, b, row, tops, inv_temperature)  # [GROUP] each
     log_q -= tl.max(log_q)
-    slack = NOISE_DOUBT + doubt * tl.abs(d - slope)  # [GROUP]
-    token, close_token = chosen(log_q, slack, d, seed, position, o, exact, STREAM_OF_TOKENS, DRAW)
+    slack = scratch.NOISE_DOUBT + doubt * tl.abs(d - slope)  # [GROUP]
+    token, close_token = chosen(log_q, slack, d, seed, position, o, exact, scratch.STREAM_OF_TOKENS, DRAW)
     return first + token, close | close_token
 
 
@@ -550,7 +394,7 @@ def chosen(value, slack, kind, seed, position, ids, exact, STREAM: tl.constexpr,
     Equal values of one `kind` [N] are equal whatever was rounded.
     """
     o = tl.arange(0, value.shape[0])  # [N]
-    if DRAW == GREEDY:
+    if DRAW == scratch.GREEDY:
         best = tl.argmax(value, axis=0).to(tl.int32)
         close = is_close(value, slack, (value == tl.max(value)) & (kind == tl.sum(tl.where(o == best, kind, 0))))
     elif exact == 1:
@@ -604,14 +448,14 @@ def finish_kernel(
     alpha_min, alpha_max = as_double(alpha_min, alpha_min_low), as_double(alpha_max, alpha_max_low)
     theta += i_row * s_theta
     t += i_row * s_t
-    row += i_row * ROW_COLUMNS
+    row += i_row * scratch.ROW_COLUMNS
     masses += i_row * groups
     out += i_row
-    tops = (tl.load(row + TOP_THETA), tl.load(row + TOP_T))
-    status = tl.load(row + STATUS).to(tl.int32)
+    tops = (tl.load(row + scratch.TOP_THETA), tl.load(row + scratch.TOP_T))
+    status = tl.load(row + scratch.STATUS).to(tl.int32)
     token = tl.full([], -1, tl.int64)
     exact, again = tl.full([], 0, tl.int32), (status == 0).to(tl.int32)
-    partial += i_row * chunks * EVALUATED_COLUMNS
+    partial += i_row * chunks * scratch.EVALUATED_COLUMNS
     # once, and in float64 once more where float32 may have decided between two tokens
     while again == 1:
         again = tl.full([], 0, tl.int32)
@@ -638,7 +482,7 @@ def finish_kernel(
                 DRAW,
                 TILE_GROUPS,
             )
-        if CHOOSE and DRAW != NO_TOKEN and DRAW != GIVEN:  # noqa: SIM102 - with `and` all would be asked at run time
+        if CHOOSE and seeds is not None:  # noqa: SIM102 - with `and` all would be asked at run time
             if status == 0:
                 # the masses may be this very program's stores, made by other threads
                 tl.debug_barrier()
@@ -662,23 +506,23 @@ def finish_kernel(
                     again = tl.where(exact == 0, close, 0)
                     exact = tl.full([], 1, tl.int32)
     if REFINE:
-        tl.store(row + STATUS, status.to(tl.float64))
+        tl.store(row + scratch.STATUS, status.to(tl.float64))
         if status != 0:
             for k in tl.static_range(5):
                 tl.store(out + k * rows, float("nan"))
     if CHOOSE:
-        if DRAW == GIVEN:
+        if DRAW == scratch.GIVEN:
             token = tl.load(tokens + i_row)
-        if DRAW != NO_TOKEN:
+        if DRAW != scratch.NO_TOKEN:
             nan = float("nan")
             known = (status == 0) & (token >= 0) & (token < vocab_size)
             index = tl.where(known, token, 0)
             log_q, log_p_theta, log_p_t = look_up(theta, t, row, index, tops, inv_temperature)
-            if (DRAW == SAMPLED) | (DRAW == GREEDY):
+            if (DRAW == scratch.SAMPLED) | (DRAW == scratch.GREEDY):
                 # a token that was drawn has a probability, and none is above 1 but for rounding
                 sound = known & (log_q > -INF) & (log_q <= 1e-5)
                 if (status == 0) & (sound == 0):
-                    status = STATUS_INEXACT
+                    status = scratch.STATUS_INEXACT
                     for k in tl.static_range(5):
                         tl.store(out + k * rows, nan)
                 known = known & sound
@@ -693,18 +537,18 @@ def finish_kernel(
 def exact_log_q(a, b, row, tops, inv_temperature):
     """log q of raw logits after truncation, −inf where cut, and d: float64."""
     low_a, low_b, allow_theta, allow_t = exact_logits(a, b, tops, inv_temperature)
-    x = exact_mix(low_a, low_b, tl.load(row + ALPHA))
-    kept = allow_theta & allow_t & (value_of(x, tl.load(row + TOP_X)) >= tl.load(row + FLOOR_X))
-    kept = kept & (relative_logit(b, tops[1]) >= tl.load(row + FLOOR_T))
-    return tl.where(kept, x - tl.load(row + LOG_NORM), -INF), low_a - low_b
+    x = exact_mix(low_a, low_b, tl.load(row + scratch.ALPHA))
+    kept = allow_theta & allow_t & (value_of(x, tl.load(row + scratch.TOP_X)) >= tl.load(row + scratch.FLOOR_X))
+    kept = kept & (relative_logit(b, tops[1]) >= tl.load(row + scratch.FLOOR_T))
+    return tl.where(kept, x - tl.load(row + scratch.LOG_NORM), -INF), low_a - low_b
 
 
 @triton.jit
 def look_up(theta, t, row, token, tops, inv_temperature):
     """log q of a token, and the models' own log-probabilities of it at temperature 1."""
     a, b = as_logits(tl.load(theta + token)), as_logits(tl.load(t + token))
-    log_p_theta = tl.where(a > MASK, a.to(tl.float64) - tops[0] - tl.load(row + LOG_COLD_THETA), -INF)
-    log_p_t = tl.where(b > MASK, b.to(tl.float64) - tops[1] - tl.load(row + LOG_COLD_T), -INF)
+    log_p_theta = tl.where(a > scratch.MASK, a.to(tl.float64) - tops[0] - tl.load(row + scratch.LOG_COLD_THETA), -INF)
+    log_p_t = tl.where(b > scratch.MASK, b.to(tl.float64) - tops[1] - tl.load(row + scratch.LOG_COLD_T), -INF)
     log_q, _d = exact_log_q(a, b, row, tops, inv_temperature)
     return log_q, log_p_theta, log_p_t
 
@@ -729,13 +573,13 @@ def log_q_kernel(
     theta += i_row * s_theta
     t += i_row * s_t
     log_q += i_row * s_log_q
-    row += i_row * ROW_COLUMNS
+    row += i_row * scratch.ROW_COLUMNS
     o = i_block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     mask = o < vocab_size  # [BLOCK]
-    if tl.load(row + STATUS) == 0:
+    if tl.load(row + scratch.STATUS) == 0:
         a = as_logits(tl.load(theta + o, mask=mask, other=-INF))  # [BLOCK]
         b = as_logits(tl.load(t + o, mask=mask, other=-INF))  # [BLOCK]
-        tops = (tl.load(row + TOP_THETA), tl.load(row + TOP_T))
+        tops = (tl.load(row + scratch.TOP_THETA), tl.load(row + scratch.TOP_T))
         exact, _d = exact_log_q(a, b, row, tops, inv_temperature)  # [BLOCK] each
         tl.store(log_q + o, tl.minimum(exact, 0.0).to(tl.float32), mask=mask)
     else:

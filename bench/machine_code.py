@@ -1,10 +1,10 @@
-"""What the kernels become on a GPU that need not be here: `python -m qstar_kernels.inspect`.
+"""What the kernels become on a GPU that need not be here: `python -m bench.machine_code`.
 
 Compiles every kernel of a sampling step with the arguments a real call has, reads registers, spills and instructions
 off the machine code, and estimates a step's time against the time that reading both rows from memory takes. The
 estimate counts issue slots and bytes; it knows nothing of latency and was not measured.
 
-With `--cover` or `--all`, compiles what any call can launch instead (`qstar_kernels.calls`), and says what does not
+With `--cover` or `--all`, compiles what any call can launch instead (`bench.calls`), and says what does not
 compile and what spills.
 """
 
@@ -29,8 +29,8 @@ from threading import local
 import torch
 import triton
 
-from qstar_kernels.calls import TRUNCATIONS, Call, Distinct, Side, compiled, covering, distinct, every_call
-from qstar_kernels.kernels import CHUNK, Launch
+from bench.calls import TRUNCATIONS, Call, Distinct, Side, compiled, covering, distinct, every_call
+from qstar_kernels.gpu.launch import CHUNK, Launch
 from qstar_kernels.types import Settings
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -285,7 +285,7 @@ def print_survey(architectures: list[str], strength: int | None) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m qstar_kernels.inspect", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.machine_code", description=__doc__.splitlines()[0])
     parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     some = parser.add_mutually_exclusive_group()
     some.add_argument("--all", action="store_true", help="compile every specialisation that any call can launch")
