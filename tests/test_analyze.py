@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from runs import lines, write_lines
 
-from qstar.analyze import READ, main
+from qstar.analyze import main
 from qstar.generate import main as generate
 from qstar.records import RecordError, RunFiles
+from qstar_kernels.types import FIELDS
 
 # two samples of two tokens and one of one, everything a round number
 ALPHA = [[0.5, 0.7], [0.1, 0.3], [0.9]]
@@ -33,7 +34,7 @@ def write_run(folder: Path, name: str = "x", settings: dict | None = None, **tok
     numbers, samples = [], []
     for i, n in enumerate(sizes):
         ids = {"id": f"{i}-0", "prompt_index": i, "sample_index": 0, "num_tokens": n}
-        of_tokens = {"id": list(range(n)), "status": [0] * n} | {field: fields[field][i] for field in READ}
+        of_tokens = {"id": list(range(n)), "status": [0] * n} | {field: fields[field][i] for field in FIELDS}
         numbers.append(ids | {"tokens": of_tokens})
         samples.append(ids | {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]})
     write_lines(folder / f"{name}.diagnostics.jsonl", numbers)
