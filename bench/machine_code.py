@@ -203,6 +203,15 @@ def attempt(call: Call, i: int, architecture: str) -> Report | str:
         return f"{type(error).__name__}: {error}"
 
 
+def failure(call: Call, i: int, architecture: str) -> str:
+    """Why launch `i` of a call does not compile; empty where it does, and then it is in Triton's cache."""
+    try:
+        compiled(call.launches()[i], architecture)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
 def attempts(launches: Iterable[tuple[Call, int]], architecture: str) -> Iterator[Report | str]:
     """`attempt` at each, on all cores and through Triton's cache."""
     return workers().map(attempt, [(*launch, architecture) for launch in launches])
