@@ -100,7 +100,7 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 def held(found: dict[str, Any]) -> list[str]:
     """What was right, and how much of what is promised the largest deviations take."""
-    lines = [f"{len(found)} of what was looked at held: {'; '.join(found)}."]
+    lines = ["", f"Held: {'; '.join(found)}."]
     shares = [x for x in found.values() if isinstance(x, dict) and "alpha" in x]
     if shares:
         names = list(dict.fromkeys(name for x in shares for name in x))
@@ -111,7 +111,10 @@ def held(found: dict[str, Any]) -> list[str]:
 
 
 def compiled(found: dict[str, Any]) -> list[str]:
-    return [f"{x['kernels']} of {x['of']} kernels compiled ahead in {x['seconds']:.0f} s." for x in found.values()]
+    return [
+        "",
+        *(f"{x['kernels']} of {x['of']} kernels compiled ahead in {x['seconds']:.0f} s." for x in found.values()),
+    ]
 
 
 def microseconds(found: dict[str, dict[str, float]], first: str) -> list[str]:
@@ -135,7 +138,8 @@ def of_loop(found: dict[str, Any]) -> list[str]:
     whole = {name: x for name, x in found.items() if isinstance(x, dict)}
     rows = [[name, f"{x['tokens/s']:.0f}", *map(ms, list(x.values())[1:])] for name, x in whole.items()]
     lines = table(["pair", "B", "tokens/s", "a step, ms", "of it both forward passes", "of it the q* step"], rows)
-    return [*lines, "", *(f"{name} rows: {ms(x)} ms." for name, x in found.items() if name not in whole)]
+    passes = [[name, ms(x)] for name, x in found.items() if name not in whole]
+    return [*lines, *(table(["", "B", "ms"], passes) if passes else [])]
 
 
 class Part(NamedTuple):
@@ -201,7 +205,7 @@ def page(run: Run) -> list[str]:
     lines += ["", f"{len(failed)} failed, {len(run.left_out)} left out for want of time."]
     for part in PARTS:
         if found := run.results.get(part.name):
-            lines += ["", f"## {part.name}", "", *part.lines(found)]
+            lines += ["", f"## {part.name}", *part.lines(found)]
     if failed:
         lines += ["", "## Failed", "", *(f"- {name}: `{text}`" for name, text in failed.items())]
     if run.left_out:
