@@ -16,6 +16,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
@@ -187,7 +188,10 @@ def machine(on_gpu: bool) -> dict[str, str]:
         runtime = str(torch.version.cuda or torch.version.hip)
         found |= {"device": torch.cuda.get_device_name(), "driver": driver, "CUDA or HIP": runtime}
     found["Python"] = ".".join(map(str, sys.version_info[:3]))
-    return found | {name: metadata.version(name) for name in ("torch", "triton", "transformers", "numpy")}
+    for name in ("torch", "triton", "transformers", "numpy"):
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def page(run: Run) -> list[str]:
@@ -251,6 +255,8 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         faulthandler.cancel_dump_traceback_later()
     run.save()
+    for kind, names in (("failed", run.failures), ("left out", run.left_out)):
+        print("".join(f"{kind}: {name}\n" for name in names), end="")
     print(f"{len(run.failures)} failed, {len(run.left_out)} left out, {run.elapsed():.0f} s: {run.page}")
     return 1 if run.failures else 0
 

@@ -35,15 +35,14 @@ def steps(run: "Run") -> Iterator[Item]:
         both = torch.stack((theta, t))
         target = torch.empty_like(both)
         ours = partial(qstar_sample, theta, t, seeds=index, positions=index)
-        functions = {
-            "`qstar_sample`": ours,
+        others = {
             "one model": partial(ordinary_sampling, theta),
             "log_softmax": partial(two_log_softmax, theta, t),
             "copying both rows": partial(target.copy_, both),
             "research": partial(research_step, theta, t),
         }
-        timers = {name: timer(function, run.device) for name, function in functions.items()}
-        timers["warm"] = timer(ours, run.device, cold=False)
+        timers = {"`qstar_sample`": timer(ours, run.device), "warm": timer(ours, run.device, cold=False)}
+        timers |= {name: timer(function, run.device) for name, function in others.items()}
         return in_turns(timers, 0.0 if run.quick else 1.5)
 
     for rows, vocab_size in shapes(run.quick):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import bench.rows
-from bench import gpu, gpu_checks, gpu_times
+from bench import gpu, gpu_checks, gpu_times, timing
 from bench.calls import distinct
 from bench.gpu import PARTS, RESULTS, Part, Run, free_page, page
 from qstar_kernels import qstar_sample
@@ -161,6 +161,32 @@ def test_what_the_part_on_compilations_counts_is_steady(first, others):
     at_first = set(distinct([calls(first, gpu_checks.BATCHES[0])], "sm_90").of)
     later = distinct((calls(*x) for x in product((first, *others), gpu_checks.BATCHES)), "sm_90").of
     assert set(later) == at_first
+
+
+@pytest.mark.parametrize("cold", [True, False])
+def test_a_warm_call_comes_right_after_itself(made_up, monkeypatch, cold):
+    done = []
+
+    class Event:
+        def __init__(self, enable_timing: bool):
+            assert enable_timing
+
+        def record(self):
+            done.append("event")
+
+        def synchronize(self):
+            done.append("wait")
+
+        def elapsed_time(self, end) -> float:
+            return 3.0
+
+    flushing = SimpleNamespace(zero_=lambda: done.append("flush"))
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: flushing)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(timing, "captured", lambda function: function)
+    once = timing.timer(lambda: done.append("call"), torch.device("cuda"), cold)
+    assert once() == 3e-3
+    assert done == ["flush" if cold else "call", "event", "call", "event", "wait"]
 
 
 def test_counts_what_the_jit_makes_ready(monkeypatch):
