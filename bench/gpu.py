@@ -106,7 +106,7 @@ def held(found: dict[str, Any]) -> list[str]:
     if shares:
         names = list(dict.fromkeys(name for x in shares for name in x))
         largest = {name: max(x.get(name, 0.0) for x in shares) for name in names}
-        worst = ", ".join(f"{name} {100 * x:.0f}%" for name, x in largest.items())
+        worst = ", ".join(f"{name} {100 * x:.2g}%" for name, x in largest.items())
         lines += ["", f"Largest deviations from float64, of what is promised: {worst}."]
     return lines
 
@@ -121,6 +121,14 @@ def compiled(found: dict[str, Any]) -> list[str]:
 def microseconds(found: dict[str, dict[str, float]], first: str) -> list[str]:
     names = list(next(iter(found.values())))
     return table([first, *names], [[name, *map(us, x.values())] for name, x in found.items()])
+
+
+def of_steps(found: dict[str, dict[str, float]]) -> list[str]:
+    note = (
+        "«one model» is `multinomial(softmax)` of π_θ alone, «log_softmax» that of both, «research» 20 bisections; "
+        "«warm» is `qstar_sample` right after itself."
+    )
+    return ["", note, *microseconds(found, "[B, V]")]
 
 
 def of_kernels(found: dict[str, list[tuple[str, float]]]) -> list[str]:
@@ -138,7 +146,12 @@ def of_loop(found: dict[str, Any]) -> list[str]:
 
     whole = {name: x for name, x in found.items() if isinstance(x, dict)}
     rows = [[name, f"{x['tokens/s']:.0f}", *map(ms, list(x.values())[1:])] for name, x in whole.items()]
-    lines = table(["pair", "B", "tokens/s", "a step, ms", "of it both forward passes", "of it the q* step"], rows)
+    note = (
+        "Tokens and steps of the better of two runs, the prompts' pass included; passes of one token a row and q* steps, "
+        "medians, of a third one that waits for the device after each."
+    )
+    header = ["pair", "B", "tokens/s", "a step, ms", "both forward passes, ms", "the q* step, ms"]
+    lines = ["", note, *table(header, rows)]
     passes = [[name, ms(x)] for name, x in found.items() if name not in whole]
     return [*lines, *(table(["", "B", "ms"], passes) if passes else [])]
 
@@ -158,7 +171,7 @@ PARTS = (
     Part("Near ties", gpu_checks.ties, 0.52, held),
     Part("Equal bits", gpu_checks.bits, 0.6, held),
     Part("Nothing compiled while a batch shrinks and options change", gpu_checks.steadiness, 0.65, held),
-    Part("A step of q*, µs", gpu_times.steps, 0.8, lambda found: microseconds(found, "[B, V]")),
+    Part("A step of q*, µs", gpu_times.steps, 0.8, of_steps),
     Part("The kernels of a step, µs, caches warm", gpu_times.kernels, 0.85, of_kernels),
     Part("Host time of a step, µs", gpu_times.host, 0.87, lambda found: microseconds(found, "B")),
     Part(
@@ -182,7 +195,7 @@ def machine(on_gpu: bool) -> dict[str, str]:
         except (OSError, subprocess.TimeoutExpired):
             return "unknown"
 
-    found = {"device": "a CPU", "commit": said("git", "rev-parse", "--short", "HEAD")}
+    found = {"device": "a CPU", "commit": said("git", "describe", "--always", "--dirty")}
     if on_gpu:
         driver = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         runtime = str(torch.version.cuda or torch.version.hip)
@@ -200,8 +213,8 @@ def page(run: Run) -> list[str]:
     lines = [f"# The kernels on {about['device']}", "", f"`python -m bench.gpu`, {run.elapsed():.0f} s. {versions}."]
     if run.on_gpu:
         lines.append(
-            "bfloat16 logits but where another type is named; medians of CUDA events, functions in turns, the L2 cache "
-            "emptied before each call («warm»: not emptied)."
+            "Times are of bfloat16 logits, medians of CUDA events, functions in turns, the L2 cache emptied before "
+            "each unless it says warm. What was not right was not timed."
         )
     else:
         lines.append("**Not a GPU**: this shows that the benchmark works, and no figure says anything about one.")
