@@ -147,7 +147,7 @@ def of_loop(found: dict[str, Any]) -> list[str]:
     whole = {name: x for name, x in found.items() if isinstance(x, dict)}
     rows = [[name, f"{x['tokens/s']:.0f}", *map(ms, list(x.values())[1:])] for name, x in whole.items()]
     note = (
-        "Tokens and steps of the better of two runs, the prompts' pass included; passes of one token a row and q* steps, "
+        "Tokens and steps of the better of two runs, prompts included; passes of one token a row and q* steps, "
         "medians, of a third one that waits for the device after each."
     )
     header = ["pair", "B", "tokens/s", "a step, ms", "both forward passes, ms", "the q* step, ms"]
