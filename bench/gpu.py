@@ -260,13 +260,10 @@ def main(argv: list[str] | None = None) -> int:
         print("{kernels} of {of} kernels in {seconds:.0f} s".format(**compile_ahead(run, options.precompile)))
         return 0
     run.page = free_page(folder, machine(on_gpu)["device"] if on_gpu else "none")
-    if on_gpu:  # a kernel that never ends lets nothing else end either
+    if on_gpu:  # where a kernel never ends, or a compiler at the exit
         faulthandler.dump_traceback_later(options.budget + 60, exit=True)
-    try:
-        for part in PARTS:
-            run.take(part)
-    finally:
-        faulthandler.cancel_dump_traceback_later()
+    for part in PARTS:
+        run.take(part)
     run.save()
     for kind, names in (("failed", run.failures), ("left out", run.left_out)):
         print("".join(f"{kind}: {name}\n" for name in names), end="")

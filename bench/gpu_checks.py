@@ -1,6 +1,7 @@
 """What `python -m bench.gpu` wants to be right before it times: the cases, and all kernels compiled for them ahead."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +18,7 @@ from qstar_kernels import METHODS, QStarStep, Status, qstar_logprobs, qstar_samp
 from qstar_kernels.gpu import launch
 from qstar_kernels.types import Settings
 from tests.interpreter import poisoned
-from tests.rows import INF, NEAR_TIES, check_near_ties, check_step, equal_bits, stacked, table, unusable, zipf_pair
+from tests.rows import NEAR_TIES, check_near_ties, check_step, equal_bits, stacked, table, unusable, zipf_pair
 
 if TYPE_CHECKING:
     from bench.gpu import Run
@@ -157,18 +158,16 @@ def every_call(quick: bool) -> Iterator[Call]:
         yield Case("", 4097, settings=settings).call(rows=BATCHES[0])
 
 
-def compile_ahead(run: "Run", architecture: str, until: float = INF) -> dict[str, float]:
+def compile_ahead(run: "Run", architecture: str, seconds: float | None = None) -> dict[str, float]:
     """Compile on all cores into Triton's cache, where the calls find it; what is not ready in time they compile."""
     launches = list(distinct(every_call(run.quick), architecture).of.values())
+    results = workers().map(failure, [(*launch, architecture) for launch in launches], seconds)
     problems, done = [], 0
-    results = workers().map(failure, [(*launch, architecture) for launch in launches])
-    for problem, (call, i) in zip(results, launches, strict=True):
-        done += 1
-        if problem:
-            problems.append(f"launch {i} of {call}: {problem}")
-        if run.elapsed() > until:
-            results.close()
-            break
+    with suppress(TimeoutError):
+        for problem, (call, i) in zip(results, launches, strict=True):
+            done += 1
+            if problem:
+                problems.append(f"launch {i} of {call}: {problem}")
     assert not problems, "\n".join(problems)
     return {"kernels": done, "of": len(launches), "seconds": run.elapsed()}
 

@@ -185,9 +185,9 @@ class Workers:
             del self.own.process
             return "the compiler ended its process"
 
-    def map(self, function, items: Iterable[tuple]) -> Iterator:
-        """The results in order."""
-        return self.threads.map(lambda item: self.call(function, *item), items)
+    def map(self, function, items: Iterable[tuple], timeout: float | None = None) -> Iterator:
+        """The results in order; a TimeoutError instead of one that is not there so many seconds from now."""
+        return self.threads.map(lambda item: self.call(function, *item), items, timeout=timeout)
 
 
 @cache

@@ -56,7 +56,9 @@ def made_up(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, answer)
     monkeypatch.setattr(gpu_checks, "captured", captured)
     monkeypatch.setattr(gpu_times, "captured", captured)
-    monkeypatch.setattr(gpu_checks, "workers", lambda: SimpleNamespace(map=lambda f, items: ("" for _ in items)))
+    monkeypatch.setattr(
+        gpu_checks, "workers", lambda: SimpleNamespace(map=lambda f, items, timeout: ("" for _ in items))
+    )
     monkeypatch.setattr(Launch, "__call__", lambda launch: None)
     gpu.machine.cache_clear()
     yield
@@ -106,6 +108,16 @@ def test_a_failure_is_one_items_own(tmp_path, monkeypatch, capsys):
     assert gpu.main(["--device", "cpu", "--output", str(tmp_path)]) == 0
     assert (tmp_path / "gpu-none-2.md").exists()
     assert "2 failed, 1 left out" in capsys.readouterr().out
+
+
+def test_what_is_not_compiled_in_time_is_left_to_the_calls(tmp_path, monkeypatch):
+    def results(function, items, timeout):
+        yield ""
+        raise TimeoutError
+
+    monkeypatch.setattr(gpu_checks, "workers", lambda: SimpleNamespace(map=results))
+    found = gpu_checks.compile_ahead(new_run(tmp_path), "sm_90", 1.0)
+    assert found["kernels"] == 1 < found["of"]
 
 
 def test_nothing_is_tried_on_a_device_that_is_lost(made_up, tmp_path, monkeypatch):
