@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.competitors import research_step
-from qstar import decode
-from qstar.decode import DecodeOptions, Request, Sample
+from qstar.decode import DecodeOptions, Decoder, Request, Sample
 from qstar.pair import Pair
 from qstar.rule import Rule
 
@@ -98,8 +97,8 @@ def split_times(pair: Pair) -> Iterator[dict[str, list[tuple[int, float]]]]:
 
         return wrapper
 
-    draft, step = decode.qstar_sample, Rule.step
-    decode.qstar_sample = timed("draft", draft, lambda *args, **kwargs: 1)
+    draft, step = Decoder._draft, Rule.step
+    Decoder._draft = timed("draft", draft, lambda *args, **kwargs: 1)
     Rule.step = timed("q* step", step, lambda rule, logits, *args, seeds, **kwargs: len(logits) // len(seeds.unique()))
     for name in ("theta", "t"):
         model = getattr(pair, name)
@@ -107,7 +106,7 @@ def split_times(pair: Pair) -> Iterator[dict[str, list[tuple[int, float]]]]:
     try:
         yield times
     finally:
-        decode.qstar_sample, Rule.step = draft, step
+        Decoder._draft, Rule.step = draft, step
         for model in (pair.theta, pair.t):
             del model.forward  # the class's own again
 

@@ -185,9 +185,9 @@ class Workers:
             del self.own.process
             return "the compiler ended its process"
 
-    def map(self, function, items: Iterable[tuple]) -> Iterator:
-        """The results in order."""
-        return self.threads.map(lambda item: self.call(function, *item), items)
+    def map(self, function, items: Iterable[tuple], timeout: float | None = None) -> Iterator:
+        """The results in order; a TimeoutError instead of one that is not there so many seconds from now."""
+        return self.threads.map(lambda item: self.call(function, *item), items, timeout=timeout)
 
 
 @cache
@@ -201,6 +201,15 @@ def attempt(call: Call, i: int, architecture: str) -> Report | str:
         return report(call.launches()[i], architecture)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
+
+
+def failure(call: Call, i: int, architecture: str) -> str:
+    """Why launch `i` of a call does not compile; empty where it does, and then it is in Triton's cache."""
+    try:
+        compiled(call.launches()[i], architecture)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def attempts(launches: Iterable[tuple[Call, int]], architecture: str) -> Iterator[Report | str]:

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from bench.test_step import check_exact, llm_like
+from bench.rows import check_exact, llm_like
 from bench.timing import side_by_side
 from qstar_kernels import qstar_sample
 

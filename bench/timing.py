@@ -10,10 +10,11 @@ SECONDS_A_CASE = 6.0
 CACHE_FLUSH_BYTES = 256 << 20  # more than any GPU's L2
 
 
-def timer(function: Callable[[], object], device: torch.device) -> Callable[[], float]:
+def timer(function: Callable[[], object], device: torch.device, cold: bool = True) -> Callable[[], float]:
     """A function that runs `function` once and returns its seconds.
 
-    On a GPU: as a CUDA graph where it can be captured, with the caches flushed before, by events on the device.
+    On a GPU: as a CUDA graph where it can be captured, by events on the device, with the caches flushed before if
+    `cold`, else right after itself.
     """
     if device.type != "cuda":
 
@@ -24,11 +25,11 @@ def timer(function: Callable[[], object], device: torch.device) -> Callable[[], 
 
         return once
     launch = captured(function)
-    flush = torch.empty(CACHE_FLUSH_BYTES, dtype=torch.int8, device=device)
+    before = torch.empty(CACHE_FLUSH_BYTES, dtype=torch.int8, device=device).zero_ if cold else launch
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def once_on_device() -> float:
-        flush.zero_()
+        before()
         start.record()
         launch()
         end.record()
@@ -56,6 +57,19 @@ def captured(function: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
+def rounds_in(timers: dict[str, Callable[[], float]], seconds: float) -> int:
+    """Rounds of all timers that fit the time, 5 to 50; runs each twice, so that the first round is not their first."""
+    for once in timers.values():
+        once()
+    return max(5, min(50, int(seconds / sum(once() for once in timers.values()))))
+
+
+def in_turns(timers: dict[str, Callable[[], float]], seconds: float) -> dict[str, float]:
+    """The median seconds of each, timed round by round."""
+    rounds = [{name: once() for name, once in timers.items()} for _ in range(rounds_in(timers, seconds))]
+    return {name: statistics.median(times[name] for times in rounds) for name in timers}
+
+
 def side_by_side(benchmark, functions: dict[str, Callable[[], object]], device: torch.device, **info) -> dict:
     """Time the functions in turns, round by round; the first is also pytest-benchmark's own.
 
@@ -64,10 +78,7 @@ def side_by_side(benchmark, functions: dict[str, Callable[[], object]], device: 
     """
     timers = {name: timer(function, device) for name, function in functions.items()}
     seconds: dict[str, list[float]] = {name: [] for name in timers}
-    for once in timers.values():
-        once()
-    round_seconds = sum(once() for once in timers.values())
-    rounds = max(5, min(50, int(SECONDS_A_CASE / round_seconds)))
+    rounds = rounds_in(timers, SECONDS_A_CASE)
 
     def all_once() -> None:
         for name, once in timers.items():

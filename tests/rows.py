@@ -86,13 +86,14 @@ NEAR_TIES = (
 )
 
 
-def check_near_ties(impl: str, case: tuple) -> None:
+def check_near_ties(impl: str, case: tuple, device: str | torch.device = "cpu") -> None:
     """The token that the reference draws, also where two keys are as good as equal."""
     vocab_size, seed, noise, settings = case
     theta, t, gaps = near_ties(vocab_size, seed, noise, **settings)
     assert gaps[0] > 0 > gaps[1]
     assert gaps.abs().max() < 3e-8
-    index = {"seeds": torch.zeros(2, dtype=torch.int64), "positions": torch.zeros(2, dtype=torch.int64)}
+    theta, t = theta.to(device), t.to(device)
+    index = dict.fromkeys(("seeds", "positions"), torch.zeros(2, dtype=torch.int64, device=device))
     tokens = [qstar_sample(theta, t, **index, **settings, impl=x).token.tolist() for x in (impl, "reference")]
     assert tokens[0] == tokens[1]
     assert tokens[0][0] != tokens[0][1]
@@ -172,30 +173,36 @@ def equal_bits(x: QStarStep, y: QStarStep, rows=slice(None)) -> bool:
     return all(torch.equal(getattr(x, f)[rows].nan_to_num(nan=7e7), getattr(y, f).nan_to_num(nan=7e7)) for f in NAMES)
 
 
-def check_step(got: QStarStep, want: QStarStep, theta: Tensor, t: Tensor, names, **kwargs) -> None:
-    """`got` is within the accuracy promised of the reference's `want`; `names` of the rows, `kwargs` of the call."""
+def check_step(got: QStarStep, want: QStarStep, theta: Tensor, t: Tensor, names, **kwargs) -> dict[str, float]:
+    """`got` is within the accuracy promised of the reference's `want`; `names` of the rows, `kwargs` of the call.
+
+    Returns:
+        the largest deviation of each number, as a share of what is promised.
+    """
     got = got.to(torch.float64)
     assert torch.equal(got.status, want.status)
     usable = (x.double().masked_fill(x <= mask_of(x.dtype), -INF) for x in (theta, t))
     curvature = make_pair(*usable, kwargs.get("temperature") or 1.0).curve(want.alpha)[3]
     size = torch.maximum(want.kl_theta, want.kl_t).clamp(min=1)
-    symmetric = kwargs.get("method", "kl_symmetry") == "kl_symmetry"
 
-    def far(x, y, bound) -> torch.Tensor:
-        return ~((x == y) | ((x - y).abs() <= bound) | (x.isnan() & y.isnan()))
+    def share(x, y, bound) -> Tensor:
+        same = (x == y) | (x.isnan() & y.isnan())
+        return ((x - y).abs() / bound).masked_fill(same, 0).nan_to_num(nan=INF, posinf=INF)
 
-    wrong = {
-        "alpha": far(got.alpha, want.alpha, 1e-5) & (curvature > 1e-6),
-        "kl_theta": far(got.kl_theta, want.kl_theta, 1e-5 * size),
-        "kl_t": far(got.kl_t, want.kl_t, 1e-5 * size),
-        "gap": far(got.kl_theta - got.kl_t, want.kl_theta - want.kl_t, 1e-5 * size) & symmetric,
-        "token": got.token != want.token,
+    shares = {
+        "alpha": share(got.alpha, want.alpha, 1e-5).masked_fill(~(curvature > 1e-6), 0),
+        "kl_theta": share(got.kl_theta, want.kl_theta, 1e-5 * size),
+        "kl_t": share(got.kl_t, want.kl_t, 1e-5 * size),
+        "token": 2.0 * (got.token != want.token),
     }
+    if kwargs.get("method", "kl_symmetry") == "kl_symmetry":
+        shares["gap"] = share(got.kl_theta - got.kl_t, want.kl_theta - want.kl_t, 1e-5 * size)
     for name in ("ess_theta", "ess_t"):  # below 1e-30 float32 has nothing to say
         x, y = (getattr(step, name).clamp(min=1e-30).log() for step in (got, want))
-        wrong[name] = far(x, y, 1e-4)
+        shares[name] = share(x, y, 1e-4)
     for name in OF_TOKEN:
         x, y = getattr(got, name), getattr(want, name)
-        wrong[name] = far(x, y, 1e-5 * y.abs().clamp(min=1))
-    hits = {n: [names[i] for i in w.nonzero()[:, 0].tolist()] for n, w in wrong.items() if w.any()}
-    assert not hits
+        shares[name] = share(x, y, 1e-5 * y.abs().clamp(min=1))
+    hits = {n: [names[i] for i in (x > 1).nonzero()[:, 0].tolist()] for n, x in shares.items() if (x > 1).any()}
+    assert not hits, hits
+    return {name: x.max().item() for name, x in shares.items() if name != "token"}

@@ -11,8 +11,8 @@ import torch
 from bench.competitors import research_step
 from bench.loops import own_loop, plain_loop
 from bench.report import main
+from bench.rows import check_exact, llm_like
 from bench.test_decode import first_requests
-from bench.test_step import check_exact, llm_like
 from qstar_kernels import qstar_sample
 from qstar_kernels.types import Settings
 
@@ -116,7 +116,7 @@ def test_both_loops_go_on_past_eos(demo_pair):
 
 def test_what_is_wrong_is_not_timed(monkeypatch):
     """The check that stands before the timing fails on a step that is off."""
-    import bench.test_step
+    import bench.rows
 
     def off(*args, **kwargs):
         step = qstar_sample(*args, **kwargs)
@@ -124,6 +124,6 @@ def test_what_is_wrong_is_not_timed(monkeypatch):
             step.kl_theta = step.kl_theta + 1e-3
         return step
 
-    monkeypatch.setattr(bench.test_step, "qstar_sample", off)
+    monkeypatch.setattr(bench.rows, "qstar_sample", off)
     with pytest.raises(AssertionError):
         check_exact(*llm_like(2, 2000, 1.0, torch.device("cpu")), torch.arange(2))
