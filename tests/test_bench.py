@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench.competitors import research_step
-from bench.loops import own_loop, plain_loop
+from bench.loops import own_loop, plain_loop, split_times
 from bench.report import main
 from bench.rows import check_exact, llm_like
 from bench.test_decode import first_requests
@@ -112,6 +112,16 @@ def test_both_loops_go_on_past_eos(demo_pair):
         assert [s.token_ids for s in own] == greedy.tolist()
     ended = own_loop(demo_pair, requests, False, settings=Settings(temperature=0.0))
     assert any(s.finish_reason == "eos" for s in ended)
+
+
+def test_every_part_of_a_loop_with_drafts_is_timed(demo_pair):
+    requests = first_requests(demo_pair, 2, 8)
+    with split_times(demo_pair) as times:
+        timed = own_loop(demo_pair, requests, False, speculate=2)
+    assert [s.token_ids for s in timed] == [s.token_ids for s in own_loop(demo_pair, requests, False)]
+    assert all(seconds > 0 for passes in times.values() for _, seconds in passes)
+    assert {name for name, passes in times.items() if passes} == {"theta", "t", "q* step", "draft"}
+    assert {size for size, _ in times["q* step"]} > {1}
 
 
 def test_what_is_wrong_is_not_timed(monkeypatch):
