@@ -436,8 +436,10 @@ def make_job(
     before = None
     with suppress(OutputError, OSError, ValueError, ImportError):  # said when the output is opened
         before = output.before()
+    # the samples of a run are scored by the models that drew them
+    drawn = data.files.settings if isinstance(data, RunAnswers) else {}
     try:
-        output.settings |= weights_of_run(args, before or {})
+        output.settings |= weights_of_run(args, before or drawn)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     args.revision_theta, args.revision_t = (revision(output.settings[f"weights of {side}"]) for side in ("theta", "t"))
@@ -505,7 +507,8 @@ def weights_of_run(args: argparse.Namespace, before: dict[str, Any]) -> dict[str
     names, of_name = {"theta": args.model_theta, "t": args.model_t}, {}
     for side, name in names.items():
         known = str(before.get(f"weights of {side}"))
-        stays = args.backend == "transformers" and before.get(f"--model-{side}") == name and revision(known)
+        of_hub = args.backend == "transformers" and not Path(name).expanduser().is_dir()
+        stays = of_hub and before.get(f"--model-{side}") == name and revision(known)
         if name not in of_name:
             of_name[name] = known if stays else fingerprint(name)
     return {f"weights of {side}": of_name[name] for side, name in names.items()}

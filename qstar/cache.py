@@ -45,9 +45,23 @@ class RoomyLayer(DynamicLayer):
         return room[:, :, :stop]
 
 
+def check_mode(model: torch.nn.Module, name: str) -> None:
+    """Refuse a model in training mode, or with a part of it that is.
+
+    Raises:
+        ValueError: it is; `name` is what the message calls it.
+    """
+    if any(module.training for module in model.modules()):
+        raise ValueError(
+            f"{name} is in training mode, where dropout and gradient checkpointing make other numbers of it; call its "
+            "eval() first"
+        )
+
+
 def takes(model: torch.nn.Module, argument: str) -> bool:
     """Whether the model's forward pass takes an argument, which a subclass may hand on among its `**kwargs`."""
     # the class's own: a wrapper of the instance's forward, or of the whole model for adapters, hides the arguments
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     wrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
     for kind in type(wrapped).__mro__:
         if "forward" in vars(kind):
@@ -76,10 +90,12 @@ class Side:
         long: whether a row's keys were computed with the long frequencies of a LongRoPE (`qstar.rope`).
 
     Raises:
-        ValueError: the model has RoPE that `qstar.rope` refuses; while reading: a row is longer than its RoPE allows.
+        ValueError: the model is in training mode, or has RoPE that `qstar.rope` refuses; while reading: a row is longer
+            than its RoPE allows.
     """
 
     def __init__(self, model: torch.nn.Module, pad_id: int, sees: tuple[str, ...]):
+        check_mode(model, f"the model of {' and '.join(sees)}")
         self.model, self.pad_id, self.sees, self.copies = model, pad_id, sees, len(sees)
         self.takes_positions, self.takes_logits_to_keep = (takes(model, x) for x in ("position_ids", "logits_to_keep"))
         self.device = model.get_input_embeddings().weight.device

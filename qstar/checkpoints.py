@@ -3,8 +3,8 @@
 A checkpoint in a folder is fingerprinted by its content alone, so that a copy is the same checkpoint. Everything small
 (configuration, tokenizer, chat template, code) counts to the last byte, and so do weights of up to `WHOLE` bytes. Of
 larger ones, which take minutes to read, the names, shapes, types and places of all tensors count and, of every tensor,
-`BLOCK` bytes at its start, at its end and at even distances between them. An archive of torch also has a CRC-32 of
-every tensor, over all of its bytes; a file that is neither that nor safetensors is read to the end.
+`BLOCK` bytes at its start, at its end and at even distances between them. An archive of torch also has, by default, a
+CRC-32 of every tensor, over all of its bytes; a file that is neither that nor safetensors is read to the end.
 
 So every change of weights of up to `WHOLE` bytes is seen, and in larger ones every change that is spread over a tensor
 (training, a merged adapter, a quantisation, noise) or that fills as much of it as lies between two blocks: at most a
@@ -16,10 +16,12 @@ import hashlib
 import json
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 
+from transformers.utils import find_adapter_config_file
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 WEIGHTS = (".safetensors", ".bin")
@@ -36,6 +38,10 @@ def fingerprint(name: str) -> str:
     """`sha256:…` of a folder's content, as the module says; for a name on the hub `commit:…`, its newest commit.
 
     Where the hub cannot be asked that is the commit in the cache; what was changed in the cache itself is not seen.
+    Code that a folder takes from a repository of the hub counts by that one's commit.
+
+    Raises:
+        ValueError: the name is that of an adapter, which says nothing of the base that it is loaded with.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
@@ -57,10 +63,8 @@ def fingerprint(name: str) -> str:
     with ThreadPoolExecutor(READERS) as pool:
         for part in pool.map(_digest, reads):
             digest.update(part)
-    if (folder / "adapter_config.json").is_file():
-        base = json.loads((folder / "adapter_config.json").read_bytes()).get("base_model_name_or_path")
-        if base and Path(base).expanduser().resolve() != folder.resolve():
-            digest.update(fingerprint(base).encode())
+    for repository in sorted(_code_from_elsewhere(folder)):
+        digest.update(fingerprint(repository).encode())
     return f"sha256:{digest.hexdigest()}"
 
 
@@ -75,7 +79,24 @@ def revision(of_hub: str) -> str | None:
     return of_hub.removeprefix("commit:") if of_hub.startswith("commit:") else None
 
 
+def _code_from_elsewhere(folder: Path) -> set[str]:
+    """The repositories of which a checkpoint's `auto_map` takes code, as in `owner/name--modeling.Model`."""
+    found = set()
+    for path in (folder / "config.json", folder / "tokenizer_config.json"):
+        with suppress(OSError, ValueError, AttributeError):  # said where the model is loaded
+            for named in json.loads(path.read_bytes()).get("auto_map", {}).values():
+                for code in named if isinstance(named, list) else [named]:
+                    if code and "--" in code:
+                        found.add(code.partition("--")[0])
+    return found
+
+
 def _commit(name: str) -> str:
+    adapter = None
+    with suppress(OSError, ValueError):
+        adapter = find_adapter_config_file(name)
+    if adapter is not None:
+        raise ValueError(f"{name} is an adapter; merge it into its base, and give the merged model")
     try:
         commit = extract_commit_hash(cached_file(name, "config.json"), None)
     except (OSError, ValueError):  # said again, and better, where the model is loaded

@@ -9,6 +9,7 @@ them. What either does not know is switched off, or refused, like them.
 """
 
 from collections.abc import Sequence
+from operator import index
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from qstar.cache import Side
 from qstar.decode import DecodeOptions, Decoder, Ending, Request, Sample
 from qstar.probe import check_model
 from qstar_kernels import Status, dispatch
-from qstar_kernels.types import Settings
+from qstar_kernels.types import SETTINGS, Settings
 
 # Fields of a generation config that have no part in which token comes next
 LENGTH = frozenset("max_length max_new_tokens max_time stop_strings num_return_sequences do_sample".split())
@@ -46,12 +47,16 @@ CRITERIA = (MaxLengthCriteria, EosTokenCriteria, StopStringCriteria)
 
 def unpadded(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
     """The prompts [B, L] as lists without their left padding."""
+    if attention_mask is None and len(input_ids) > 1:
+        raise ValueError("attention_mask is missing; give that of the prompts, ones where nothing is padded")
     if attention_mask is None:
         return input_ids.tolist()
-    if attention_mask.shape != input_ids.shape or not attention_mask[:, -1].all():
+    fits = attention_mask.shape == input_ids.shape
+    if not fits or not attention_mask[:, -1].all() or (attention_mask.long().diff() < 0).any():
         raise ValueError(
             f"attention_mask is {list(attention_mask.shape)} for prompts {list(input_ids.shape)}; it must have their "
-            "shape and mark left padding only (tokenizer.padding_side = 'left')"
+            "shape, repeated as they are for num_return_sequences, and mark left padding only "
+            "(tokenizer.padding_side = 'left')"
         )
     return [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
 
@@ -64,7 +69,7 @@ class QStarLogitsProcessor(LogitsProcessor):
 
     Args:
         model_t: the model of π_t.
-        attention_mask: int64 [B, L], of left-padded prompts.
+        attention_mask: int64 [B, L], of left-padded prompts; a single row may do without.
         vocab_size: the tokenizer's length, where the models are padded differently.
         **settings: `method`, `temperature`, `top_p`, … of `qstar_kernels.qstar_sample`.
 
@@ -90,6 +95,7 @@ class QStarLogitsProcessor(LogitsProcessor):
         fields = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
         off = dict.fromkeys(sorted(fields - LENGTH - TOKENS - OUTPUT - CACHE)) | {"num_beams": 1}
         others = ("generation_config", "prefix_allowed_tokens_fn", "assistant_model", "custom_generate")
+        off["min_length"] = 0  # a number, for generate counts on one where it is given embeddings
         return {"logits_processor": [self], **off, **dict.fromkeys(others)}
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -252,12 +258,19 @@ def qstar_generate(
     prompts = unpadded(input_ids, model_kwargs.get("attention_mask"))
     check_arguments(model, input_ids.shape[1], logits_processor, stopping_criteria, generation_config, top_k)
     check_model_kwargs(model_kwargs, prompts)
-    seeds = range(len(input_ids)) if seeds is None else seeds
+    try:
+        seeds = [index(seed) for seed in (range(len(input_ids)) if seeds is None else seeds)]
+    except TypeError:
+        seeds = None
+    if seeds is None or not all(-(2**63) <= seed < 2**63 for seed in seeds):
+        raise ValueError("seeds must be a sequence of integers from −2⁶³ to 2⁶³ − 1, one a row")
     if len(seeds) != len(input_ids):
         raise ValueError(f"seeds has {len(seeds)} entries for {len(input_ids)} rows; give one a row")
     check_model(model, "theta")
     check_model(model_t, "t")
     settings = dict(qstar_settings or {})
+    if unknown := sorted(settings.keys() - set(SETTINGS)):
+        raise ValueError(f"qstar_settings has {', '.join(unknown)}; it may have {', '.join(SETTINGS)}")
     if not generation_config.do_sample and settings.setdefault("temperature", 0.0) != 0:
         raise ValueError(
             f"qstar_settings has temperature = {settings['temperature']} and do_sample is False, which is greedy; "

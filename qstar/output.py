@@ -206,8 +206,9 @@ def check_settings(path: Path | str, before: dict[str, Any], now: dict[str, Any]
         OutputError: one differs; the message names it and both values.
     """
     for name in [*now, *(before.keys() - now.keys() - {FIRST_START})]:
-        if before.get(name) != now.get(name):
-            if name.startswith("weights of ") and ":" not in str(before.get(name)):
+        unknown = name.startswith("weights of ") and ":" not in str(before.get(name))
+        if unknown or before.get(name) != now.get(name):
+            if unknown:
                 raise OutputError(
                     f"{path} was started when not every tensor of the {name} was looked at, or its commit not known, "
                     "so whether they are the same cannot be told; choose another --output"

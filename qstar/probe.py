@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from qstar.cache import Side
+from qstar.cache import Side, check_mode
 
 # a subclass keeps something else beside its keys and values; a dummy belongs to a layer that has those of another one
 PLAIN_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
@@ -26,12 +26,13 @@ def check_model(model: torch.nn.Module, name: str) -> None:
     the cache, must have the logits of a plain pass over their row alone. A model that has passed is not tried again.
 
     Args:
-        model: on its device, in evaluation mode; on the meta device only its configuration is looked at.
+        model: on its device; on the meta device only its configuration is looked at.
         name: what messages call it.
 
     Raises:
-        ValueError: one line that says what the model does.
+        ValueError: one line that says what the model does; it is in training mode.
     """
+    check_mode(model, name)
     if model in _sound:
         return
     kind = f"{name} ({model.config.model_type})"
@@ -46,8 +47,7 @@ def check_model(model: torch.nn.Module, name: str) -> None:
         message = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{kind} cannot be decoded with a plain KV cache: {message}") from error
     if reason is not None:
-        training = "; it is in training mode" if model.training else ""
-        raise ValueError(f"{kind} {reason}; a causal language model with a plain KV cache is needed{training}")
+        raise ValueError(f"{kind} {reason}; a causal language model with a plain KV cache is needed")
     _sound.add(model)
 
 

@@ -13,7 +13,7 @@ import torch
 from rich.table import Table
 
 from qstar.analyze import WEIGHT
-from qstar.answers import Answer
+from qstar.answers import Answer, RunAnswers
 from qstar.arguments import prepare_score
 from qstar.decode import Request, Sample
 from qstar.forced import Scorer
@@ -31,6 +31,19 @@ class Score(Run):
     def __init__(self, *args):
         super().__init__(*args)
         self.log_weights: dict[str, torch.Tensor] = {}
+        self.say_other_weights()
+
+    def say_other_weights(self) -> None:
+        """Warn where the models that drew the samples of a run have other weights by now."""
+        drawn = self.job.prompts.files.settings if isinstance(self.job.prompts, RunAnswers) else {}
+        for side in WEIGHT:
+            known = drawn.get(f"weights of {side}")
+            same = drawn.get(f"--model-{side}") == getattr(self.job.args, f"model_{side}")
+            if same and known not in (None, self.output.settings[f"weights of {side}"]):
+                self.console.print(
+                    f"[bold]Warning:[/] the weights of {side} are not those that the samples were drawn with; they are "
+                    "scored by those that are there now."
+                )
 
     def items(self) -> Iterator[Answer]:
         return iter(self.job.prompts)

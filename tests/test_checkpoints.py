@@ -117,14 +117,37 @@ def test_a_copy_is_the_same_checkpoint(folder):
     assert fingerprint(str(folder)) == fingerprint(str(THETA))
 
 
-def test_an_adapter_is_one_of_its_base(folder, tmp_path):
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder)}))
-    before = fingerprint(str(adapter))
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
-    assert fingerprint(str(adapter)) != before
+def on_hub(cache: Path, name: str, commit: str, **files: str) -> None:
+    """Make a commit the newest of a repository in a cache of the hub."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir(exist_ok=True)
+    (repository / "refs" / "main").write_text(commit)
+    for file, text in files.items():
+        (snapshot / f"{file}.json").write_text(text)
+
+
+def test_an_adapter_of_the_hub_is_refused(tmp_path, monkeypatch):
+    """Also one that has a configuration of its own: its base would be read at another repository's commit."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    on_hub(tmp_path, "some/adapter", "a" * 40, adapter_config="{}")
+    on_hub(tmp_path, "some/other", "a" * 40, adapter_config="{}", config="{}")
+    for name in ("some/adapter", "some/other"):
+        with pytest.raises(ValueError, match=f"{name} is an adapter; merge it into its base"):
+            fingerprint(name)
+
+
+def test_code_from_another_repository_counts(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "some/code--modeling.Model", "AutoTokenizer": [None, "x.Y"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    found = []
+    for commit in ("a" * 40, "b" * 40):
+        on_hub(tmp_path, "some/code", commit, config="{}")
+        found.append(fingerprint(str(folder)))
+    assert found[0] != found[1]
 
 
 def test_a_model_of_the_hub_is_its_commit(tmp_path, monkeypatch):

@@ -56,7 +56,8 @@ def test_the_processor_draws_from_q(demo_pair, inputs):
     many = row.expand(1000, -1)
     for _ in range(20):
         out = demo_pair.theta.generate(
-            many, attention_mask=torch.ones_like(many), **QStarLogitsProcessor(demo_pair.t).arguments(),
+            many, attention_mask=torch.ones_like(many),
+            **QStarLogitsProcessor(demo_pair.t, torch.ones_like(many)).arguments(),
             do_sample=True, max_new_tokens=1,
         )  # fmt: skip
         counts += torch.bincount(out[:, -1], minlength=demo_pair.vocab_size)
@@ -222,7 +223,22 @@ def test_misuse_is_refused(demo_pair, inputs):
     for options, message in (
         ({}, "model_t is missing"),
         ({"model_t": demo_pair.t, "seeds": [1]}, "seeds has 1 entries for 7 rows"),
+        ({"model_t": demo_pair.t, "seeds": 1}, "seeds must be a sequence of integers"),
+        ({"model_t": demo_pair.t, "seeds": [2**63] * 7}, "seeds must be a sequence of integers"),
+        ({"model_t": demo_pair.t, "qstar_settings": {"foo": 1}}, "qstar_settings has foo; it may have method"),
         ({"model_t": demo_pair.t, "max_time": 5.0}, "MaxTimeCriteria"),
     ):
         with pytest.raises(ValueError, match=message):
             demo_pair.theta.generate(**inputs, custom_generate=qstar_generate, max_new_tokens=2, **options)
+
+
+def test_the_processor_needs_the_mask_of_several_prompts(demo_pair, inputs):
+    """Without it π_t would read the padding as text."""
+    processor = QStarLogitsProcessor(demo_pair.t)
+    with pytest.raises(ValueError, match="attention_mask is missing"):
+        demo_pair.theta.generate(**inputs, **processor.arguments(), max_new_tokens=1)
+    holes = inputs["attention_mask"].clone()
+    holes[:, 0], holes[:, 1] = 1, 0
+    processor = QStarLogitsProcessor(demo_pair.t, attention_mask=holes)
+    with pytest.raises(ValueError, match="mark left padding only"):
+        demo_pair.theta.generate(**inputs, **processor.arguments(), max_new_tokens=1)

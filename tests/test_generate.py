@@ -21,7 +21,8 @@ import qstar.decode
 import qstar.pair
 from qstar.demo import PROMPTS, THETA, T
 from qstar.generate import main
-from qstar.output import Output, OutputError
+from qstar.output import Output, OutputError, check_settings
+from qstar.score import main as score
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
 SHORT = ["--max-new-tokens", "24"]
@@ -450,3 +451,23 @@ def test_a_run_stays_with_the_commit_that_it_began_with(tmp_path, policy, monkey
     assert run(tmp_path, *argv) == 0
     assert (tmp_path / "x.jsonl").read_bytes() == whole
     assert json.loads((tmp_path / "x.run.json").read_text())["weights of theta"] == "commit:" + "a" * 40
+    # its samples are scored by that commit, too
+    scored = tmp_path / "scored.jsonl"
+    assert score(["--dataset", str(tmp_path / "x.jsonl"), "--output", str(scored)]) == 0
+    assert json.loads((tmp_path / "scored.run.json").read_text())["weights of theta"] == "commit:" + "a" * 40
+    # a folder of that name is another model
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(policy, tmp_path / "some" / "policy")
+    cut(tmp_path, "x.jsonl", 2)
+    capsys.readouterr()
+    assert run(tmp_path, *argv) == 1
+    assert "was started with weights of theta = 'commit:aaaa" in capsys.readouterr().err
+
+
+def test_an_unknown_commit_is_no_commit(tmp_path, capsys):
+    """It equals itself whatever the model is by then."""
+    assert run(tmp_path, "--num-samples", "2") == 0
+    settings = json.loads((tmp_path / "x.run.json").read_text())
+    unknown = {"weights of theta": "an unknown commit of some/model"}
+    with pytest.raises(OutputError, match="its commit not known"):
+        check_settings(tmp_path / "x.jsonl", settings | unknown, settings | unknown)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import qstar.cache
 import qstar.forced
 from qstar import Pair
 from qstar.decode import FIELDS, DecodeOptions, Request, Sample
-from qstar.demo import PROMPTS, THETA
+from qstar.demo import PROMPTS, THETA, T
 from qstar.forced import Scorer
 from qstar.generate import main as generate
 from qstar.score import main as score
@@ -69,6 +70,21 @@ def test_weights_of_a_file(tmp_path):
         normal = np.exp(log_w) / np.exp(log_w).mean()
         np.testing.assert_allclose([w[f"normalised_weight_{side}"] for w in found], normal)
     assert max(w["clipped_weight_theta"] for w in found) == 2
+
+
+def test_other_weights_than_those_that_drew(tmp_path, capsys):
+    """A folder that was trained meanwhile: the numbers are the new weights', and it is said."""
+    theta, made = tmp_path / "theta", tmp_path / "made.jsonl"
+    shutil.copytree(THETA, theta)
+    models = ["--model-theta", str(theta), "--model-t", str(T)]
+    generate([*models, "--num-samples", "2", "--save-diagnostics", "--output", str(made)])
+    assert score(["--dataset", str(made), "--output", str(tmp_path / "a.jsonl")]) == 0
+    assert "Warning" not in capsys.readouterr().out
+    path = theta / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    assert score(["--dataset", str(made), "--output", str(tmp_path / "b.jsonl")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the weights of theta are not those that the samples were drawn with" in said
 
 
 def test_outside_the_support(tmp_path, capsys):

@@ -210,10 +210,32 @@ def test_a_refusal_is_one_line_everywhere(demo_pair, tokenizer, tmp_path, capsys
 
 
 def test_a_model_that_drops_out_is_refused():
-    model = random_model(copy.deepcopy(CONFIGS["gpt2"]), 1).train()
-    with pytest.raises(ValueError, match="it is in training mode"):
-        check_model(model, "theta")
-    check_model(model.eval(), "theta")
+    """One that was sound before, or whose dropout is too little to show, too; and one of whose parts drops out."""
+    model = random_model(copy.deepcopy(CONFIGS["gpt2"]), 1)
+    check_model(model, "theta")
+    for part in (model, model.transformer.h[0].attn):
+        part.train()
+        with pytest.raises(ValueError, match="theta is in training mode"):
+            check_model(model, "theta")
+        with pytest.raises(ValueError, match="the model of theta is in training mode"):
+            qstar.cache.Side(model, 0, ("theta",))
+        check_model(model.eval(), "theta")
+
+
+def test_a_trainers_model_is_refused_at_each_call(demo_pair):
+    theta = copy.deepcopy(demo_pair.theta)
+    pair = Pair(theta, demo_pair.t, demo_pair.tokenizer_theta, demo_pair.tokenizer_t)
+    pair.generate(["Hi."], max_new_tokens=2)
+    theta.gradient_checkpointing_enable()
+    theta.train()
+    with pytest.raises(ValueError, match="training mode"):
+        pair.generate(["Hi."], max_new_tokens=2)
+
+
+def test_a_compiled_model_is_one(demo_pair):
+    """torch.compile's module hides what its forward pass takes."""
+    compiled = torch.compile(demo_pair.theta, backend="eager")
+    assert qstar.cache.takes(compiled, "position_ids")
 
 
 def test_a_subclass_that_hands_its_arguments_on():
