@@ -289,7 +289,7 @@ def qstar_reference(
         token = log_q.argmax(-1) if settings.temperature == 0 else draw(log_q, seeds, positions)
         drawn = log_q.gather(-1, token[:, None])[:, 0].masked_fill(status != Status.OK, 0.0)
     bad |= ~holds(pair, settings, alpha, kl_theta, kl_t, drawn)
-    status = torch.where(bad & (status == Status.OK), int(Status.INEXACT), status)
+    status = torch.where(bad & ((status == Status.OK) | empty), int(Status.INEXACT), status)
     unusable = status != Status.OK
 
     def of_row(field: Tensor) -> Tensor:

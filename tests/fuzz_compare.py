@@ -564,7 +564,9 @@ def cut_bounds(
         greatest = top.masked_fill(~possibly, -INF).amax()
         low, high = (bottom - greatest).exp(), (top - greatest).exp()
         # the share above a token is greatest where what may be above it weighs much, and the rest of the certain little
-        over = above(top, possibly, high, bottom) - torch.where(possibly & itself, high, 0.0)
+        over = above(top, possibly, high, bottom)
+        # what is left of a sum when all but its rounding is taken out is that rounding
+        over = over - torch.where(possibly & itself, high, 0.0) + 4 * UNIT * over
         rest = low[surely].sum() - (above(top, surely, low, bottom) - torch.where(surely & itself, low, 0.0))
         most = over.clamp(min=0) / (over + rest).clamp(min=1e-320)
         over = above(bottom, surely, low, top)

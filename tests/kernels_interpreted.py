@@ -42,6 +42,17 @@ def test_hard_rows(vocab_size):
     check_against_reference(*stacked(pairs), names=list(pairs))
 
 
+def test_a_number_like_a_mask_is_allowed():
+    """ESS is 0 where a model allows a token, be it by −1e14, that the other forbids."""
+    theta, t = zipf_pair(2, 50, 1.0)
+    theta[0, 3], t[0, 3] = -INF, -1e14
+    theta[1, 3], t[1, 3] = -1e14, -INF
+    step = draw(theta, t)
+    assert step.ess_t[0] == 0
+    assert step.ess_theta[1] == 0
+    assert (step.ess_theta[0] > 0) & (step.ess_t[1] > 0)
+
+
 @pytest.mark.parametrize("case", NEAR_TIES)
 def test_two_tokens_nearly_tied(case):
     check_near_ties("triton", case)
