@@ -33,7 +33,7 @@ def description(name: str | Path, trust_remote_code: bool):
     """
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).eval()
     with suppress(OSError):  # then it is made from the config, as transformers does
         model.generation_config = GenerationConfig.from_pretrained(name)
     return model, AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
