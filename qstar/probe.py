@@ -32,12 +32,12 @@ def check_model(model: torch.nn.Module, name: str) -> None:
     Raises:
         ValueError: one line that says what the model does; it is in training mode.
     """
-    check_mode(model, name)
-    if model in _sound:
-        return
     kind = f"{name} ({model.config.model_type})"
     if model.config.is_encoder_decoder:
         raise ValueError(f"{kind} is an encoder-decoder model; a decoder-only causal language model is needed")
+    check_mode(model, name)
+    if model in _sound:
+        return
     try:
         with torch.inference_mode():
             reason = _state(model) or _behaviour(model)
