@@ -230,7 +230,7 @@ def test_forced_tokens(demo_pair):
 def test_a_row_of_nan_fails_alone(demo_pair):
     broken = copy.deepcopy(demo_pair.t)
     word = demo_pair.tokenizer_theta.encode(" shells", add_special_tokens=False)[0]
-    broken.set_output_embeddings(torch.nn.Linear(128, 2048, bias=False))
+    broken.set_output_embeddings(torch.nn.Linear(128, 2048, bias=False).eval())
     broken.get_output_embeddings().weight.data = demo_pair.t.get_output_embeddings().weight.data
     broken.get_input_embeddings().weight = torch.nn.Parameter(broken.get_input_embeddings().weight.detach().clone())
     broken.get_input_embeddings().weight.data[word] = torch.nan
