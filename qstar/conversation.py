@@ -88,8 +88,8 @@ def read_turn(turn: dict[str, Any], where: str) -> dict[str, Any]:
     others = {k: v for k, v in turn.items() if k not in (role_key, content_key) and v is not None}
     if content is None and any(key in others for key in BESIDE_CONTENT):
         content = ""
-    if isinstance(legacy := others.get("function_call"), dict) and "name" in legacy:
-        others = {k: v for k, v in others.items() if k != "function_call"} | {"tool_calls": [as_call(legacy)]}
+    if isinstance(others.get("function_call"), dict) and "tool_calls" not in others:
+        others["tool_calls"] = [as_call(others.pop("function_call"))]
     if name in CALLS:
         content, others["tool_calls"] = _split_calls(content, where)
     elif isinstance(content, list):

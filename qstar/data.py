@@ -121,8 +121,8 @@ class PromptSource:
             if self._schema.by_custom_id:
                 prompt_id = _custom_id(row, taken)
             read = _parse(row, self._schema, self._continued)
-        except RowError as error:
-            reason = str(error)
+        except (RowError, RecursionError) as error:
+            reason = str(error) if isinstance(error, RowError) else "is nested too deep"
             read = _Read([], [], {"row": row.content} if isinstance(row, BadRow) else row)
         if prompt_id is None:
             prompt_id = f"row-{index}"

@@ -1,7 +1,7 @@
 """From chat messages to the token ids of each side."""
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cache, lru_cache
@@ -99,9 +99,9 @@ class PromptFormat:
             return self._jinja
         return tokenizer.get_chat_template(tools=tools)
 
-    def unread(self, tokenizer, names: Iterable[str], tools: list[dict[str, Any]] | None = None) -> list[str]:
+    def unread(self, tokenizer, names: Collection[str], tools: list[dict[str, Any]] | None = None) -> list[str]:
         """Those of the names of variables (`tools` among them) that the template does not read."""
-        template = self.template(tokenizer, tools)
+        template = self.template(tokenizer, tools) if names else None
         read = variables(template) if template is not None else ()
         return [name for name in names if name not in read]
 
@@ -148,17 +148,17 @@ class PromptFormat:
         seen = self.template_kwargs | template_kwargs
         if self.moment is not None and "strftime_now" in template:
             template = AT_A_MOMENT + template
-            seen = seen | {"_qstar_moment": directives(self.moment)}
+            seen |= {"_qstar_moment": directives(self.moment)}
         continued = self.continue_final_message and messages[-1]["role"] == "assistant"
+        seen |= {"tools": tools, "chat_template": template}
+        if continued:
+            text = tokenizer.apply_chat_template(messages, continue_final_message=True, tokenize=False, **seen)
+            beginning = text_of(messages[-1]["content"])
+            if not text.endswith(beginning[len(beginning.rstrip()) :]):
+                raise PromptError("the chat template drops the space at the end of the message to be continued")
+            return tokenizer(text, add_special_tokens=False)["input_ids"]
         return tokenizer.apply_chat_template(
-            messages,
-            tools=tools,
-            chat_template=template,
-            add_generation_prompt=not continued,
-            continue_final_message=continued,
-            tokenize=True,
-            return_dict=False,
-            **seen,
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False, **seen
         )
 
     def _hinted(self, messages: list[dict[str, Any]], hint: str | None) -> list[dict[str, Any]]:

@@ -176,7 +176,7 @@ class Run(ABC):
         """
         names = [*(("tools",) if prompt.tools else ()), *prompt.template_kwargs]
         for side, (prompt_format, tokenizer) in self.formats.items():
-            unread = prompt_format.unread(tokenizer, names, prompt.tools) if names else ()
+            unread = prompt_format.unread(tokenizer, names, prompt.tools)
             self.summary.note(f"the chat template of {side} does not read `{name}`, which rows have" for name in unread)
         return self.pair.request(
             key,

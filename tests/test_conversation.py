@@ -436,6 +436,10 @@ BAD_ROWS = [
         {"prompt": "Hi", "tools": [ADD | {"parameters": "a"}]},
         "`tools`: the parameters of 'add' are no JSON object",
     ),
+    (
+        {"prompt": "Hi", "tools": '{"name": "f", "x": ' + '{"x": ' * 600 + "1" + "}" * 601},
+        "is nested too deep",
+    ),
     ({"prompt": "Hi", "system": 5}, "`system` is of type int, not text"),
     ({"prompt": "Hi", "history": [["a"]]}, "`history` is no list of pairs of what the user and the assistant said"),
     ({"prompt": "Hi", "history": [["a", None]]}, "turn 1 of `history` is missing, not text"),
@@ -494,6 +498,17 @@ def test_a_final_message_is_continued(run, rendered):
     assert plain["messages"][0] == user("Hi")
     (cut, *_), _, _ = run(rows)
     assert cut["metadata"]["reference_messages"] == PREFIXED[1:]
+
+
+def test_space_at_the_end_of_a_continued_message(run, rendered):
+    """It is what the answer goes on after, or the row is refused."""
+    rows = [{"prompt": [ASKED, assistant("The answer is ")]}]
+    _, (numbers,), _ = run(rows, "--continue-final-message", t=TEXT)
+    options = {"add_generation_prompt": False, "continue_final_message": True}
+    assert numbers["prompt_ids_t"] == rendered(rows[0]["prompt"], TEXT, **options)
+    trimmed = TEXT.replace("{{ m.content }}", "{{ m.content | trim }}")
+    _, _, (error,) = run(rows, "--continue-final-message", t=trimmed)
+    assert error["error"] == "the chat template drops the space at the end of the message to be continued"
 
 
 def test_a_continued_text_without_a_template(run, tokenizer):
