@@ -6,13 +6,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qstar.conversation import read_turns, text_of, turns_in
 from qstar.data import PEEK_ROWS, Prompt, PromptSource
 from qstar.records import RecordError, RunFiles
 from qstar.rows import DataError, file_sha256, kind
 
 # Where datasets keep the answer, in the order they are looked for; of a preference pair the better one.
-ANSWER_COLUMNS = ("completion", "response", "responses", "chosen", "answer", "solution", "output", "instances.output")
-REFERENCE = "reference_messages"  # the turns after the last user turn, see `qstar.data.Prompt`
+ANSWER_COLUMNS = (
+    "completion",
+    "response",
+    "responses",
+    "chosen",
+    "chosen_messages",
+    "answer",
+    "solution",
+    "output",
+    "instances.output",
+)
+REFERENCE = "reference_messages"  # the assistant's turns at the end, see `qstar.data.Prompt`
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,7 @@ class DatasetAnswers:
             what = "no answer recognised in" if self.column is None else f"--response-field {self.column!r} is none of"
             raise DataError(f"{what} the columns beside the prompt: {columns}; name it with --response-field")
         object.__setattr__(self, "column", found)
-        where = "the turn after the last user turn" if found == REFERENCE else f"`{found}`"
+        where = "the assistant's turn at the end" if found == REFERENCE else f"`{found}`"
         object.__setattr__(self, "description", f"{self.prompts.description}; the answer is {where}")
 
     @property
@@ -159,17 +170,17 @@ def _texts(value: Any, column: str) -> list[str]:
     Raises:
         ValueError: it is nothing of that.
     """
-    if isinstance(value, dict):
-        value = [value]
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+    value = turns_in([value] if isinstance(value, dict) else value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)
     if isinstance(value, str):
         texts = [value]
     elif isinstance(value, list) and value and all(isinstance(text, str) for text in value):
         texts = value
     elif isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
-        texts = [turn.get("content", turn.get("value")) for turn in value if turn.get("role", "assistant") != "system"]
-        if len(texts) != 1 or not isinstance(texts[0], str):
+        turns = read_turns([turn if "from" in turn else {"role": "assistant"} | turn for turn in value], column)
+        texts = [text_of(turn["content"]) for turn in turns if turn["role"] != "system"]
+        if len(texts) != 1:
             raise ValueError(f"`{column}` is no answer of one turn")
     else:
         raise ValueError(f"the answer `{column}` is {kind(value)}")

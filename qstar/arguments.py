@@ -19,7 +19,7 @@ from qstar.data import PromptSource, load_prompts
 from qstar.demo import PROMPTS, THETA, T
 from qstar.output import FORMATS, Output, OutputError
 from qstar.parts import Parts
-from qstar.prompting import HINT_TEMPLATE, PromptFormat
+from qstar.prompting import HINT_TEMPLATE, PromptError, PromptFormat
 from qstar.records import RunFiles
 from qstar.rule import FORCED
 from qstar.vllm import DUAL_PROMPTS
@@ -115,8 +115,20 @@ def add_prompts(parser: Parser) -> None:
     for side in ("theta", "t"):
         group.add_argument(f"--{side}-chat-template", default="auto", help=f"for {side}: auto, none, or a Jinja file")
         group.add_argument(f"--{side}-system-prompt", help=f"system prompt that {side} sees")
+        group.add_argument(
+            f"--{side}-template-kwargs",
+            type=json_object,
+            metavar="JSON",
+            help=f'variables for the chat template of {side}, e.g. {{"enable_thinking": false}}',
+        )
     group.add_argument("--t-hint-field", help="column whose text only π_t sees, with the last user message")
     group.add_argument("--t-hint-template", default=HINT_TEMPLATE, help="how the hint is added")
+    group.add_argument(
+        "--continue-final-message",
+        action="store_true",
+        default=None,  # as in a run that an earlier version began
+        help="an assistant's turn at the end of a conversation is the beginning of the answer",
+    )
 
 
 def add_rule(parser: Parser) -> None:
@@ -184,7 +196,24 @@ def make_parser() -> Parser:
     group.add_argument("--seed", type=int, default=0, help="seed of the run; each sample's own follows from it")
     group.add_argument("--max-new-tokens", type=COUNT, default=256, help="token limit of a sample")
     group.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="text that ends a sample; may be repeated"
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="text, or a special token, that ends a sample; may be repeated",
+    )
+    group.add_argument(
+        "--stop-token-ids",
+        type=number(int, 0, "a token's id"),
+        nargs="+",
+        metavar="ID",
+        help="tokens that end a sample",
+    )
+    group.add_argument(
+        "--keep-special-tokens",
+        action="store_true",
+        default=None,
+        help="leave special tokens in the text, but for the one that ends it",
     )
     group.add_argument(
         "--backend",
@@ -339,6 +368,8 @@ def check_vllm(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(f"--t-hint-field: {DUAL_PROMPTS}")
     if args.theta_system_prompt != args.t_system_prompt:
         parser.error(f"--theta-system-prompt and --t-system-prompt differ: {DUAL_PROMPTS}")
+    if (args.theta_template_kwargs or {}) != (args.t_template_kwargs or {}):
+        parser.error(f"--theta-template-kwargs and --t-template-kwargs differ: {DUAL_PROMPTS}")
     if args.speculate:
         parser.error("--speculate is of --backend transformers; vllm draws without drafts")
     for name in ("device", "device_map", "attn_implementation", "load_in_4bit"):
@@ -387,7 +418,12 @@ RUN_DEFAULTS = {"model_theta", "model_t", "dtype", "load_in_4bit", "trust_remote
 
 def open_prompts(args: argparse.Namespace) -> PromptSource:
     return load_prompts(
-        args.dataset or str(PROMPTS), args.dataset_split, args.dataset_config, args.prompt_field, args.num_samples
+        args.dataset or str(PROMPTS),
+        args.dataset_split,
+        args.dataset_config,
+        args.prompt_field,
+        args.num_samples,
+        bool(args.continue_final_message),
     )
 
 
@@ -417,8 +453,7 @@ def make_job(
         parser.error(f"--output {args.output} is a file; --engine ray writes parts into a folder")
     try:
         settings = settings_of(args)
-        format_theta = PromptFormat(args.theta_chat_template, args.theta_system_prompt)
-        format_t = PromptFormat(args.t_chat_template, args.t_system_prompt, args.t_hint_template)
+        format_theta, format_t = (prompt_format(args, side) for side in ("theta", "t"))
         data = open_data()
     except ValueError as error:
         parser.error(str(error))
@@ -444,6 +479,22 @@ def make_job(
         parser.error(str(error))
     args.revision_theta, args.revision_t = (revision(output.settings[f"weights of {side}"]) for side in ("theta", "t"))
     return Job(args, settings, format_theta, format_t, data, output)
+
+
+def prompt_format(args: argparse.Namespace, side: str) -> PromptFormat:
+    """How one side sees prompts.
+
+    Raises:
+        ValueError: an option cannot be used.
+    """
+    of_side = {name: getattr(args, f"{side}_{name}") for name in ("chat_template", "system_prompt")}
+    of_side["template_kwargs"] = getattr(args, f"{side}_template_kwargs") or {}
+    try:
+        return PromptFormat(
+            **of_side, hint_template=args.t_hint_template, continue_final_message=bool(args.continue_final_message)
+        )
+    except PromptError as error:
+        raise ValueError(f"--{side}-template-kwargs: {error}") from None
 
 
 def check_models(parser: Parser, args: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """Prompts for sampling: the rows of a dataset, whatever its columns are called, as chat messages.
 
-A row becomes a `Prompt`: the turns up to and including the last user turn, and everything else of the row as metadata.
+A row becomes a `Prompt`: its turns but for an answer of the assistant's at their end, and everything else of the row as
+metadata.
 A row that cannot be a prompt comes out too, with the reason, so that a run accounts for every row it read. What
 concerns the dataset as a whole (no such file, columns that nothing recognises) is a `DataError`.
 """
@@ -12,24 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from qstar.conversation import RowError, as_text, check_text, from_json, read_tools, read_turns, text_of, turns_in
 from qstar.rows import BadRow, DataError, Row, Rows, kind, open_rows
 
 # How many rows to look at for the columns: more than one, since the first may lack an optional column or be broken.
 PEEK_ROWS = 32
-
-# The names that chat formats give to the roles (OpenAI, ShareGPT and its descendants).
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-}
 
 # Columns that hold the prompt, in the order they are looked for, with the types they must have to be one.
 PROMPT_COLUMNS: tuple[tuple[str, tuple[type, ...]], ...] = (
@@ -46,11 +34,12 @@ PROMPT_COLUMNS: tuple[tuple[str, tuple[type, ...]], ...] = (
     ("input", (str, list)),
 )
 
+SYSTEM_COLUMNS = ("system", "system_prompt")
+# What a chat template sees beside the messages; `functions` is OpenAI's first name for tools.
+TEMPLATE_COLUMNS = ("tools", "functions", "chat_template_kwargs")
+# Conversations with an answer at their end, which share the prompt.
+PAIRS = (("chosen", "rejected"), ("chosen_messages", "rejected_messages"))
 ANSWER_COLUMNS = ("input", "context", "completion", "chosen", "rejected", "solution", "answer", "output")
-
-
-class _RowError(Exception):
-    """Why one row cannot be a prompt."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +51,16 @@ class Prompt:
         id: unique over the dataset. It is `custom_id` for OpenAI batch requests, where that is what it is for, and
             `str(index)` otherwise: columns called `id` or `question_id` often repeat (one row per answer), and
             stay in the metadata.
-        messages: the chat up to and including the last user turn; `role` (system, user, assistant, tool) and `content`
-            are text, other keys of a turn (`tool_calls`, `name`) are kept. Empty where `error` is set.
+        messages: the chat without the assistant's turns at its end, unless those are to be continued; `role` (system,
+            user, assistant, tool), `content` (text, or a list of several text parts), other keys of a turn
+            (`tool_calls`, `name`) are kept. Empty where `error` is set.
         later_turns: user turns to be asked after the model's answers (`turns` of MT-bench).
-        metadata: everything else in the row, JSON-serialisable. The turns after the last user turn are in
+        metadata: everything else in the row, JSON-serialisable. The assistant's turns at the end are in
             `reference_messages` (a column of that name moves to `row.reference_messages` then). Where `error` is set
             it is the whole row.
         error: why the row cannot be a prompt, else None.
+        tools: what the model may call, as JSON schemas; None for nothing.
+        template_kwargs: the row's own variables for the chat template.
     """
 
     index: int
@@ -77,13 +69,16 @@ class Prompt:
     later_turns: list[str]
     metadata: dict[str, Any]
     error: str | None
+    tools: list[dict[str, Any]] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _Schema:
-    """Where the prompt is: a column (dotted where nested), or None for the turns that two conversations share."""
+    """Where the prompt is: a column (dotted where nested), or None for the turns that both of `sides` begin with."""
 
     path: str | None
+    sides: tuple[str, str] = PAIRS[0]
     by_custom_id: bool = False
     is_instruction: bool = False
 
@@ -106,6 +101,7 @@ class PromptSource:
     fingerprint: str
     _rows: Rows = field(repr=False)
     _schema: _Schema = field(repr=False)
+    _continued: bool = field(repr=False, default=False)
 
     def __iter__(self) -> Iterator[Prompt]:
         taken: dict[str, int] = {}
@@ -121,20 +117,23 @@ class PromptSource:
         reason = None
         try:
             if isinstance(row, BadRow):
-                raise _RowError(row.reason)
+                raise RowError(row.reason)
             if self._schema.by_custom_id:
                 prompt_id = _custom_id(row, taken)
-            messages, later_turns, metadata = _parse(row, self._schema)
-        except _RowError as error:
-            messages, later_turns, reason = [], [], str(error)
-            metadata = {"row": row.content} if isinstance(row, BadRow) else row
+            read = _parse(row, self._schema, self._continued)
+        except (RowError, RecursionError) as error:
+            reason = str(error) if isinstance(error, RowError) else "is nested too deep"
+            read = _Read([], [], {"row": row.content} if isinstance(row, BadRow) else row)
         if prompt_id is None:
             prompt_id = f"row-{index}"
             while prompt_id in taken:
                 prompt_id += "-"
         if self._schema.by_custom_id:
             taken[prompt_id] = index
-        return Prompt(index, prompt_id, messages, later_turns, _serialisable(metadata), reason)
+        metadata = _serialisable(read.metadata)
+        return Prompt(
+            index, prompt_id, read.messages, read.later_turns, metadata, reason, read.tools, read.template_kwargs
+        )
 
 
 def load_prompts(
@@ -143,6 +142,7 @@ def load_prompts(
     config: str | None = None,
     prompt_field: str | None = None,
     limit: int | None = None,
+    continue_final_message: bool = False,
 ) -> PromptSource:
     """Opens a dataset and recognises where its prompts are.
 
@@ -156,6 +156,7 @@ def load_prompts(
         prompt_field: the column with the prompt, dotted where it is nested (`body.messages`): text, a list of messages
             or a list of user turns. Left out, the columns decide.
         limit: how many rows to read at most.
+        continue_final_message: an assistant's turn at the end of a conversation is the beginning of the answer.
 
     Raises:
         DataError: the dataset cannot be found or read, has no rows, or its columns are not recognised.
@@ -173,18 +174,19 @@ def load_prompts(
     if not good_rows:
         raise DataError(f"--dataset {dataset!r}: the first row {first_rows[0].reason}; accepted: objects with columns")
     columns = list(dict.fromkeys(str(name) for row in good_rows for name in row))
-    schema, description = _recognise_first(good_rows, columns, dataset, prompt_field)
-    return PromptSource("; ".join([description, *notes]), columns, fingerprint, rows, schema)
+    schema, description = _recognise_first(good_rows, columns, dataset, prompt_field, continue_final_message)
+    description = "; ".join([description, *notes])
+    return PromptSource(description, columns, fingerprint, rows, schema, continue_final_message)
 
 
 def _recognise_first(
-    rows: list[dict[str, Any]], columns: list[str], dataset: str, prompt_field: str | None
+    rows: list[dict[str, Any]], columns: list[str], dataset: str, prompt_field: str | None, continued: bool
 ) -> tuple[_Schema, str]:
     """Recognises the schema by the first of the rows that has one; raises DataError when none has."""
     for row in rows:
         schema = _recognise(row, prompt_field)
         if schema is not None:
-            return schema, _describe(schema, row, columns, prompt_field)
+            return schema, _describe(schema, row, columns, prompt_field, continued)
     names = ", ".join(f"`{name}`" for name in columns)
     if prompt_field is not None:
         raise DataError(f"--prompt-field {prompt_field!r}: no such column in {dataset!r}, which has {names}")
@@ -202,26 +204,31 @@ def _recognise(row: dict[str, Any], prompt_field: str | None) -> _Schema | None:
     if is_request:
         return _Schema("body.messages", by_custom_id=True)
     for name, types in PROMPT_COLUMNS:
-        if isinstance(row.get(name), types) and row[name] != []:
+        value = turns_in(row.get(name))
+        if isinstance(value, types) and value != []:
             return _Schema(name, is_instruction=name == "instruction")
         # After `prompt`, which a preference pair may state, and before the columns that could stand beside one.
-        if name == "prompt" and all(isinstance(row.get(side), list) and row[side] for side in ("chosen", "rejected")):
-            return _Schema(None)
+        for sides in PAIRS if name == "prompt" else ():
+            if all(isinstance(turns_in(row.get(side)), list) and row[side] for side in sides):
+                return _Schema(None, sides)
     return None
 
 
-def _describe(schema: _Schema, row: dict[str, Any], columns: list[str], prompt_field: str | None) -> str:
+def _describe(
+    schema: _Schema, row: dict[str, Any], columns: list[str], prompt_field: str | None, continued: bool
+) -> str:
     used = {schema.path}
     if schema.path is None:
-        name, says = "preference pairs", "the turns that `chosen` and `rejected` share"
+        name, says = "preference pairs", "the turns that `{}` and `{}` share".format(*schema.sides)
     else:
-        value, _ = _take(row, schema.path)
+        value = turns_in(_take(row, schema.path)[0])
         answers = [c for c in columns if c != schema.path and (c in ANSWER_COLUMNS or c.startswith("response"))]
         name = "/".join([schema.path, *answers])
         says = f"`{schema.path}`"
         if isinstance(value, list):
             is_turns = all(isinstance(turn, str) for turn in value)
-            says = f"the first of {says}, the others to follow" if is_turns else f"{says} up to the last user turn"
+            whole = f"{says}, its end to be continued" if continued else f"{says} but for an answer at its end"
+            says = f"the first of {says}, the others to follow" if is_turns else whole
     if schema.is_instruction:
         context = _context_column(row)
         if context is not None:
@@ -236,11 +243,17 @@ def _describe(schema: _Schema, row: dict[str, Any], columns: list[str], prompt_f
     if schema.by_custom_id:
         says += ", the id is `custom_id`"
     description = f"{name}: the prompt is {says}"
+    beside = _beside(row, schema.path)
+    turns = [name for name in (*SYSTEM_COLUMNS, "history") if row.get(name) and name not in used]
+    for_template = [name for name in TEMPLATE_COLUMNS if beside.get(name)]
+    for role, names in (("in front of it", turns), ("for the template", for_template)):
+        description += f"; {role}: {', '.join(f'`{name}`' for name in names)}" if names else ""
+    used.update(turns)
     carried = [f"`{column}`" for column in columns if column not in used]
     if carried:
         description += f"; carried along: {', '.join(carried)}"
     if schema.by_custom_id:
-        parameters = [f"`{key}`" for key in row["body"] if key != "messages"]
+        parameters = [f"`{key}`" for key in row["body"] if key not in ("messages", *for_template)]
         description += f"; not used for sampling: {', '.join(parameters)} of `body`" if parameters else ""
     return description
 
@@ -256,36 +269,116 @@ def _take(row: dict[str, Any], path: str) -> tuple[Any, dict[str, Any]]:
     return value, {**row, head: rest}
 
 
-def _parse(row: dict[str, Any], schema: _Schema) -> tuple[list[dict[str, Any]], list[str], dict[str, Any]]:
-    """Returns messages, later turns and the rest of a row."""
+@dataclass(frozen=True)
+class _Read:
+    """What a row's `Prompt` is made of; `metadata` is the rest of the row as it was."""
+
+    messages: list[dict[str, Any]]
+    later_turns: list[str]
+    metadata: dict[str, Any]
+    tools: list[dict[str, Any]] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+def _parse(row: dict[str, Any], schema: _Schema, continued: bool) -> _Read:
+    """Reads a row; raises RowError."""
+    later_turns = []
     if schema.path is None:
-        return _shared_turns(row)
+        messages, rest = _shared_turns(row, schema.sides, continued)
+    else:
+        messages, later_turns, rest = _turns(row, schema, continued)
+    messages, rest = _with_system(messages, rest)
+    beside = _beside(rest, schema.path)
+    return _Read(messages, later_turns, rest, _tools(beside), _template_kwargs(beside.get("chat_template_kwargs")))
+
+
+def _turns(
+    row: dict[str, Any], schema: _Schema, continued: bool
+) -> tuple[list[dict[str, Any]], list[str], dict[str, Any]]:
+    """Returns messages, later turns and the rest of a row whose prompt is in a column."""
     try:
         value, rest = _take(row, schema.path)
     except KeyError:
-        raise _RowError(f"has no `{schema.path}`") from None
+        raise RowError(f"has no `{schema.path}`") from None
     if schema.is_instruction:
         value, rest = _with_context(value, rest)
+    else:
+        value = turns_in(value)
     if isinstance(value, str):
-        return [_user_turn(value, f"`{schema.path}`")], [], rest
-    if isinstance(value, list) and value and all(isinstance(turn, str) for turn in value):
+        turns = [_user_turn(value, f"`{schema.path}`")]
+    elif isinstance(value, list) and value and all(isinstance(turn, str) for turn in value):
         turns = [_user_turn(turn, f"turn {i} of `{schema.path}`") for i, turn in enumerate(value)]
-        return turns[:1], [turn["content"] for turn in turns[1:]], rest
-    messages = _messages(value, schema.path)
-    cut = _prompt_length(messages, schema.path)
-    if cut < len(messages):
-        if "reference_messages" in rest:
-            rest["row.reference_messages"] = rest["reference_messages"]
-        rest["reference_messages"] = messages[cut:]
-    return messages[:cut], [], rest
+    else:
+        messages = _messages(value, schema.path)
+        cut = _prompt_length(messages, schema.path, continued)
+        if cut < len(messages):
+            if "reference_messages" in rest:
+                rest["row.reference_messages"] = rest["reference_messages"]
+            rest["reference_messages"] = as_text(messages[cut:])
+        return messages[:cut], [], rest
+    earlier, rest = _history(rest)
+    return [*earlier, turns[0]], [turn["content"] for turn in turns[1:]], rest
 
 
-def _shared_turns(row: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str], dict[str, Any]]:
-    sides = {side: _messages(row.get(side), side) for side in ("chosen", "rejected")}
+def _shared_turns(
+    row: dict[str, Any], names: tuple[str, str], continued: bool
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Returns the messages that two conversations share, and the row with what is left of them."""
+    sides = {side: _messages(row.get(side), side) for side in names}
     pairs = zip(*sides.values(), strict=False)
     shared = [chosen for chosen, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
-    cut = _prompt_length(shared, "chosen` and `rejected")
-    return shared[:cut], [], {**row, **{side: messages[cut:] for side, messages in sides.items()}}
+    cut = _prompt_length(shared, "` and `".join(names), continued)
+    return shared[:cut], row | {side: as_text(messages[cut:]) for side, messages in sides.items()}
+
+
+def _history(row: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The turns of `history`, LLaMA-Factory's pairs of what user and assistant said, and the rest of the row.
+
+    As there, what is no list is no conversation, and stays in the row.
+    """
+    value = row.get("history")
+    value = from_json(value) if isinstance(value, str) else value
+    if not isinstance(value, list) or not value:
+        return [], row
+    rest = {name: other for name, other in row.items() if name != "history"}
+    if all(isinstance(turn, dict) for turn in value):
+        return _messages(value, "history"), rest
+    pairs = [pair for pair in value if isinstance(pair, (list, tuple)) and len(pair) == 2]
+    if len(pairs) < len(value):
+        raise RowError("`history` is no list of pairs of what the user and the assistant said")
+    turns = (({"role": "user", "content": asked}, {"role": "assistant", "content": said}) for asked, said in pairs)
+    return _messages(list(itertools.chain.from_iterable(turns)), "history"), rest
+
+
+def _with_system(messages: list[dict[str, Any]], row: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The messages behind the row's system message, where they have none of their own, and the rest of the row."""
+    name = next((name for name in SYSTEM_COLUMNS if row.get(name)), None)
+    if name is None or any(message["role"] == "system" for message in messages):
+        return messages, row
+    content, rest = _take(row, name)
+    return [{"role": "system", "content": check_text(content, f"`{name}`")}, *messages], rest
+
+
+def _beside(row: dict[str, Any], path: str | None) -> dict[str, Any]:
+    """The columns of a row and, before them, what stands beside a prompt under a dotted path."""
+    head, _, tail = (path or "").partition(".")
+    return row | _beside(row[head], tail) if tail and isinstance(row.get(head), dict) else row
+
+
+def _tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
+    tools = read_tools(row.get("tools"), "tools")
+    legacy = row.get("functions")
+    if tools is None and isinstance(legacy, list) and all(isinstance(f, dict) and "name" in f for f in legacy):
+        tools = read_tools(legacy, "functions")
+    return _serialisable(tools)
+
+
+def _template_kwargs(value: Any) -> dict[str, Any]:
+    """The row's variables for the chat template, also as JSON text; raises RowError."""
+    value = from_json(value) if isinstance(value, str) and value else value
+    if value and not isinstance(value, dict):
+        raise RowError(f"`chat_template_kwargs` is {kind(value)}, not an object nor the JSON of one")
+    return _serialisable(value or {})
 
 
 def _context_column(row: dict[str, Any]) -> str | None:
@@ -302,10 +395,10 @@ def _with_context(instruction: Any, row: dict[str, Any]) -> tuple[Any, dict[str,
         # Self-instruct: one instruction with several inputs and their outputs, which stay together in the metadata.
         name, instances = "instances", row.get("instances") or [{}]
         if not isinstance(instances, list) or not isinstance(instances[0], dict):
-            raise _RowError(f"`instances` is {kind(instances)}, not a list of objects with `input`")
+            raise RowError(f"`instances` is {kind(instances)}, not a list of objects with `input`")
         context = instances[0].get("input")
     if context is not None and not isinstance(context, str):
-        raise _RowError(f"`{name}`: the input is {kind(context)}, not text")
+        raise RowError(f"`{name}`: the input is {kind(context)}, not text")
     if not isinstance(instruction, str) or not instruction.strip() or not context or not context.strip():
         return instruction, row
     return f"{instruction}\n\n{context}", row
@@ -314,65 +407,33 @@ def _with_context(instruction: Any, row: dict[str, Any]) -> tuple[Any, dict[str,
 def _custom_id(row: dict[str, Any], taken: dict[str, int]) -> str:
     custom_id = row.get("custom_id")
     if isinstance(custom_id, bool) or not isinstance(custom_id, (str, int)) or custom_id == "":
-        raise _RowError(f"`custom_id` is {custom_id!r}; accepted: text, not empty")
+        raise RowError(f"`custom_id` is {custom_id!r}; accepted: text, not empty")
     if str(custom_id) in taken:
-        raise _RowError(f"`custom_id` {custom_id!r} is taken by row {taken[str(custom_id)]}")
+        raise RowError(f"`custom_id` {custom_id!r} is taken by row {taken[str(custom_id)]}")
     return _serialisable(str(custom_id))
 
 
 def _messages(value: Any, column: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
-        raise _RowError(f"`{column}` is {kind(value)}, not text, a list of messages or a list of user turns")
-    return [_message(turn, f"turn {i} of `{column}`") for i, turn in enumerate(value)]
-
-
-def _message(turn: dict[str, Any], where: str) -> dict[str, Any]:
-    """One turn as role and content, from OpenAI's or ShareGPT's keys; its other keys are kept."""
-    role_key = "role" if turn.get("role") is not None else "from"
-    content_key = "content" if turn.get("content") is not None else "value"
-    role, content = turn.get(role_key), turn.get(content_key)
-    if not isinstance(role, str) or role.lower() not in ROLES:
-        raise _RowError(f"{where}: the role is {role!r}; accepted: {', '.join(ROLES)}")
-    others = {k: _serialisable(v) for k, v in turn.items() if k not in (role_key, content_key) and v is not None}
-    if content is None and "tool_calls" in others:
-        content = ""
-    return {"role": ROLES[role.lower()], "content": _text(content, where), **others}
-
-
-def _text(content: Any, where: str) -> str:
-    if isinstance(content, list):
-        # A line each, so that the words of two parts do not run together.
-        content = "\n".join(_part(part, where) for part in content)
-    if not isinstance(content, str):
-        raise _RowError(f"{where} is {kind(content)}, not text")
-    try:
-        content.encode()
-    except UnicodeEncodeError:
-        raise _RowError(f"{where} has half of a surrogate pair, which is no character") from None
-    return content
-
-
-def _part(part: Any, where: str) -> str:
-    kind, text = (part.get("type", "text"), part.get("text")) if isinstance(part, dict) else ("text", part)
-    if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
-        raise _RowError(f"{where} has a part of type {kind!r}; accepted: text only")
-    return text
+    return _serialisable(read_turns(value, column))
 
 
 def _user_turn(text: str, where: str) -> dict[str, Any]:
     if not text.strip():
-        raise _RowError(f"{where} is empty")
-    return {"role": "user", "content": _text(text, where)}
+        raise RowError(f"{where} is empty")
+    return {"role": "user", "content": check_text(text, where)}
 
 
-def _prompt_length(messages: list[dict[str, Any]], column: str) -> int:
-    """How many turns there are up to and including the last user turn, which must say something."""
+def _prompt_length(messages: list[dict[str, Any]], column: str, continued: bool) -> int:
+    """How many turns come before the assistant's at the end, or all of them where that is to be continued; the last
+    user turn must say something."""
     last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
     if last is None:
-        raise _RowError(f"`{column}` has no user turn")
-    if not messages[last]["content"].strip():
-        raise _RowError(f"turn {last} of `{column}` is empty")
-    return last + 1
+        raise RowError(f"`{column}` has no user turn")
+    if not text_of(messages[last]["content"]).strip():
+        raise RowError(f"turn {last} of `{column}` is empty")
+    if continued:
+        return len(messages)
+    return max(i for i, message in enumerate(messages) if message["role"] != "assistant") + 1
 
 
 def _serialisable(value: Any) -> Any:

@@ -40,8 +40,9 @@ class Request:
 class Sample:
     """A finished sequence.
 
-    `finish_reason` is `eos` (of either model), `stop` (a stop string), `length`, or `error` with the reason in `error`.
-    `token_ids` holds every drawn token, EOS included; `text` leaves out special tokens and ends before a stop string.
+    `finish_reason` is `eos` (of either model), `stop` (a stop string or token), `length`, or `error` with the reason in
+    `error`. `token_ids` holds every drawn token, EOS included; `text` leaves out special tokens, unless they are kept,
+    and ends before the EOS, the stop token or the stop string.
     `fields` has one number a token for each of `FIELDS` (see `qstar_kernels.QStarStep`), `status` one code a token;
     `tally` says what came of the drafts.
     """
@@ -85,7 +86,11 @@ def numbers_of(step: QStarStep, rows: int) -> list[list[list[float]]]:
 
 @dataclass(frozen=True)
 class DecodeOptions:
-    """How sequences are drawn and when they end; `speculate` is the number of drafts a round, or `auto`."""
+    """How sequences are drawn, when they end and what of them is text.
+
+    `speculate` is the number of drafts a round, or `auto`. `stop` and `stop_token_ids` end a sequence and are no part
+    of its text; a special token in `stop` is matched by its id. `keep_special_tokens` leaves the others in the text.
+    """
 
     settings: Settings = field(default_factory=Settings)
     batch_size: int = 16
@@ -93,6 +98,8 @@ class DecodeOptions:
     speculate: int | str = 0
     force_t_first_token: bool = False
     force_t_special_tokens: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    keep_special_tokens: bool = False
 
 
 class Ending:
@@ -101,30 +108,50 @@ class Ending:
     Args:
         eos_ids: ids that end a sequence, of both models.
         tokenizer: turns ids into text; None leaves the text empty.
-        stop: strings that end a sequence.
+        options: `stop`, `stop_token_ids` and `keep_special_tokens` of them.
+
+    Attributes:
+        stop_ids: ids that end a sequence beside EOS: those given, and the special tokens of `stop`.
+        stop: the strings of `stop` that end a sequence.
+
+    Raises:
+        ValueError: a stop string has a special token among other text, or a stop id is beyond the vocabulary.
     """
 
-    def __init__(self, eos_ids: set[int], tokenizer, stop: tuple[str, ...]):
-        self.eos_ids, self.tokenizer, self.stop = eos_ids, tokenizer, stop
+    def __init__(self, eos_ids: set[int], tokenizer, options: DecodeOptions):
+        self.eos_ids, self.tokenizer, self.keep_special_tokens = eos_ids, tokenizer, options.keep_special_tokens
+        special = special_tokens(tokenizer) if options.stop and tokenizer else {}
+        self.stop_ids = set(options.stop_token_ids) | {special[stop] for stop in options.stop if stop in special}
+        self.stop = tuple(stop for stop in options.stop if stop not in special)
+        for stop in self.stop:
+            if among := next((token for token in special if token in stop), None):
+                raise ValueError(
+                    f"stop {stop!r} has the special token {among!r} among other text; give the token alone"
+                )
+        if tokenizer and options.stop_token_ids:
+            largest = max(tokenizer.get_vocab().values())
+            if max(options.stop_token_ids) > largest:
+                raise ValueError(f"stop token {max(options.stop_token_ids)} is beyond the vocabulary, up to {largest}")
         # every token is at least one byte of text or none (special), so a window of the stop's bytes and a few more
         # always covers a stop string that the newest token completes
-        self.window = max((len(s.encode()) for s in stop), default=0) + 16
+        self.window = max((len(s.encode()) for s in self.stop), default=0) + 16
 
     def finish(self, sample: Sample) -> None:
         """Set the finish reason and the text if the newest token ends the sequence."""
-        ids = sample.token_ids
-        stopped = False
+        ids, by_token, stopped = sample.token_ids, False, False
         if sample.error is not None:
             sample.finish_reason = "error"
-        elif ids[-1] in self.eos_ids:
+        elif by_token := ids[-1] in self.eos_ids:
             sample.finish_reason = "eos"
+        elif by_token := ids[-1] in self.stop_ids:
+            sample.finish_reason = "stop"
         elif self.stops(ids):
             sample.finish_reason, stopped = "stop", True
         elif len(ids) >= sample.request.max_new_tokens:
             sample.finish_reason = "length"
         else:
             return
-        sample.text = self._text(ids[:-1] if sample.finish_reason == "eos" else ids)
+        sample.text = self._text(ids[:-1] if by_token else ids)
         if stopped:
             sample.text = sample.text[: min(self._stops_in(sample.text), default=len(sample.text))]
 
@@ -133,10 +160,16 @@ class Ending:
         return bool(self.stop and self._stops_in(self._text(ids[-self.window :])))
 
     def _text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True) if self.tokenizer else ""
+        return self.tokenizer.decode(ids, skip_special_tokens=not self.keep_special_tokens) if self.tokenizer else ""
 
     def _stops_in(self, text: str) -> list[int]:
         return [text.index(stop) for stop in self.stop if stop in text]
+
+
+def special_tokens(tokenizer) -> dict[str, int]:
+    """The ids of the tokens that a text does not show where special tokens are left out."""
+    special = set(tokenizer.all_special_ids)
+    return {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special or i in special}
 
 
 class Decoder:
@@ -170,10 +203,10 @@ class Decoder:
         self.of_drafts = Settings(
             "fixed", temperature=drawn.temperature, top_k=drawn.top_k, top_p=drawn.top_p, min_p=drawn.min_p
         )
-        self.eos_tensor = torch.tensor(sorted(eos_ids), dtype=torch.int64)
+        self.ending = Ending(eos_ids, tokenizer, options)
+        self.end_ids = torch.tensor(sorted(eos_ids | self.ending.stop_ids), dtype=torch.int64)
         self.pad_id = min(eos_ids, default=0)
         self.tally = Tally()
-        self.ending = Ending(eos_ids, tokenizer, options.stop)
 
     def sides(self, together: bool = True) -> list[Side]:
         """Empty caches of the two models, π_θ's first; one for both where they are one model and go `together`."""
@@ -245,7 +278,7 @@ class Decoder:
                 if step == drafts:
                     break
                 drafted.append(self._draft(live, logits[:, 0], step).to(block.device))
-                ended |= torch.isin(drafted[-1], self.eos_tensor.to(block.device))
+                ended |= torch.isin(drafted[-1], self.end_ids.to(block.device))
                 if ended.all():
                     break  # nothing follows, should the drafts be right
                 block = torch.cat([block, drafted[-1][:, None]], dim=1)

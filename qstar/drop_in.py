@@ -130,7 +130,7 @@ class CriteriaEnding(Ending):
     """Ends a sequence where `generate` would: at EOS, its token limit, or by a criterion that looks at its tokens."""
 
     def __init__(self, eos_ids: set[int], criteria: list[StopStringCriteria]):
-        super().__init__(eos_ids, None, ())
+        super().__init__(eos_ids, None, DecodeOptions())
         self.criteria = criteria
 
     def finish(self, sample: Sample) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from qstar.arguments import prepare
+from qstar.conversation import answered, as_text
 from qstar.data import Prompt
 from qstar.decode import DecodeOptions
 from qstar.formats import Finished, Key, openai_line, sample_line
@@ -51,7 +52,14 @@ class Generate(Run):
     """Draws `samples_per_prompt` samples of every prompt."""
 
     def options(self) -> DecodeOptions:
-        return replace(super().options(), stop=tuple(self.job.args.stop), speculate=self.job.args.speculate)
+        args = self.job.args
+        return replace(
+            super().options(),
+            stop=tuple(args.stop),
+            speculate=args.speculate,
+            stop_token_ids=tuple(args.stop_token_ids or ()),
+            keep_special_tokens=bool(args.keep_special_tokens),
+        )
 
     def items(self) -> Iterator[Todo]:
         return todo(self.job.prompts, self.job.args.samples_per_prompt)
@@ -71,15 +79,8 @@ class Generate(Run):
                     yield (prompt.index, j), None
                     continue
                 try:
-                    request = self.pair.request(
-                        (prompt.index, j),
-                        messages,
-                        sample_seed(self.job.args.seed, prompt.index, j, turn),
-                        self.job.args.max_new_tokens,
-                        self.job.format_theta,
-                        self.job.format_t,
-                        self.hint(prompt),
-                    )
+                    seed = sample_seed(self.job.args.seed, prompt.index, j, turn)
+                    request = self.request((prompt.index, j), prompt, messages, seed, self.job.args.max_new_tokens)
                 except PromptError as error:
                     self.fail(prompt, None if turn == 0 else j, str(error))
                     yield (prompt.index, j), None
@@ -91,14 +92,14 @@ class Generate(Run):
             pending = []
             for sample in self.decoder.run(requests):
                 prompt, j, messages = conversations[sample.request.key]
-                messages = [*messages, {"role": "assistant", "content": sample.text}]
+                messages = answered(messages, sample.text)
                 if sample.error is not None:
                     self.fail(prompt, j, sample.error)
                     yield (prompt.index, j), None
                 elif turn < len(prompt.later_turns):
                     pending.append((prompt, j, [*messages, {"role": "user", "content": prompt.later_turns[turn]}]))
                 else:
-                    yield (prompt.index, j), Finished(prompt, j, messages, sample)
+                    yield (prompt.index, j), Finished(prompt, j, as_text(messages), sample)
             turn += 1
 
     def line(self, done: Finished) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -178,14 +179,18 @@ class Pair:
         format_t: PromptFormat,
         t_hint: str | None = None,
         messages_t: list[dict[str, str]] | None = None,
+        tools: list[dict[str, Any]] | None = None,
+        template_kwargs: dict[str, Any] | None = None,
     ) -> Request:
         """Encode one conversation for both sides; π_t sees `messages_t` if given, and `t_hint`.
+
+        `tools` and `template_kwargs` are for both templates, see `PromptFormat.encode`.
 
         Raises:
             PromptError: a template refuses it, or the prompt leaves no room for a token.
         """
-        ids_theta = format_theta.encode(self.tokenizer_theta, messages)
-        ids_t = format_t.encode(self.tokenizer_t, messages_t or messages, t_hint)
+        ids_theta = format_theta.encode(self.tokenizer_theta, messages, None, tools, template_kwargs)
+        ids_t = format_t.encode(self.tokenizer_t, messages_t or messages, t_hint, tools, template_kwargs)
         longest = max(len(ids_theta), len(ids_t))
         if longest >= self.context:
             raise PromptError(f"the prompt has {longest} tokens and the smaller context of the pair is {self.context}")
@@ -216,6 +221,8 @@ class Pair:
         seeds: Sequence[int] | None = None,
         batch_size: int = 16,
         stop: Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        keep_special_tokens: bool = False,
         t_hints: Sequence[str | None] | None = None,
         format_theta: PromptFormat | None = None,
         format_t: PromptFormat | None = None,
@@ -234,7 +241,9 @@ class Pair:
             seed: the run's seed; each sample's own is a hash of it, the prompt's index and the sample's index.
             seeds: one seed a prompt in place of `seed`, so that a prompt's samples do not depend on its place.
             batch_size: rows that are decoded together.
-            stop: strings that end a sample.
+            stop: strings, or special tokens, that end a sample.
+            stop_token_ids: tokens that end a sample.
+            keep_special_tokens: leave special tokens in the text, but for the one that ends it.
             t_hints: text that only π_t sees, one for each prompt (None for no hint).
             format_theta, format_t: how each side sees the prompts.
             force_t_first_token: draw the first token from π_t.
@@ -247,7 +256,14 @@ class Pair:
         """
         format_theta, format_t = format_theta or PromptFormat(), format_t or PromptFormat()
         options = DecodeOptions(
-            Settings(**settings), batch_size, tuple(stop), speculate, force_t_first_token, force_t_special_tokens
+            Settings(**settings),
+            batch_size,
+            tuple(stop),
+            speculate,
+            force_t_first_token,
+            force_t_special_tokens,
+            tuple(stop_token_ids),
+            keep_special_tokens,
         )
 
         def conversation(prompt: str | list[dict[str, str]]) -> list[dict[str, str]]:

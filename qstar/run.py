@@ -26,7 +26,7 @@ from transformers.utils import logging
 from qstar.arguments import Job, failed
 from qstar.checkpoints import written_since
 from qstar.data import Prompt
-from qstar.decode import DecodeOptions
+from qstar.decode import DecodeOptions, Request
 from qstar.demo import PROMPTS
 from qstar.formats import Finished, Key, sample_line
 from qstar.output import OutputError
@@ -41,7 +41,8 @@ BANDS = {"ESS ratio": (0.9, 1.1), "|ΔKL|": (0.0, 0.05), "α": (0.2, 0.8)}
 
 @dataclass
 class Summary:
-    """Running figures over the tokens of a run, and its first samples: row, number, id, question and answer of each.
+    """Running figures over the tokens of a run, its first samples (row, number, id, question and answer of each), and
+    notes for the user.
 
     JSON has all of it, so that other processes can send theirs.
     """
@@ -55,6 +56,11 @@ class Summary:
     ratio_tokens: int = 0
     inside: dict[str, int] = field(default_factory=lambda: dict.fromkeys(BANDS, 0))
     first: list[list[Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, notes: Iterable[str]) -> None:
+        """Add what the user is to be told, once."""
+        self.notes = sorted({*self.notes, *notes})
 
     def add(self, done: Finished) -> None:
         fields = done.sample.fields
@@ -74,7 +80,8 @@ class Summary:
             for name, value in seen.items():
                 low, high = BANDS[name]
                 self.inside[name] += low <= value <= high
-        question, answer = (message["content"] for message in done.messages[-2:])
+        answer = done.messages[-1]["content"]
+        question = next((m["content"] for m in reversed(done.messages) if m["role"] == "user"), "")
         # by prompt, not by who finished first: those are the short ones
         self.first = sorted([*self.first, [*done.key, done.id, question, answer]])[:SHOWN]
 
@@ -86,6 +93,7 @@ class Summary:
         for name in BANDS:
             self.inside[name] += other.inside[name]
         self.first = sorted([*self.first, *other.first])[:SHOWN]
+        self.note(other.notes)
 
     @property
     def mean_kl(self) -> float:
@@ -115,6 +123,10 @@ class Run(ABC):
 
     def __init__(self, job: Job, pair: Pair, console: Console):
         self.job, self.pair, self.console, self.output = job, pair, console, job.output
+        self.formats = {"theta": (job.format_theta, pair.tokenizer_theta), "t": (job.format_t, pair.tokenizer_t)}
+        for side, (prompt_format, tokenizer) in self.formats.items():
+            if unread := prompt_format.unread(tokenizer, prompt_format.template_kwargs):
+                raise ValueError(f"--{side}-template-kwargs: the chat template of {side} does not read {unread[0]!r}")
         self.decoder = pair.decoder(self.options())
         self.summary, self.failed_prompts = Summary(), set()
 
@@ -153,6 +165,30 @@ class Run(ABC):
             while order and order[0] in early:
                 if (done := early.pop(order.popleft())) is not None:
                     yield done
+
+    def request(
+        self, key: Key, prompt: Prompt, messages: list[dict[str, Any]], seed: int, max_new_tokens: int
+    ) -> Request:
+        """Encode a prompt, of which `messages` is the conversation so far.
+
+        Raises:
+            PromptError: a template refuses it, or it leaves no room for a token.
+        """
+        names = [*(("tools",) if prompt.tools else ()), *prompt.template_kwargs]
+        for side, (prompt_format, tokenizer) in self.formats.items():
+            unread = prompt_format.unread(tokenizer, names, prompt.tools)
+            self.summary.note(f"the chat template of {side} does not read `{name}`, which rows have" for name in unread)
+        return self.pair.request(
+            key,
+            messages,
+            seed,
+            max_new_tokens,
+            self.job.format_theta,
+            self.job.format_t,
+            self.hint(prompt),
+            tools=prompt.tools,
+            template_kwargs=prompt.template_kwargs,
+        )
 
     def hint(self, prompt: Prompt) -> str | None:
         name = self.job.args.t_hint_field
@@ -237,6 +273,8 @@ def tell(console: Console, summary: Summary, tables: Iterable[Table]) -> None:
             f"[bold]Warning:[/] the pair is far apart ({summary.mean_kl:.2f} nats a token): q* spreads onto "
             "tokens that both models find unlikely. See «When the pair is far apart» in docs/guide.md."
         )
+    for note in summary.notes:
+        console.print(f"[bold]Warning:[/] {note}")
     for table in tables:
         console.print(table)
     for *_, name, question, answer in summary.first:

@@ -15,6 +15,7 @@ from rich.table import Table
 from qstar.analyze import WEIGHT
 from qstar.answers import Answer, RunAnswers
 from qstar.arguments import prepare_score
+from qstar.conversation import answered, as_text
 from qstar.decode import Request, Sample
 from qstar.forced import Scorer
 from qstar.formats import Finished, Key, finite
@@ -65,7 +66,7 @@ class Score(Run):
                 self.fail(answer.prompt, answer.sample_index, sample.error)
                 yield answer.key, None
             else:
-                messages = [*answer.prompt.messages, {"role": "assistant", "content": answer.text}]
+                messages = as_text(answered(answer.prompt.messages, answer.text))
                 yield answer.key, Finished(answer.prompt, answer.sample_index, messages, sample)
 
     def to_score(self, answer: Answer) -> Sample:
@@ -76,7 +77,7 @@ class Score(Run):
         """
         if answer.error is not None:
             raise PromptError(answer.error)
-        job, pair, ids, reason = self.job, self.pair, answer.ids, answer.finish_reason or "eos"
+        args, pair, ids, reason = self.job.args, self.pair, answer.ids, answer.finish_reason or "eos"
         if ids is not None:
             request = Request(answer.key, answer.ids_theta, answer.ids_t, 0, len(ids))
             if max(ids + request.ids_theta + request.ids_t) >= pair.vocab_size:
@@ -85,19 +86,11 @@ class Score(Run):
                 )
         else:
             ids = pair.tokenizer_theta(answer.text, add_special_tokens=False)["input_ids"]
-            if reason == "eos" and not job.args.no_eos and pair.tokenizer_theta.eos_token_id is not None:
+            if reason == "eos" and not args.no_eos and pair.tokenizer_theta.eos_token_id is not None:
                 ids = [*ids, pair.tokenizer_theta.eos_token_id]
             elif reason == "eos":
                 reason = "length"
-            request = pair.request(
-                answer.key,
-                answer.prompt.messages,
-                0,
-                len(ids),
-                job.format_theta,
-                job.format_t,
-                self.hint(answer.prompt),
-            )
+            request = self.request(answer.key, answer.prompt, answer.prompt.messages, 0, len(ids))
         longest = max(len(request.ids_theta), len(request.ids_t))
         if not ids or longest + len(ids) > pair.context:
             raise PromptError(

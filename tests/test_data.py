@@ -146,13 +146,17 @@ def test_openai_requests():
         user("How long does green tea steep?"),
     ]
     assert first.metadata["body"] == {"model": "m", "max_tokens": 9}
-    assert parts.messages == [user("Name a tea\nfrom Assam.")]
+    texts = [{"type": "text", "text": text} for text in ("Name a tea", "from Assam.")]
+    assert parts.messages == [{"role": "user", "content": texts}]
     assert repeated.error == "`custom_id` 'tea-1' is taken by row 0"
-    assert image.error == "turn 0 of `body.messages` has a part of type 'image_url'; accepted: text only"
+    assert (
+        image.error
+        == "turn 0 of `body.messages` has a part of type 'image_url'; accepted: text, reasoning, tool_call, refusal"
+    )
     assert [image.id, image.messages] == ["tea-3", []]
     assert len({prompt.id for prompt in source}) == 4
     assert source.description == (
-        "OpenAI batch requests: the prompt is `body.messages` up to the last user turn, the id is `custom_id`; "
+        "OpenAI batch requests: the prompt is `body.messages` but for an answer at its end, the id is `custom_id`; "
         "carried along: `custom_id`, `method`, `url`, `body`; not used for sampling: `model`, `max_tokens` of `body`"
     )
 
@@ -202,7 +206,7 @@ def test_own_column_reference_messages_is_not_overwritten(load_row):
         ({"prompt": [{"role": "user", "content": None}]}, "turn 0 of `prompt` is missing, not text"),
         (
             {"prompt": [{"role": "user", "content": [5]}]},
-            "turn 0 of `prompt` has a part of type 'text'; accepted: text only",
+            "turn 0 of `prompt` has a part of type 'text'; accepted: text, reasoning, tool_call, refusal",
         ),
         ({"prompt": "\ud800"}, "`prompt` has half of a surrogate pair, which is no character"),
         ({"answer": "b"}, "has no `prompt`"),

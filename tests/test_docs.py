@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from qstar import analyze, merge, plan, report
+from qstar import analyze, conversation, data, merge, plan, report
 from qstar.arguments import make_parser, make_score_parser, make_serve_parser
 from qstar.decode import FIELDS
 from qstar.experiments import __main__ as experiments
@@ -43,6 +43,14 @@ def test_the_guide_names_every_field():
     guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
     others = ("prompt_ids_theta", "finish_reason", "kl_gap_max", "status", "normalised_weight_theta")
     assert all(f"`{name}`" in guide for name in (*FIELDS, *others))
+
+
+def test_the_guide_names_what_rows_are_read_for():
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8").split("### Schemas")[1].split("## Files")[0]
+    columns = (*data.SYSTEM_COLUMNS, *data.TEMPLATE_COLUMNS, *(name for name, _ in data.PROMPT_COLUMNS))
+    turns = (*conversation.ROLE_KEYS, *conversation.CONTENT_KEYS, *conversation.BESIDE_CONTENT)
+    names = {*columns, *turns, *conversation.ROLES, *conversation.REASONING_PARTS, *sum(data.PAIRS, ()), "history"}
+    assert {name for name in names if f"`{name}`" not in guide} == set()
 
 
 def test_the_guide_links_to_files_that_are_there():

@@ -315,7 +315,9 @@ def test_errors_survive_a_start_that_fails(tmp_path, monkeypatch):
         file.write('{"torn')
     with monkeypatch.context() as patch:
         patch.setattr(
-            qstar.pair.Pair, "request", lambda self, key, messages, *rest: qstar.decode.Request(key, [2], [2], 0, 3)
+            qstar.pair.Pair,
+            "request",
+            lambda self, key, messages, *rest, **more: qstar.decode.Request(key, [2], [2], 0, 3),
         )
         assert run(tmp_path, "--dataset", str(data)) == 0
     assert not (tmp_path / "x.errors.jsonl").exists()

@@ -1,5 +1,6 @@
 """The vLLM backend against the transformers backend: tokens, numbers, draws, the command line."""
 
+import copy
 import json
 import os
 import random
@@ -112,7 +113,8 @@ def requests(count: int, new_tokens: int, seed: int = SEED) -> list[Request]:
 
 def draw(pair: Pair, todo: list[Request], batch_size: int = 64, **options) -> dict:
     """Finished samples by key."""
-    decoding = {k: options.pop(k) for k in ("stop", "force_t_first_token", "force_t_special_tokens") if k in options}
+    names = ("stop", "stop_token_ids", "keep_special_tokens", "force_t_first_token", "force_t_special_tokens")
+    decoding = {name: options.pop(name) for name in names if name in options}
     decoder = pair.decoder(DecodeOptions(Settings(**options), batch_size, **decoding))
     return {sample.request.key: sample for sample in decoder.run(todo)}
 
@@ -212,6 +214,26 @@ def test_every_other_option(demo_engine, demo_pair, options):
     if "stop" in options:
         assert {"stop"} <= {sample.finish_reason for sample in got.values()}
         assert not any("####" in sample.text for sample in got.values())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stop": ("<|end|>",)},
+        {"stop": ("<|end|>", "####"), "keep_special_tokens": True},
+        {"stop_token_ids": (0, 5)},
+        {"stop": ("e",), "keep_special_tokens": True},
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_special_tokens_that_are_not_the_eos(demo_engine, demo_pair, options):
+    engine, reference = copy.copy(demo_engine), copy.copy(demo_pair)
+    engine.eos_ids = reference.eos_ids = {1}
+    ids = demo_pair.tokenizer_theta("<|user|>\nHi.<|end|>\n<|assistant|>\n")["input_ids"]
+    todo = [Request(i, ids, ids, sample_seed(SEED, i, 0), 24) for i in range(12)]
+    got = draw(engine, todo, **options)
+    check_equal(got, draw(reference, todo, **options))
+    assert "stop" in {sample.finish_reason for sample in got.values()}
 
 
 def test_a_sample_does_not_depend_on_its_neighbours(demo_engine):
@@ -319,6 +341,7 @@ class TestCommand:
             (["--speculate", "4"], "--speculate is of --backend transformers"),
             (["--t-hint-field", "solution"], "use --backend transformers"),
             (["--t-system-prompt", "Be exact."], "use --backend transformers"),
+            (["--t-template-kwargs", '{"effort": "low"}'], "use --backend transformers"),
             (["--device-map", "auto"], "--device-map is of --backend transformers"),
             (["--load-in-4bit"], "--load-in-4bit is of --backend transformers"),
             (["--vllm-options", "[1]"], "must be a JSON object"),

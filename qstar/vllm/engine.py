@@ -159,7 +159,7 @@ class EngineDecoder:
         if options.speculate:
             raise ValueError("a vLLM engine draws without drafts: speculate must be 0")
         self.engine, self.options, self.tally = pair.engine, options, Tally()
-        self.ending = Ending(pair.eos_ids, pair.tokenizer_theta, options.stop)
+        self.ending = Ending(pair.eos_ids, pair.tokenizer_theta, options)
 
     def run(self, requests: Iterable[Request]) -> Iterator[Sample]:
         """Generate all requests; samples come as they finish.
@@ -207,9 +207,9 @@ class EngineDecoder:
         rule = {PREFIX + name: value for name, value in rule_fields(options.settings, options).items()}
         params = SamplingParams(
             max_tokens=request.max_new_tokens,
-            stop_token_ids=sorted(self.ending.eos_ids),
+            stop_token_ids=sorted(self.ending.eos_ids | self.ending.stop_ids),
             detokenize=False,
-            output_kind=RequestOutputKind.DELTA if options.stop else RequestOutputKind.FINAL_ONLY,
+            output_kind=RequestOutputKind.DELTA if self.ending.stop else RequestOutputKind.FINAL_ONLY,
             extra_args=rule | {"qstar_seed": request.seed, "numbers_key": name},
         )
         self.engine.add_request(name, TokensPrompt(prompt_token_ids=request.ids_theta), params)
@@ -223,7 +223,7 @@ class EngineDecoder:
                 continue
             _, ids = live[output.request_id]
             done = output.finished
-            for token in output.outputs[0].token_ids if self.options.stop and not done else ():
+            for token in output.outputs[0].token_ids if self.ending.stop and not done else ():
                 ids.append(token)
                 if self.ending.stops(ids):
                     stopped.append(output.request_id)
