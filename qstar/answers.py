@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qstar.conversation import read_turns, text_of, turns_in
+from qstar.batch import Asked, asked_by
+from qstar.conversation import column_of, is_turn, read_turns, text_of, turns_in
 from qstar.data import PEEK_ROWS, Prompt, PromptSource
 from qstar.records import RecordError, RunFiles
 from qstar.rows import DataError, file_sha256, kind
@@ -23,6 +24,7 @@ ANSWER_COLUMNS = (
     "output",
     "instances.output",
 )
+WRITTEN = ("tool_calls", "reasoning_content", "reasoning", "thinking")  # what templates write beside a turn's text
 REFERENCE = "reference_messages"  # the assistant's turns at the end, see `qstar.data.Prompt`
 
 
@@ -32,7 +34,8 @@ class Answer:
 
     `ids`, `ids_theta` and `ids_t` are the very tokens of the answer and of both prompts where a run wrote them; None
     where the text is still to be encoded. `finish_reason` is the run's or the row's own, None where it is not known.
-    `error` is why there is none.
+    `error` is why there is none. `message` is the turn of an answer that is more than its text: with calls of tools, or
+    thoughts.
     """
 
     prompt: Prompt
@@ -43,6 +46,7 @@ class Answer:
     ids_theta: list[int] | None = None
     ids_t: list[int] | None = None
     error: str | None = None
+    message: dict[str, Any] | None = None
 
     @property
     def key(self) -> tuple[int, int]:
@@ -97,20 +101,27 @@ class DatasetAnswers:
                     raise ValueError(prompt.error)
                 if prompt.later_turns:
                     raise ValueError("has user turns that nothing answers")
-                texts = _texts(_under(prompt.metadata, self.column), self.column)
+                answers = _read(_under(prompt.metadata, self.column), self.column)
             except ValueError as error:
                 yield Answer(prompt, 0, "", error=str(error))
                 continue
-            for index, text in enumerate(texts):
-                yield Answer(prompt, index, text, reason)
+            for index, answer in enumerate(answers):
+                if isinstance(answer, str):
+                    yield Answer(prompt, index, answer, reason)
+                else:
+                    yield Answer(prompt, index, text_of(answer["content"]), reason, message=answer)
 
 
 @dataclass(frozen=True)
 class RunAnswers:
-    """The samples that a run wrote, with their tokens: nothing is encoded again."""
+    """The samples that a run wrote, with their tokens: nothing is encoded again.
+
+    `uses_parameters`: the requests that they answer had their own settings.
+    """
 
     files: RunFiles
     limit: int | None = None
+    uses_parameters: bool = False
 
     @property
     def description(self) -> str:
@@ -132,8 +143,10 @@ class RunAnswers:
             for record in itertools.islice(self.files, self.limit):
                 line, numbers = record.line, record.diagnostics
                 number = line["id"].removesuffix(f"-{line['sample_index']}")
+                metadata = line.get("metadata") or {}
+                asked = asked_by(metadata["body"]) if self.uses_parameters else Asked()
                 yield Answer(
-                    Prompt(line["prompt_index"], number, line["messages"][:-1], [], line.get("metadata") or {}, None),
+                    Prompt(line["prompt_index"], number, line["messages"][:-1], [], metadata, None, asked=asked),
                     line["sample_index"],
                     line["messages"][-1]["content"],
                     line["finish_reason"],
@@ -143,6 +156,8 @@ class RunAnswers:
                 )
         except RecordError as error:
             raise DataError(str(error)) from error
+        except KeyError:
+            raise DataError(f"{self.files.samples} has samples without the `body` of their request") from None
 
 
 def is_run(dataset: str) -> bool:
@@ -155,17 +170,19 @@ def is_run(dataset: str) -> bool:
 
 def _under(row: Any, path: str) -> Any:
     """What stands under a dotted path, of a list its first entry's; None where nothing does."""
-    if isinstance(row, dict) and path in row:
-        return row[path]
-    head, dot, tail = path.partition(".")
-    if not dot or not isinstance(row, dict):
+    if not isinstance(row, dict):
         return None
-    inner = row.get(head)
+    if (column := column_of(row, path)) in row:
+        return row[column]
+    head, dot, tail = path.partition(".")
+    inner = row.get(column_of(row, head)) if dot else None
     return _under(inner[0] if isinstance(inner, list) and inner else inner, tail)
 
 
-def _texts(value: Any, column: str) -> list[str]:
+def _read(value: Any, column: str) -> list[str | dict[str, Any]]:
     """The answers in a column: text, a number, or a message, alone or as a list of one; a list of texts has several.
+
+    A message that has nothing but text is that text.
 
     Raises:
         ValueError: it is nothing of that.
@@ -174,16 +191,17 @@ def _texts(value: Any, column: str) -> list[str]:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)
     if isinstance(value, str):
-        texts = [value]
+        answers = [value]
     elif isinstance(value, list) and value and all(isinstance(text, str) for text in value):
-        texts = value
+        answers = value
     elif isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
-        turns = read_turns([turn if "from" in turn else {"role": "assistant"} | turn for turn in value], column)
-        texts = [text_of(turn["content"]) for turn in turns if turn["role"] != "system"]
-        if len(texts) != 1:
+        named = [turn if is_turn(turn) else {"role": "assistant"} | turn for turn in value]
+        turns = [turn for turn in read_turns(named, column) if turn["role"] != "system"]
+        if len(turns) != 1:
             raise ValueError(f"`{column}` is no answer of one turn")
+        answers = [turn if any(turn.get(key) for key in WRITTEN) else text_of(turn["content"]) for turn in turns]
     else:
         raise ValueError(f"the answer `{column}` is {kind(value)}")
-    if not all(text for text in texts):
+    if not all(answers):
         raise ValueError(f"`{column}` is empty")
-    return texts
+    return answers

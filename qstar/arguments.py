@@ -107,6 +107,12 @@ def add_data(parser: Parser):
     group.add_argument("--dataset-config", help="configuration of a hub dataset")
     group.add_argument("--prompt-field", help="column that holds the prompt, where it is not recognised")
     group.add_argument("--num-samples", type=COUNT, help="number of prompts (default: all)")
+    group.add_argument(
+        "--use-request-parameters",
+        action="store_true",
+        default=None,  # as in a run that an earlier version began
+        help="sample each OpenAI batch request with its own temperature, max_tokens, n, seed, stop, …",
+    )
     return group
 
 
@@ -409,11 +415,12 @@ def prepare_score(argv: list[str] | None) -> Job:
     for name in ("prompt_field", "response_field", "t_hint_field"):
         if getattr(args, name) is not None:
             parser.error(f"--{name.replace('_', '-')}: the prompts and answers of a run are its own tokens")
-    return make_job(parser, args, lambda: RunAnswers(files, args.num_samples))
+    return make_job(parser, args, lambda: RunAnswers(files, args.num_samples, bool(args.use_request_parameters)))
 
 
 # What scoring takes over from the run that made the samples: who, and which q*
-RUN_DEFAULTS = {"model_theta", "model_t", "dtype", "load_in_4bit", "trust_remote_code", *DEST.values(), *FORCED}
+RUN_DEFAULTS = {"model_theta", "model_t", "dtype", "load_in_4bit", "trust_remote_code", "use_request_parameters"}
+RUN_DEFAULTS |= {*DEST.values(), *FORCED}
 
 
 def open_prompts(args: argparse.Namespace) -> PromptSource:
@@ -424,6 +431,7 @@ def open_prompts(args: argparse.Namespace) -> PromptSource:
         args.prompt_field,
         args.num_samples,
         bool(args.continue_final_message),
+        bool(args.use_request_parameters),
     )
 
 

@@ -39,7 +39,7 @@ from qstar.arguments import Job
 from qstar.checkpoints import fingerprint, revision
 from qstar.data import PromptSource
 from qstar.demo import PROMPTS
-from qstar.generate import Generate, Todo, draft_table, todo
+from qstar.generate import Generate, Todo, draft_table, todo, total_samples
 from qstar.output import Output, OutputError
 from qstar.parts import Parts
 from qstar.run import BLOCK_BATCHES, Summary, blocks, load_pair, one_line_if_it_fails, progress_bar, say_resuming, tell
@@ -131,7 +131,7 @@ class Worker:
                 output.finish(Path(self.job.args.dataset or PROMPTS).stem)
             self.parts.put_part(part, Path(folder))
         self.parts.write_attempts(part, None)
-        return {"summary": asdict(run.summary), "drafts": asdict(run.decoder.tally), "failed": len(output.errors)}
+        return {"summary": asdict(run.summary), "drafts": asdict(run.tally), "failed": len(output.errors)}
 
     def try_alone(self, part: int, items: list[Todo], attempts: dict[str, Any]) -> None:
         """Draw the samples of every prompt by themselves, and for nothing but to see which prompts the worker survives.
@@ -321,8 +321,7 @@ def run(job: Job, parts: Parts, console: Console, start: float) -> int:
     args, size = job.args, BLOCK_BATCHES * job.args.batch_size
     if parts.done:
         say_resuming(console, job, f"{len(parts.done)} parts are complete")
-    total = args.num_samples or job.prompts.count()
-    total = total and total * args.samples_per_prompt
+    total = total_samples(job)
     workers, declared = pool(args, total and math.ceil(total / size) - len(parts.done), console)
     context = DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False

@@ -38,6 +38,9 @@ ROLE_KEYS = ("role", "from")
 CONTENT_KEYS = ("content", "value", "text")
 TEXT_PARTS = ("text", "input_text", "output_text")
 REASONING_PARTS = ("reasoning", "thinking")
+# Columns, and keys of a turn, that hold what is no text: those of LLaMA-Factory, trl, verl, ms-swift and LLaVA.
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+PARTS = ("text", "reasoning", "tool_call", "refusal")  # what a content may be made of, as messages name it
 # Beside one of these a null content is an empty one.
 BESIDE_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "refusal")
 
@@ -59,32 +62,50 @@ def read_turns(value: Any, column: str) -> list[dict[str, Any]]:
     value = turns_in(value)
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         raise RowError(f"`{column}` is {kind(value)}, not text, a list of messages or a list of user turns")
-    return [read_turn(turn, f"turn {i} of `{column}`") for i, turn in enumerate(value)]
+    messages = [read_turn(turn, f"turn {i} of `{column}`") for i, turn in enumerate(value)]
+    mapped = [not turn.get("tool_calls") for turn in value]
+    return _with_ids(messages, mapped)
+
+
+def _with_ids(messages: list[dict[str, Any]], mapped: list[bool]) -> list[dict[str, Any]]:
+    """The messages with ids for the calls that formats without any have (`mapped`), and for their results, in order:
+    some templates want them, of nine letters and digits."""
+    count, open_calls, done = 0, [], []
+    for message, is_mapped in zip(messages, mapped, strict=True):
+        if is_mapped and "tool_calls" in message:
+            calls = [{"id": f"call{count + i:05}"} | call for i, call in enumerate(message["tool_calls"])]
+            message, count, open_calls = message | {"tool_calls": calls}, count + len(calls), [c["id"] for c in calls]
+        elif message["role"] == "tool" and open_calls and "tool_call_id" not in message:
+            message = message | {"tool_call_id": open_calls.pop(0)}
+        done.append(message)
+    return done
 
 
 def turns_in(value: Any) -> Any:
     """The turns where a text is the JSON of a list of them; any other value as it is."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         turns = from_json(value)
-        if isinstance(turns, list) and turns and all(_is_turn(turn) for turn in turns):
+        if isinstance(turns, list) and turns and all(is_turn(turn) for turn in turns):
             return turns
     return value
 
 
-def _is_turn(value: Any) -> bool:
-    return isinstance(value, dict) and any(isinstance(value.get(key), str) for key in ROLE_KEYS)
+def is_turn(value: Any) -> bool:
+    """Whether it is an object that names its role."""
+    return isinstance(value, dict) and isinstance(value.get(_key_of(value, ROLE_KEYS)), str)
 
 
 def read_turn(turn: dict[str, Any], where: str) -> dict[str, Any]:
     """One turn as a message, from the keys and the roles of any of the formats; its other keys are kept.
 
     Raises:
-        RowError: its role is unknown, or its content is no text.
+        RowError: its role is unknown, its content is no text, or it has more than text.
     """
     role_key, content_key = (_key_of(turn, keys) for keys in (ROLE_KEYS, CONTENT_KEYS))
     name, content = _role_name(turn.get(role_key)), turn.get(content_key)
     if name not in ROLES:
         raise RowError(f"{where}: the role is {turn.get(role_key)!r}; accepted: {', '.join(ROLES)}")
+    check_no_media(turn, f"{where}: ")
     others = {k: v for k, v in turn.items() if k not in (role_key, content_key) and v is not None}
     if content is None and any(key in others for key in BESIDE_CONTENT):
         content = ""
@@ -100,7 +121,25 @@ def read_turn(turn: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _key_of(turn: dict[str, Any], keys: tuple[str, ...]) -> str:
-    return next((key for key in keys if turn.get(key) is not None), keys[0])
+    """The key that a turn has of these, whatever its case; the first where it has none."""
+    return next((key for name in keys for key in turn if key.lower() == name and turn[key] is not None), keys[0])
+
+
+def check_no_media(row: dict[str, Any], where: str = "") -> None:
+    """Refuse what comes with pictures, films or sound.
+
+    Raises:
+        RowError: one of `MEDIA` is not empty.
+    """
+    if name := next((name for name in row if str(name).lower() in MEDIA and not _is_empty(row[name])), None):
+        raise RowError(f"{where}`{name}` is not empty; accepted: text only, which is all that the models would see")
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether there is nothing, also as `datasets` has it: a list of nulls, an object of them."""
+    if isinstance(value, (list, dict)):
+        return all(map(_is_empty, value.values() if isinstance(value, dict) else value))
+    return value is None or value in ("", b"")
 
 
 def _role_name(role: Any) -> str | None:
@@ -136,7 +175,7 @@ def _read_parts(parts: list[Any], where: str) -> tuple[str | list[dict[str, str]
     texts, joined, others = [], False, {}
     for part in parts:
         part = {"type": "text", "text": part} if isinstance(part, str) else part
-        what = part.get("type", "text") if isinstance(part, dict) else "text"
+        what = _type_of(part)
         keys = ("text", "value", what)
         said = next((part[key] for key in keys if part.get(key) is not None), None) if isinstance(part, dict) else None
         if what in TEXT_PARTS and isinstance(said, str):
@@ -149,10 +188,17 @@ def _read_parts(parts: list[Any], where: str) -> tuple[str | list[dict[str, str]
         elif what == "tool_call":
             others.setdefault("tool_calls", []).extend(_split_calls(part if said is None else said, where)[1])
         else:
-            raise RowError(f"{where} has a part of type {what!r}; accepted: text, reasoning, tool_call, refusal")
+            raise RowError(f"{where} has a part of type {what!r}; accepted: {', '.join(PARTS)}")
     if joined or len(texts) < 2:
         return "".join(texts), others
     return [{"type": "text", "text": check_text(text, where)} for text in texts], others
+
+
+def _type_of(part: Any) -> Any:
+    """What a part is; one without a `type` is named by its key, as in `{"image": "a.png"}`."""
+    if not isinstance(part, dict):
+        return "text"
+    return part.get("type") or next((key for key in part if key in MEDIA or key.endswith("_url")), "text")
 
 
 def check_text(text: Any, where: str) -> str:
@@ -219,6 +265,11 @@ def _as_tool(tool: dict[str, Any], column: str) -> dict[str, Any]:
             raise RowError(f"`{column}`: the parameters of {function.get('name')!r} are no JSON object")
         tool = tool | {"function": function | {"parameters": parameters}}
     return tool
+
+
+def column_of(row: dict[str, Any], name: str) -> str:
+    """The column of that name, whatever its case; the name itself where there is none."""
+    return name if name in row else next((column for column in row if str(column).lower() == name), name)
 
 
 def from_json(text: str) -> Any:

@@ -13,7 +13,31 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from qstar.conversation import RowError, as_text, check_text, from_json, read_tools, read_turns, text_of, turns_in
+from qstar.batch import (
+    CHAT,
+    COMPLETIONS,
+    ENDPOINTS,
+    RESPONSES,
+    USED,
+    Asked,
+    asked_by,
+    check_whole,
+    endpoint_of,
+    read_items,
+    text_prompt,
+)
+from qstar.conversation import (
+    RowError,
+    as_text,
+    check_no_media,
+    check_text,
+    column_of,
+    from_json,
+    read_tools,
+    read_turns,
+    text_of,
+    turns_in,
+)
 from qstar.rows import BadRow, DataError, Row, Rows, kind, open_rows
 
 # How many rows to look at for the columns: more than one, since the first may lack an optional column or be broken.
@@ -61,6 +85,9 @@ class Prompt:
         error: why the row cannot be a prompt, else None.
         tools: what the model may call, as JSON schemas; None for nothing.
         template_kwargs: the row's own variables for the chat template.
+        endpoint: of an OpenAI batch request, one of `qstar.batch.ENDPOINTS`; a prompt for completions is a text without
+            a template.
+        asked: what such a request asks of sampling, where that is to be used.
     """
 
     index: int
@@ -71,16 +98,25 @@ class Prompt:
     error: str | None
     tools: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+    endpoint: str | None = None
+    asked: Asked = field(default_factory=Asked)
 
 
 @dataclass(frozen=True)
 class _Schema:
-    """Where the prompt is: a column (dotted where nested), or None for the turns that both of `sides` begin with."""
+    """Where the prompt is: a column (dotted where nested), or None for the turns that both of `sides` begin with.
+
+    `endpoint` is that of OpenAI batch requests, whose id is `custom_id`.
+    """
 
     path: str | None
     sides: tuple[str, str] = PAIRS[0]
-    by_custom_id: bool = False
+    endpoint: str | None = None
     is_instruction: bool = False
+
+    @property
+    def by_custom_id(self) -> bool:
+        return self.endpoint is not None
 
 
 @dataclass(frozen=True)
@@ -102,6 +138,7 @@ class PromptSource:
     _rows: Rows = field(repr=False)
     _schema: _Schema = field(repr=False)
     _continued: bool = field(repr=False, default=False)
+    _uses_parameters: bool = field(repr=False, default=False)
 
     def __iter__(self) -> Iterator[Prompt]:
         taken: dict[str, int] = {}
@@ -114,13 +151,15 @@ class PromptSource:
 
     def _prompt(self, index: int, row: Row, taken: dict[str, int]) -> Prompt:
         prompt_id = None if self._schema.by_custom_id else str(index)
-        reason = None
+        reason, asked = None, Asked()
         try:
             if isinstance(row, BadRow):
                 raise RowError(row.reason)
             if self._schema.by_custom_id:
                 prompt_id = _custom_id(row, taken)
             read = _parse(row, self._schema, self._continued)
+            if self._uses_parameters:
+                asked = asked_by(row["body"])
         except (RowError, RecursionError) as error:
             reason = str(error) if isinstance(error, RowError) else "is nested too deep"
             read = _Read([], [], {"row": row.content} if isinstance(row, BadRow) else row)
@@ -130,9 +169,17 @@ class PromptSource:
                 prompt_id += "-"
         if self._schema.by_custom_id:
             taken[prompt_id] = index
-        metadata = _serialisable(read.metadata)
         return Prompt(
-            index, prompt_id, read.messages, read.later_turns, metadata, reason, read.tools, read.template_kwargs
+            index,
+            prompt_id,
+            read.messages,
+            read.later_turns,
+            _serialisable(read.metadata),
+            reason,
+            read.tools,
+            read.template_kwargs,
+            self._schema.endpoint,
+            asked,
         )
 
 
@@ -143,6 +190,7 @@ def load_prompts(
     prompt_field: str | None = None,
     limit: int | None = None,
     continue_final_message: bool = False,
+    use_request_parameters: bool = False,
 ) -> PromptSource:
     """Opens a dataset and recognises where its prompts are.
 
@@ -157,9 +205,11 @@ def load_prompts(
             or a list of user turns. Left out, the columns decide.
         limit: how many rows to read at most.
         continue_final_message: an assistant's turn at the end of a conversation is the beginning of the answer.
+        use_request_parameters: read what OpenAI batch requests ask of sampling.
 
     Raises:
-        DataError: the dataset cannot be found or read, has no rows, or its columns are not recognised.
+        DataError: the dataset cannot be found or read, has no rows, its columns are not recognised, or it has no
+            requests whose parameters could be used.
     """
     if limit is not None and limit < 1:
         raise DataError(f"--num-samples {limit}: accepted: 1 or more")
@@ -174,19 +224,22 @@ def load_prompts(
     if not good_rows:
         raise DataError(f"--dataset {dataset!r}: the first row {first_rows[0].reason}; accepted: objects with columns")
     columns = list(dict.fromkeys(str(name) for row in good_rows for name in row))
-    schema, description = _recognise_first(good_rows, columns, dataset, prompt_field, continue_final_message)
+    schema, row = _recognise_first(good_rows, columns, dataset, prompt_field)
+    if use_request_parameters and schema.endpoint is None:
+        raise DataError(f"--use-request-parameters: {dataset!r} has no OpenAI batch requests")
+    description = _describe(schema, row, columns, prompt_field, continue_final_message, use_request_parameters)
     description = "; ".join([description, *notes])
-    return PromptSource(description, columns, fingerprint, rows, schema, continue_final_message)
+    return PromptSource(description, columns, fingerprint, rows, schema, continue_final_message, use_request_parameters)
 
 
 def _recognise_first(
-    rows: list[dict[str, Any]], columns: list[str], dataset: str, prompt_field: str | None, continued: bool
-) -> tuple[_Schema, str]:
-    """Recognises the schema by the first of the rows that has one; raises DataError when none has."""
+    rows: list[dict[str, Any]], columns: list[str], dataset: str, prompt_field: str | None
+) -> tuple[_Schema, dict[str, Any]]:
+    """The schema of the first of the rows that has one, and that row; raises DataError when none has."""
     for row in rows:
         schema = _recognise(row, prompt_field)
         if schema is not None:
-            return schema, _describe(schema, row, columns, prompt_field, continued)
+            return schema, row
     names = ", ".join(f"`{name}`" for name in columns)
     if prompt_field is not None:
         raise DataError(f"--prompt-field {prompt_field!r}: no such column in {dataset!r}, which has {names}")
@@ -194,35 +247,43 @@ def _recognise_first(
 
 
 def _recognise(row: dict[str, Any], prompt_field: str | None) -> _Schema | None:
-    is_request = "custom_id" in row and isinstance(row.get("body"), dict) and "messages" in row["body"]
+    endpoint = endpoint_of(row)
     if prompt_field is not None:
         try:
             _take(row, prompt_field)
         except KeyError:
             return None
-        return _Schema(prompt_field, by_custom_id=is_request)
-    if is_request:
-        return _Schema("body.messages", by_custom_id=True)
+        return _Schema(prompt_field, endpoint=endpoint)
+    if endpoint is not None:
+        return _Schema(f"body.{ENDPOINTS[endpoint]}", endpoint=endpoint)
     for name, types in PROMPT_COLUMNS:
-        value = turns_in(row.get(name))
+        column = column_of(row, name)
+        value = turns_in(row.get(column))
         if isinstance(value, types) and value != []:
-            return _Schema(name, is_instruction=name == "instruction")
+            return _Schema(column, is_instruction=name == "instruction")
         # After `prompt`, which a preference pair may state, and before the columns that could stand beside one.
         for sides in PAIRS if name == "prompt" else ():
-            if all(isinstance(turns_in(row.get(side)), list) and row[side] for side in sides):
-                return _Schema(None, sides)
+            first, second = (column_of(row, side) for side in sides)
+            if all(isinstance(turns_in(row.get(side)), list) and row[side] for side in (first, second)):
+                return _Schema(None, (first, second))
     return None
 
 
 def _describe(
-    schema: _Schema, row: dict[str, Any], columns: list[str], prompt_field: str | None, continued: bool
+    schema: _Schema,
+    row: dict[str, Any],
+    columns: list[str],
+    prompt_field: str | None,
+    continued: bool,
+    uses_parameters: bool,
 ) -> str:
     used = {schema.path}
     if schema.path is None:
         name, says = "preference pairs", "the turns that `{}` and `{}` share".format(*schema.sides)
     else:
         value = turns_in(_take(row, schema.path)[0])
-        answers = [c for c in columns if c != schema.path and (c in ANSWER_COLUMNS or c.startswith("response"))]
+        lower = {c: c.lower() for c in columns if c != schema.path}
+        answers = [c for c, name in lower.items() if name in ANSWER_COLUMNS or name.startswith("response")]
         name = "/".join([schema.path, *answers])
         says = f"`{schema.path}`"
         if isinstance(value, list):
@@ -239,13 +300,15 @@ def _describe(
     if prompt_field is not None:
         name = "chosen with --prompt-field"
     elif schema.by_custom_id:
-        name = "OpenAI batch requests"
+        name = "OpenAI batch requests" + (f" of {schema.endpoint}" if schema.endpoint != CHAT else "")
     if schema.by_custom_id:
         says += ", the id is `custom_id`"
     description = f"{name}: the prompt is {says}"
     beside = _beside(row, schema.path)
-    turns = [name for name in (*SYSTEM_COLUMNS, "history") if row.get(name) and name not in used]
-    for_template = [name for name in TEMPLATE_COLUMNS if beside.get(name)]
+    found = [column_of(row, name) for name in (*SYSTEM_COLUMNS, "history")]
+    turns = [name for name in found if row.get(name) and name not in used]
+    turns += ["instructions"] if schema.endpoint == RESPONSES and beside.get("instructions") else []
+    for_template = [name for name in (column_of(beside, name) for name in TEMPLATE_COLUMNS) if beside.get(name)]
     for role, names in (("in front of it", turns), ("for the template", for_template)):
         description += f"; {role}: {', '.join(f'`{name}`' for name in names)}" if names else ""
     used.update(turns)
@@ -253,8 +316,12 @@ def _describe(
     if carried:
         description += f"; carried along: {', '.join(carried)}"
     if schema.by_custom_id:
-        parameters = [f"`{key}`" for key in row["body"] if key not in ("messages", *for_template)]
-        description += f"; not used for sampling: {', '.join(parameters)} of `body`" if parameters else ""
+        apart = (ENDPOINTS[schema.endpoint], *turns, *for_template)
+        parameters = [key for key in row["body"] if key not in apart]
+        taken = [key for key in parameters if uses_parameters and key in USED]
+        for what, names in (("used", taken), ("not used", [key for key in parameters if key not in taken])):
+            if names:
+                description += f"; {what} for sampling: {', '.join(f'`{name}`' for name in names)} of `body`"
     return description
 
 
@@ -283,13 +350,24 @@ class _Read:
 def _parse(row: dict[str, Any], schema: _Schema, continued: bool) -> _Read:
     """Reads a row; raises RowError."""
     later_turns = []
+    if schema.endpoint is not None:
+        endpoint = endpoint_of(row)
+        if endpoint != schema.endpoint:
+            what = "no request" if endpoint is None else f"a request of {endpoint}"
+            raise RowError(f"is {what}; accepted: one of {schema.endpoint}, as the first is")
+        check_whole(row["body"], endpoint)
+    check_no_media(_beside(row, schema.path))
     if schema.path is None:
         messages, rest = _shared_turns(row, schema.sides, continued)
     else:
         messages, later_turns, rest = _turns(row, schema, continued)
-    messages, rest = _with_system(messages, rest)
     beside = _beside(rest, schema.path)
-    return _Read(messages, later_turns, rest, _tools(beside), _template_kwargs(beside.get("chat_template_kwargs")))
+    messages, rest = _with_system(messages, rest)
+    if schema.endpoint == RESPONSES and beside.get("instructions"):
+        instructions = check_text(beside["instructions"], "`body.instructions`")
+        messages = [{"role": "system", "content": instructions}, *messages]
+    kwargs = beside.get(column_of(beside, "chat_template_kwargs"))
+    return _Read(messages, later_turns, rest, _tools(beside), _template_kwargs(kwargs))
 
 
 def _turns(
@@ -300,16 +378,19 @@ def _turns(
         value, rest = _take(row, schema.path)
     except KeyError:
         raise RowError(f"has no `{schema.path}`") from None
+    is_items = schema.endpoint == RESPONSES and isinstance(value, list)
     if schema.is_instruction:
         value, rest = _with_context(value, rest)
-    else:
+    elif schema.endpoint == COMPLETIONS:
+        value = text_prompt(value, schema.path)
+    elif not is_items:
         value = turns_in(value)
     if isinstance(value, str):
         turns = [_user_turn(value, f"`{schema.path}`")]
-    elif isinstance(value, list) and value and all(isinstance(turn, str) for turn in value):
+    elif not is_items and isinstance(value, list) and value and all(isinstance(turn, str) for turn in value):
         turns = [_user_turn(turn, f"turn {i} of `{schema.path}`") for i, turn in enumerate(value)]
     else:
-        messages = _messages(value, schema.path)
+        messages = _serialisable(read_items(value, schema.path)) if is_items else _messages(value, schema.path)
         cut = _prompt_length(messages, schema.path, continued)
         if cut < len(messages):
             if "reference_messages" in rest:
@@ -336,11 +417,12 @@ def _history(row: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]
 
     As there, what is no list is no conversation, and stays in the row.
     """
-    value = row.get("history")
+    column = column_of(row, "history")
+    value = row.get(column)
     value = from_json(value) if isinstance(value, str) else value
     if not isinstance(value, list) or not value:
         return [], row
-    rest = {name: other for name, other in row.items() if name != "history"}
+    rest = {name: other for name, other in row.items() if name != column}
     if all(isinstance(turn, dict) for turn in value):
         return _messages(value, "history"), rest
     pairs = [pair for pair in value if isinstance(pair, (list, tuple)) and len(pair) == 2]
@@ -352,7 +434,8 @@ def _history(row: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]
 
 def _with_system(messages: list[dict[str, Any]], row: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The messages behind the row's system message, where they have none of their own, and the rest of the row."""
-    name = next((name for name in SYSTEM_COLUMNS if row.get(name)), None)
+    names = (column_of(row, name) for name in SYSTEM_COLUMNS)
+    name = next((name for name in names if row.get(name)), None)
     if name is None or any(message["role"] == "system" for message in messages):
         return messages, row
     content, rest = _take(row, name)
@@ -366,8 +449,8 @@ def _beside(row: dict[str, Any], path: str | None) -> dict[str, Any]:
 
 
 def _tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
-    tools = read_tools(row.get("tools"), "tools")
-    legacy = row.get("functions")
+    tools = read_tools(row.get(column_of(row, "tools")), "tools")
+    legacy = row.get(column_of(row, "functions"))
     if tools is None and isinstance(legacy, list) and all(isinstance(f, dict) and "name" in f for f in legacy):
         tools = read_tools(legacy, "functions")
     return _serialisable(tools)
@@ -383,7 +466,7 @@ def _template_kwargs(value: Any) -> dict[str, Any]:
 
 def _context_column(row: dict[str, Any]) -> str | None:
     """The column that an `instruction` is about: `input` (Alpaca) or `context` (Dolly)."""
-    return next((name for name in ("input", "context") if name in row), None)
+    return next((name for name in (column_of(row, name) for name in ("input", "context")) if name in row), None)
 
 
 def _with_context(instruction: Any, row: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -393,7 +476,8 @@ def _with_context(instruction: Any, row: dict[str, Any]) -> tuple[Any, dict[str,
         context, row = _take(row, name)
     else:
         # Self-instruct: one instruction with several inputs and their outputs, which stay together in the metadata.
-        name, instances = "instances", row.get("instances") or [{}]
+        name = column_of(row, "instances")
+        instances = row.get(name) or [{}]
         if not isinstance(instances, list) or not isinstance(instances[0], dict):
             raise RowError(f"`instances` is {kind(instances)}, not a list of objects with `input`")
         context = instances[0].get("input")

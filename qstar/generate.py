@@ -1,13 +1,15 @@
 """`python -m qstar.generate`: prompts in, samples from q* on disk."""
 
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from rich.table import Table
 
-from qstar.arguments import prepare
+from qstar.arguments import Job, prepare
 from qstar.conversation import answered, as_text
 from qstar.data import Prompt
 from qstar.decode import DecodeOptions
@@ -44,8 +46,16 @@ class Todo:
 
 
 def todo(prompts: Iterable[Prompt], samples_per_prompt: int) -> Iterator[Todo]:
-    """All samples of a run, prompt by prompt."""
-    return (Todo(prompt, j) for prompt in prompts for j in range(samples_per_prompt))
+    """All samples of a run, prompt by prompt: so many of each, or as many as the row itself asks for."""
+    return (Todo(prompt, j) for prompt in prompts for j in range(prompt.asked.samples or samples_per_prompt))
+
+
+def total_samples(job: Job) -> int | None:
+    """How many samples a run will have, where that is known."""
+    if job.args.use_request_parameters:
+        return None
+    prompts = job.args.num_samples or job.prompts.count()
+    return prompts and prompts * job.args.samples_per_prompt
 
 
 class Generate(Run):
@@ -65,52 +75,61 @@ class Generate(Run):
         return todo(self.job.prompts, self.job.args.samples_per_prompt)
 
     def total(self) -> int | None:
-        prompts = super().total()
-        return prompts and prompts * self.job.args.samples_per_prompt
+        return total_samples(self.job)
+
+    def seed(self, item: Todo, turn: int) -> int:
+        """Of a sample: a request's own seed gives the same samples wherever the request stands."""
+        own = item.prompt.asked.seed
+        if own is not None:
+            return sample_seed(own, 0, item.sample_index, turn)
+        return sample_seed(self.job.args.seed, item.prompt.index, item.sample_index, turn)
 
     def finished(self, block: list[Todo]) -> Iterator[tuple[Key, Finished | None]]:
         """Decode a block. A conversation with later turns goes round again until the last one is answered."""
-        turn, pending = 0, [(item.prompt, item.sample_index, item.prompt.messages) for item in block]
+        turn, pending = 0, [(item, item.prompt.messages) for item in block]
         while pending:
-            requests, conversations = [], {}
-            for prompt, j, messages in pending:
+            requests, conversations = defaultdict(list), {}
+            for item, messages in pending:
+                prompt, j = item.prompt, item.sample_index
                 if prompt.error is not None:
                     self.fail(prompt, None, prompt.error)
-                    yield (prompt.index, j), None
+                    yield item.key, None
                     continue
                 try:
-                    seed = sample_seed(self.job.args.seed, prompt.index, j, turn)
-                    request = self.request((prompt.index, j), prompt, messages, seed, self.job.args.max_new_tokens)
+                    decoder, limit = self.decoder(prompt), prompt.asked.max_new_tokens or self.job.args.max_new_tokens
+                    request = self.request(item.key, prompt, messages, self.seed(item, turn), limit)
                 except PromptError as error:
                     self.fail(prompt, None if turn == 0 else j, str(error))
-                    yield (prompt.index, j), None
+                    yield item.key, None
                     continue
-                conversations[request.key] = prompt, j, messages
-                requests.append(request)
+                conversations[item.key] = item, messages
+                requests[decoder].append(request)
             if turn == 0 and self.output.done >= conversations.keys():
                 return  # only prompts that fail again are missing
             pending = []
-            for sample in self.decoder.run(requests):
-                prompt, j, messages = conversations[sample.request.key]
+            for sample in chain.from_iterable(decoder.run(of_it) for decoder, of_it in requests.items()):
+                item, messages = conversations[sample.request.key]
+                prompt, j = item.prompt, item.sample_index
                 messages = answered(messages, sample.text)
                 if sample.error is not None:
                     self.fail(prompt, j, sample.error)
-                    yield (prompt.index, j), None
+                    yield item.key, None
                 elif turn < len(prompt.later_turns):
-                    pending.append((prompt, j, [*messages, {"role": "user", "content": prompt.later_turns[turn]}]))
+                    pending.append((item, [*messages, {"role": "user", "content": prompt.later_turns[turn]}]))
                 else:
-                    yield (prompt.index, j), Finished(prompt, j, as_text(messages), sample)
+                    yield item.key, Finished(prompt, j, as_text(messages), sample)
             turn += 1
 
     def line(self, done: Finished) -> dict[str, Any]:
         if self.job.args.output_format != "openai-batch":
             return sample_line(done)
         model = f"qstar({self.job.args.model_theta},{self.job.args.model_t})"
-        return openai_line(done, self.pair.tokenizer_theta, model, self.job.args.samples_per_prompt == 1)
+        samples = done.prompt.asked.samples or self.job.args.samples_per_prompt
+        return openai_line(done, self.pair.tokenizer_theta, model, samples == 1)
 
     def tables(self) -> Iterator[Table]:
-        if self.decoder.tally.drafted:
-            yield draft_table(self.decoder.tally, self.job.args.draft)
+        if self.tally.drafted:
+            yield draft_table(self.tally, self.job.args.draft)
 
 
 def main(argv: list[str] | None = None) -> int:

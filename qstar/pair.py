@@ -21,26 +21,49 @@ def sample_seed(seed: int, prompt_index: int, sample_index: int, turn: int = 0) 
     return int.from_bytes(digest, "little", signed=True)
 
 
-def shared_vocab_size(tokenizer_theta, tokenizer_t, rows_theta: int, rows_t: int, other: str = "t") -> int:
+def shared_vocab_size(
+    tokenizer_theta, tokenizer_t, rows_theta: int, rows_t: int, other: str = "t"
+) -> tuple[int, list[str]]:
     """The vocabulary both sides share: the tokenizer's length, which padded models may exceed; `other` names π_t.
+
+    A pad token at the end of a tokenizer, which the other one or a model lacks, is no part of it.
+
+    Returns:
+        its size, and a line for each such pad token.
 
     Raises:
         ValueError: the tokenizers differ (the first differing entries are shown), or a model has too few rows.
     """
-    vocab_theta, vocab_t = tokenizer_theta.get_vocab(), tokenizer_t.get_vocab()
-    if vocab_theta != vocab_t:
-        by_id_theta, by_id_t = ({i: token for token, i in v.items()} for v in (vocab_theta, vocab_t))
+    names, tokenizers, rows = ("theta", other), (tokenizer_theta, tokenizer_t), (rows_theta, rows_t)
+    by_id = [{i: token for token, i in tokenizer.get_vocab().items()} for tokenizer in tokenizers]
+    pads, notes = [pad_at_the_end(tokenizer) for tokenizer in tokenizers], []
+    same_id = pads[0] == pads[1]
+    shared = same_id and len({vocab.get(pad) for vocab, pad in zip(by_id, pads, strict=True)}) == 1
+    if not shared or (pads[0] is not None and pads[0] >= min(rows)):
+        for side, pad in enumerate(pads):
+            if pad is not None and (same_id or pad not in by_id[1 - side]):
+                token = by_id[side].pop(pad)
+                notes.append(f"the pad token {token!r} of {names[side]} ({pad}) is in no row of both, and never drawn")
+    by_id_theta, by_id_t = by_id
+    if by_id_theta != by_id_t:
         differing = [i for i in sorted(by_id_theta.keys() | by_id_t.keys()) if by_id_theta.get(i) != by_id_t.get(i)]
         shown = ", ".join(f"{i}: {by_id_theta.get(i)!r} / {by_id_t.get(i)!r}" for i in differing[:5])
         raise ValueError(
             f"the tokenizers differ in {len(differing)} entries (id: theta / {other}): {shown}; "
             "q* needs models with one vocabulary"
         )
-    vocab_size = max(vocab_theta.values()) + 1
-    for name, rows in (("theta", rows_theta), (other, rows_t)):
-        if rows < vocab_size:
-            raise ValueError(f"model {name} has {rows} output rows, fewer than the tokenizer's {vocab_size} entries")
-    return vocab_size
+    vocab_size = max(by_id_theta) + 1
+    for name, count in zip(names, rows, strict=True):
+        if count < vocab_size:
+            raise ValueError(f"model {name} has {count} output rows, fewer than the tokenizer's {vocab_size} entries")
+    return vocab_size, notes
+
+
+def pad_at_the_end(tokenizer) -> int | None:
+    """The id of a pad token that is the tokenizer's last entry and nothing else, as those are that were added later."""
+    pad, others = tokenizer.pad_token_id, (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
+    is_last = pad is not None and pad == max(tokenizer.get_vocab().values())
+    return pad if is_last and pad not in others else None
 
 
 def eos_ids_of(model, tokenizer) -> set[int]:
@@ -86,6 +109,10 @@ class Pair:
         draft: who drafts in speculative decoding: `theta`, `t`, or a third, smaller model with the same vocabulary.
         tokenizer_draft: the third model's.
 
+    Attributes:
+        vocab_size: entries that both tokenizers have; the logits of both models are cut to it.
+        notes: a line for each token that is no part of it.
+
     Raises:
         ValueError: the vocabularies differ, or a model is not one whose rows can share a batch (`qstar.probe`).
     """
@@ -95,16 +122,20 @@ class Pair:
         check_model(t, "t")
         self.theta, self.t, self.draft = theta, t, draft
         self.tokenizer_theta, self.tokenizer_t = tokenizer_theta, tokenizer_t
-        self.vocab_size = shared_vocab_size(
+        self.vocab_size, self.notes = shared_vocab_size(
             tokenizer_theta, tokenizer_t, *(m.config.get_text_config().vocab_size for m in (theta, t))
         )
         self.eos_ids = {i for m, tok in ((theta, tokenizer_theta), (t, tokenizer_t)) for i in eos_ids_of(m, tok)}
+        if self.notes and max(self.eos_ids, default=0) >= self.vocab_size:
+            raise ValueError(f"token {max(self.eos_ids)} ends a sequence and {self.notes[0]}")
         self.special_ids = {i for i in tokenizer_t.all_special_ids if i < self.vocab_size} | self.eos_ids
         models = [theta, t]
         if not isinstance(draft, str):
             check_model(draft, "draft")
             rows = draft.config.get_text_config().vocab_size
-            shared_vocab_size(tokenizer_theta, tokenizer_draft, self.vocab_size, rows, "draft")
+            size, notes = shared_vocab_size(tokenizer_theta, tokenizer_draft, self.vocab_size, rows, "draft")
+            if size < self.vocab_size:
+                raise ValueError(f"model draft lacks tokens that both models have: {notes[0]}")
             models.append(draft)
         elif draft not in ("theta", "t"):
             raise ValueError(f"draft is {draft!r}; it must be 'theta', 't' or a model")
@@ -187,10 +218,15 @@ class Pair:
         `tools` and `template_kwargs` are for both templates, see `PromptFormat.encode`.
 
         Raises:
-            PromptError: a template refuses it, or the prompt leaves no room for a token.
+            PromptError: a template refuses it, the prompt has a token that is not in both vocabularies, or it leaves no
+                room for one.
         """
         ids_theta = format_theta.encode(self.tokenizer_theta, messages, None, tools, template_kwargs)
         ids_t = format_t.encode(self.tokenizer_t, messages_t or messages, t_hint, tools, template_kwargs)
+        if (largest := max(*ids_theta, *ids_t)) >= self.vocab_size:
+            raise PromptError(
+                f"the prompt has token {largest}; accepted: those of both models, up to {self.vocab_size - 1}"
+            )
         longest = max(len(ids_theta), len(ids_t))
         if longest >= self.context:
             raise PromptError(f"the prompt has {longest} tokens and the smaller context of the pair is {self.context}")

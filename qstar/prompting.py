@@ -125,16 +125,15 @@ class PromptFormat:
         Raises:
             PromptError: the template refuses the conversation, or nothing is left to condition on.
         """
-        if self.system_prompt is not None:
-            messages = [m for m in messages if m["role"] != "system"]
-            messages.insert(0, {"role": "system", "content": self.system_prompt})
         try:
-            template = self.template(tokenizer, tools)
+            template, messages = self.template(tokenizer, tools), self._with_system(messages)
             if template is None:
                 ids = plain_ids(tokenizer, "\n\n".join(m["content"] for m in self._hinted(as_text(messages), hint)))
             else:
                 messages = [for_template(tokenizer, template, message) for message in messages]
-                ids = self._render(tokenizer, template, self._hinted(messages, hint), tools, template_kwargs or {})
+                ids = self._render(
+                    tokenizer, self._hinted(messages, hint), self._seen(template, tools, template_kwargs)
+                )
         except PromptError:
             raise
         except Exception as error:  # templates raise whatever they like
@@ -143,15 +142,60 @@ class PromptFormat:
             raise PromptError("the prompt has no tokens")
         return list(ids)
 
-    def _render(self, tokenizer, template: str, messages, tools, template_kwargs: dict[str, Any]) -> list[int]:
-        check_template_kwargs(template_kwargs)
-        seen = self.template_kwargs | template_kwargs
+    def encode_turn(
+        self,
+        tokenizer,
+        messages: list[dict[str, Any]],
+        answer: dict[str, Any],
+        tools: list[dict[str, Any]] | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of an assistant's turn behind the conversation, as the template writes its text, thoughts and
+        calls, up to the end of the turn; the other arguments are those of `encode`.
+
+        Raises:
+            PromptError: there is no template, it refuses the turn, or it writes the turn in another place or not whole.
+        """
+        template = self.template(tokenizer, tools)
+        if template is None:
+            raise PromptError("the answer calls tools or has thoughts, which only a chat template can write")
+        if messages[-1]["role"] == "assistant":
+            raise PromptError("the answer calls tools or has thoughts, and cannot go on from a message")
+
+        def rendered(*turns: dict[str, Any], **options: Any) -> str:
+            turns = [for_template(tokenizer, template, message) for message in (*self._with_system(messages), *turns)]
+            seen = self._seen(template, tools, template_kwargs)
+            return tokenizer.apply_chat_template(turns, tokenize=False, **options, **seen)
+
+        try:
+            prompt, whole = rendered(add_generation_prompt=True), rendered(answer)
+            without = rendered({key: value for key, value in answer.items() if key != "tool_calls"})
+        except PromptError:
+            raise
+        except Exception as error:  # templates raise whatever they like
+            raise PromptError(f"the chat template refuses this conversation: {error}") from error
+        if answer.get("tool_calls") and whole == without:
+            raise PromptError("the answer calls tools, and the chat template does not write `tool_calls`")
+        if not whole.startswith(prompt):
+            raise PromptError("the chat template does not write the answer behind what it asks with")
+        return tokenizer(whole.removeprefix(prompt), add_special_tokens=False)["input_ids"]
+
+    def _with_system(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if self.system_prompt is None:
+            return messages
+        return [{"role": "system", "content": self.system_prompt}, *(m for m in messages if m["role"] != "system")]
+
+    def _seen(self, template: str, tools, template_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+        """What `apply_chat_template` is to have beside the messages."""
+        check_template_kwargs(template_kwargs or {})
+        seen = self.template_kwargs | (template_kwargs or {})
         if self.moment is not None and "strftime_now" in template:
             template = AT_A_MOMENT + template
             seen |= {"_qstar_moment": directives(self.moment)}
-        continued = self.continue_final_message and messages[-1]["role"] == "assistant"
-        seen |= {"tools": tools, "chat_template": template}
-        if continued:
+        return seen | {"tools": tools, "chat_template": template}
+
+    def _render(self, tokenizer, messages: list[dict[str, Any]], seen: dict[str, Any]) -> list[int]:
+        if self.continue_final_message and messages[-1]["role"] == "assistant":
             text = tokenizer.apply_chat_template(messages, continue_final_message=True, tokenize=False, **seen)
             beginning = text_of(messages[-1]["content"])
             if not text.endswith(beginning[len(beginning.rstrip()) :]):

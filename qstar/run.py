@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from rich.table import Table
 from transformers.utils import logging
 
 from qstar.arguments import Job, failed
+from qstar.batch import COMPLETIONS
 from qstar.checkpoints import written_since
 from qstar.data import Prompt
 from qstar.decode import DecodeOptions, Request
@@ -32,6 +33,7 @@ from qstar.formats import Finished, Key, sample_line
 from qstar.output import OutputError
 from qstar.pair import Pair
 from qstar.prompting import PromptError
+from qstar.speculate import Tally
 
 BLOCK_BATCHES = 16  # a block's length in batches: a longer one drains its last batch less often, a resume repeats more
 SHOWN = 3  # samples that the report shows
@@ -127,8 +129,10 @@ class Run(ABC):
         for side, (prompt_format, tokenizer) in self.formats.items():
             if unread := prompt_format.unread(tokenizer, prompt_format.template_kwargs):
                 raise ValueError(f"--{side}-template-kwargs: the chat template of {side} does not read {unread[0]!r}")
-        self.decoder = pair.decoder(self.options())
+        self.of_run = self.options()
+        self.decoders = {self.of_run: pair.decoder(self.of_run)}
         self.summary, self.failed_prompts = Summary(), set()
+        self.summary.note(pair.notes)
 
     def options(self) -> DecodeOptions:
         """Which q* it is, and how much of it at once."""
@@ -139,6 +143,31 @@ class Run(ABC):
             force_t_first_token=args.force_t_first_token,
             force_t_special_tokens=args.force_t_special_tokens,
         )
+
+    def decoder(self, prompt: Prompt) -> Any:
+        """The decoder for a prompt: the run's, or one with what the row itself asks for.
+
+        Raises:
+            PromptError: what it asks for cannot be.
+        """
+        options, asked = self.of_run, prompt.asked
+        if asked.settings or asked.stop:
+            try:
+                settings = replace(options.settings, **asked.settings)
+                options = replace(options, settings=settings, stop=tuple(dict.fromkeys((*options.stop, *asked.stop))))
+                if options not in self.decoders:
+                    self.decoders[options] = self.pair.decoder(options)
+            except ValueError as error:
+                raise PromptError(f"`body`: {error}") from None
+        return self.decoders[options]
+
+    @property
+    def tally(self) -> Tally:
+        """What came of the drafts."""
+        tally = Tally()
+        for decoder in self.decoders.values():
+            tally.merge(decoder.tally)
+        return tally
 
     @abstractmethod
     def items(self) -> Iterator[Any]:
@@ -175,7 +204,10 @@ class Run(ABC):
             PromptError: a template refuses it, or it leaves no room for a token.
         """
         names = [*(("tools",) if prompt.tools else ()), *prompt.template_kwargs]
-        for side, (prompt_format, tokenizer) in self.formats.items():
+        formats = self.formats
+        if prompt.endpoint == COMPLETIONS:
+            formats = {side: (replace(f, chat_template="none"), tokenizer) for side, (f, tokenizer) in formats.items()}
+        for side, (prompt_format, tokenizer) in formats.items():
             unread = prompt_format.unread(tokenizer, names, prompt.tools)
             self.summary.note(f"the chat template of {side} does not read `{name}`, which rows have" for name in unread)
         return self.pair.request(
@@ -183,8 +215,8 @@ class Run(ABC):
             messages,
             seed,
             max_new_tokens,
-            self.job.format_theta,
-            self.job.format_t,
+            formats["theta"][0],
+            formats["t"][0],
             self.hint(prompt),
             tools=prompt.tools,
             template_kwargs=prompt.template_kwargs,

@@ -5,7 +5,9 @@ It writes what `qstar.generate --save-diagnostics` writes, `x.jsonl` and `x.diag
 """
 
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +62,18 @@ class Score(Run):
         if self.output.done >= {sample.request.key for sample in samples}:
             return  # only answers that fail again are missing
         of_key = {answer.key: answer for answer in block}
-        for sample in Scorer(self.decoder).run(samples):
+        of_decoder = defaultdict(list)
+        for sample in samples:
+            of_decoder[self.decoder(of_key[sample.request.key].prompt)].append(sample)
+        for sample in chain.from_iterable(Scorer(decoder).run(those) for decoder, those in of_decoder.items()):
             answer = of_key[sample.request.key]
             if sample.error is not None:
                 self.fail(answer.prompt, answer.sample_index, sample.error)
                 yield answer.key, None
             else:
-                messages = as_text(answered(answer.prompt.messages, answer.text))
-                yield answer.key, Finished(answer.prompt, answer.sample_index, messages, sample)
+                before = answer.prompt.messages
+                messages = answered(before, answer.text) if answer.message is None else [*before, answer.message]
+                yield answer.key, Finished(answer.prompt, answer.sample_index, as_text(messages), sample)
 
     def to_score(self, answer: Answer) -> Sample:
         """The answer's tokens behind its prompts.
@@ -85,9 +91,9 @@ class Score(Run):
                     f"a token is beyond the pair's vocabulary of {pair.vocab_size}: other models wrote it"
                 )
         else:
-            ids = pair.tokenizer_theta(answer.text, add_special_tokens=False)["input_ids"]
-            if reason == "eos" and not args.no_eos and pair.tokenizer_theta.eos_token_id is not None:
-                ids = [*ids, pair.tokenizer_theta.eos_token_id]
+            ids, end = self.encoded(answer)
+            if reason == "eos" and not args.no_eos and end is not None:
+                ids = [*ids, end]
             elif reason == "eos":
                 reason = "length"
             request = self.request(answer.key, answer.prompt, answer.prompt.messages, 0, len(ids))
@@ -98,6 +104,22 @@ class Score(Run):
                 f"{pair.context}"
             )
         return Sample(request, list(ids), answer.text, reason)
+
+    def encoded(self, answer: Answer) -> tuple[list[int], int | None]:
+        """The answer's token ids as π_θ would have written them, and the EOS that ends them.
+
+        Raises:
+            PromptError: it has calls or thoughts that the template of π_θ does not write.
+        """
+        (prompt_format, tokenizer), prompt = self.formats["theta"], answer.prompt
+        if answer.message is None:
+            return tokenizer(answer.text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id
+        ids = prompt_format.encode_turn(
+            tokenizer, prompt.messages, answer.message, prompt.tools, prompt.template_kwargs
+        )
+        # what a template has behind the end of a turn belongs to the next one
+        turn = list(takewhile(lambda token: token not in self.pair.eos_ids, ids))
+        return turn, ids[len(turn)] if len(turn) < len(ids) else tokenizer.eos_token_id
 
     def report(self, seconds: float, before: int) -> None:
         if self.output.done:
