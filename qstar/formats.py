@@ -1,12 +1,16 @@
 """What is written about a sample: its line or row in every output format, field by field as in `docs/guide.md`."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import reduce
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from qstar.batch import COMPLETIONS, RESPONSES
 from qstar.data import Prompt
 from qstar.decode import FIELDS, Sample
 from qstar.speculate import Tally
@@ -95,36 +99,96 @@ def drafts(tally: Tally) -> dict[str, Any]:
 
 
 def openai_line(done: Finished, tokenizer, model: str, single: bool) -> dict[str, Any]:
-    """The line OpenAI's batch API returns for this sample; `logprobs` are log q*."""
-    sample = done.sample
-    content = []
-    for token, logq in zip(sample.token_ids, short(sample.fields["logq"]), strict=True):
-        text = tokenizer.decode([token])
-        content.append({"token": text, "logprob": logq, "bytes": list(text.encode()), "top_logprobs": []})
-    used, drawn = len(sample.request.ids_theta), len(sample.token_ids)
-    body = {
-        "id": f"chatcmpl-{done.id}",
-        "object": "chat.completion",
-        "created": 0,  # a time of day would make a resumed run differ from an uninterrupted one
-        "model": model,
-        "choices": [
-            {
-                "index": 0,
-                "message": {"role": "assistant", "content": sample.text},
-                "logprobs": {"content": content},
-                "finish_reason": "length" if sample.finish_reason == "length" else "stop",
-            }
-        ],
-        "usage": {"prompt_tokens": used, "completion_tokens": drawn, "total_tokens": used + drawn},
-    }
+    """The line OpenAI's batch API returns for this sample, with the object of its request's endpoint."""
+    make = {COMPLETIONS: completion, RESPONSES: response}.get(done.prompt.endpoint, chat_completion)
+    tokens = [
+        {"token": text, "logprob": logq, "bytes": list(text.encode()), "top_logprobs": []}
+        for text, logq in zip(
+            (tokenizer.decode([token]) for token in done.sample.token_ids),
+            short(done.sample.fields["logq"]),
+            strict=True,
+        )
+    ]
     return {
         "id": f"batch_req_{done.prompt.index}_{done.sample_index}",
         "custom_id": done.prompt.id if single else done.id,
-        "response": {"status_code": 200, "request_id": f"req_{done.prompt.index}_{done.sample_index}", "body": body},
+        "response": {
+            "status_code": 200,
+            "request_id": f"req_{done.prompt.index}_{done.sample_index}",
+            "body": make(done, tokens, model),
+        },
         "error": None,
     }
 
 
+def chat_completion(done: Finished, tokens: list[dict[str, Any]], model: str) -> dict[str, Any]:
+    """The body that `/v1/chat/completions` answers with; `logprobs` are log q*."""
+    choice = {
+        "index": 0,
+        "message": {"role": "assistant", "content": done.sample.text},
+        "logprobs": {"content": tokens},
+        "finish_reason": finish_reason(done.sample),
+    }
+    return made(done, "chatcmpl", "chat.completion", model) | {"choices": [choice], "usage": usage(done.sample)}
+
+
+def completion(done: Finished, tokens: list[dict[str, Any]], model: str) -> dict[str, Any]:
+    """The body that `/v1/completions` answers with; `logprobs` are log q*, offsets those of the tokens' own texts."""
+    texts = [token["token"] for token in tokens]
+    logprobs = {
+        "tokens": texts,
+        "token_logprobs": [token["logprob"] for token in tokens],
+        "text_offset": list(accumulate(map(len, texts), initial=0))[:-1],
+        "top_logprobs": None,
+    }
+    choice = {"index": 0, "text": done.sample.text, "logprobs": logprobs, "finish_reason": finish_reason(done.sample)}
+    return made(done, "cmpl", "text_completion", model) | {"choices": [choice], "usage": usage(done.sample)}
+
+
+def response(done: Finished, tokens: list[dict[str, Any]], model: str) -> dict[str, Any]:
+    """The body that `/v1/responses` answers with; `logprobs` are log q*. What the request said is in it again."""
+    asked, sample = done.prompt.metadata.get("body") or {}, done.sample
+    status = "incomplete" if finish_reason(sample) == "length" else "completed"
+    text = {"type": "output_text", "text": sample.text, "annotations": [], "logprobs": tokens}
+    output = {"id": f"msg_{done.id}", "type": "message", "role": "assistant", "status": status, "content": [text]}
+    used = usage(sample)
+    return made(done, "resp", "response", model, "created_at") | {
+        "status": status,
+        "error": None,
+        "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+        "instructions": asked.get("instructions"),
+        "metadata": asked.get("metadata"),
+        "output": [output],
+        "parallel_tool_calls": asked.get("parallel_tool_calls", True),
+        "tool_choice": asked.get("tool_choice") or "auto",
+        "tools": asked.get("tools") or [],
+        "usage": {
+            "input_tokens": used["prompt_tokens"],
+            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "output_tokens": used["completion_tokens"],
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": used["total_tokens"],
+        },
+    }
+
+
+def made(done: Finished, prefix: str, kind: str, model: str, created: str = "created") -> dict[str, Any]:
+    """What every body begins with; a time of day would make a resumed run differ from an uninterrupted one."""
+    return {"id": f"{prefix}-{done.id}", "object": kind, created: 0, "model": model}
+
+
+def finish_reason(sample: Sample) -> str:
+    """The reason by OpenAI's name for it."""
+    return "length" if sample.finish_reason == "length" else "stop"
+
+
+def usage(sample: Sample) -> dict[str, int]:
+    """Tokens of the prompt and of the answer."""
+    used, drawn = len(sample.request.ids_theta), len(sample.token_ids)
+    return {"prompt_tokens": used, "completion_tokens": drawn, "total_tokens": used + drawn}
+
+
+NOTHING = pa.null()
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 SCHEMAS = {
     "parquet": pa.schema(
@@ -174,27 +238,98 @@ def parquet_row(line: dict[str, Any]) -> dict[str, Any]:
     return line | {"metadata": metadata_text(line)}
 
 
+OWN = ("reward_model", "data_source", "ability", "extra_info")  # columns of verl's that a row may have itself
+
+
 def verl_row(line: dict[str, Any], data_source: str) -> dict[str, Any]:
-    """A row of format `verl`: its RL columns for the prompt, and the answer as `response`."""
-    metadata = line["metadata"]
+    """A row of format `verl`: its RL columns for the prompt, and the answer as `response`.
+
+    What a row has of these columns itself stays as it is; what is written about the sample into an `extra_info` of its
+    own goes by `sample.` where a name is taken.
+    """
+    own = {name: line["metadata"][name] for name in OWN if line["metadata"].get(name) is not None}
+    own = {name: value for name, value in own.items() if isinstance(value, dict) or name in ("data_source", "ability")}
+    metadata = {name: value for name, value in line["metadata"].items() if name not in own}
     truth = next(
         (metadata[k] for k in ("answer", "solution", "completion", "output") if metadata.get(k) is not None), ""
     )
-    return {
-        "data_source": str(metadata.get("data_source", data_source)),
-        "prompt": line["messages"][:-1],
-        "response": line["messages"][-1]["content"],
-        "ability": str(metadata.get("ability", "general")),
-        "reward_model": {"style": "rule", "ground_truth": truth if isinstance(truth, str) else json.dumps(truth)},
-        "extra_info": {
-            "id": line["id"],
-            "index": line["prompt_index"],
-            "sample_index": line["sample_index"],
-            "finish_reason": line["finish_reason"],
-            "num_tokens": line["num_tokens"],
-            "metadata": metadata_text(line),
-        },
+    extra = {
+        "id": line["id"],
+        "index": line["prompt_index"],
+        "sample_index": line["sample_index"],
+        "finish_reason": line["finish_reason"],
+        "num_tokens": line["num_tokens"],
+        "metadata": metadata_text(line | {"metadata": metadata}),
     }
+    taken = own.get("extra_info", {})
+    return {
+        "data_source": str(own.get("data_source", data_source)),
+        "prompt": [{"role": m["role"], "content": m["content"]} for m in line["messages"][:-1]],
+        "response": line["messages"][-1]["content"],
+        "ability": str(own.get("ability", "general")),
+        "reward_model": own.get(
+            "reward_model",
+            {"style": "rule", "ground_truth": truth if isinstance(truth, str) else json.dumps(truth)},
+        ),
+        "extra_info": {f"sample.{name}" if name in taken else name: value for name, value in extra.items()} | taken,
+    }
+
+
+def schema_of(output_format: str, rows: Iterable[dict[str, Any]]) -> pa.Schema:
+    """The schema of the Parquet file that has these rows: what rows of verl have themselves varies with the dataset."""
+    schema = SCHEMAS[output_format]
+    if output_format != "verl":
+        return schema
+    varying = dict.fromkeys(("reward_model", "extra_info"), NOTHING)
+    for row in rows:
+        varying = {name: wider(known, type_of(row[name])) for name, known in varying.items()}
+    return pa.schema([(field.name, varying.get(field.name, field.type)) for field in schema])
+
+
+def table_of(rows: Iterable[dict[str, Any]], schema: pa.Schema) -> pa.Table:
+    """The rows as a table of that schema."""
+    return pa.Table.from_pylist([as_type(row, pa.struct(schema)) for row in rows], schema=schema)
+
+
+def type_of(value: Any) -> pa.DataType:
+    """The Parquet type of a value as JSON has it. What Parquet does not have, and lists of several types, are text."""
+    if value is None or value == {}:  # Parquet has no objects without fields
+        return NOTHING
+    if isinstance(value, dict):
+        return pa.struct([(name, type_of(item)) for name, item in value.items()])
+    if isinstance(value, list):
+        return pa.list_(reduce(wider, map(type_of, value), NOTHING))
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return pa.bool_() if isinstance(value, bool) else pa.string()
+    return pa.float64() if isinstance(value, float) else pa.int64() if -(2**63) <= value < 2**63 else pa.string()
+
+
+def wider(one: pa.DataType, other: pa.DataType) -> pa.DataType:
+    """The type that holds the values of both: text, where they have nothing in common. Whole numbers among others are
+    numbers, as `datasets` reads them."""
+    if one == other or NOTHING in (one, other):
+        return one if other == NOTHING else other
+    if pa.types.is_struct(one) and pa.types.is_struct(other):
+        fields = {field.name: field.type for field in one}
+        for field in other:
+            fields[field.name] = wider(fields.get(field.name, NOTHING), field.type)
+        return pa.struct(list(fields.items()))
+    if pa.types.is_list(one) and pa.types.is_list(other):
+        return pa.list_(wider(one.value_type, other.value_type))
+    return pa.float64() if {one, other} == {pa.int64(), pa.float64()} else pa.string()
+
+
+def as_type(value: Any, wanted: pa.DataType) -> Any:
+    """The value as a column of that type takes it."""
+    if value is None or wanted == NOTHING:
+        return None
+    if pa.types.is_struct(wanted):
+        return {field.name: as_type(value.get(field.name), field.type) for field in wanted}
+    if pa.types.is_list(wanted):
+        return [as_type(item, wanted.value_type) for item in value]
+    if pa.types.is_string(wanted):
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return float(value) if pa.types.is_float64(wanted) else value
 
 
 def key_of(line: dict[str, Any]) -> Key:

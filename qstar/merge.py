@@ -7,10 +7,11 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qstar.arguments import Parser, failed
-from qstar.formats import SCHEMAS
+from qstar.formats import NOTHING, SCHEMAS, table_of, wider
 from qstar.output import FORMATS, OutputError, explained, replacing, write_atomically
 from qstar.parts import Parts
 
@@ -46,20 +47,34 @@ def merge(url: str, output: Path) -> tuple[int, list[Path]]:
                 continue
             fs = parts.place[0]
             parquet = kind == "samples" and suffix == ".parquet"
+            schema = common_schema(parts, found) if parquet else None
             with (
                 replacing(path) as target,
-                pq.ParquetWriter(target, SCHEMAS[parts.format]) if parquet else nullcontext() as writer,
+                pq.ParquetWriter(target, schema) if parquet else nullcontext() as writer,
             ):
                 for number in found:
                     with fs.open(parts.path(kind, number), "rb") as file:
                         if parquet:
-                            writer.write_table(pq.read_table(file))
+                            table = pq.read_table(file)
+                            writer.write_table(table if table.schema == schema else table_of(table.to_pylist(), schema))
                         else:
                             shutil.copyfileobj(file, target)
             written.append(path)
         settings = {k: v for k, v in manifest["settings"].items() if k != "--batch-size"} | {"output file": output.name}
         write_atomically(Path(f"{stem}.run.json"), json.dumps(settings, indent=1, ensure_ascii=False).encode())
     return len(numbers), written
+
+
+def common_schema(parts: Parts, numbers: list[int]) -> pa.Schema:
+    """The schema that holds the samples of all these parts: each part has the one of its own rows."""
+    types: dict[str, pa.DataType] = {}
+    for number in numbers:
+        with parts.place[0].open(parts.path("samples", number), "rb") as file:
+            found = pq.ParquetFile(file)
+            if found.metadata.num_rows:
+                of_part = {field.name: field.type for field in found.schema_arrow}
+                types = {name: wider(types.get(name, NOTHING), kind) for name, kind in of_part.items()}
+    return pa.schema(types) if types else SCHEMAS[parts.format]
 
 
 def make_parser() -> Parser:

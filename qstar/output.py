@@ -15,12 +15,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from qstar.data import Prompt
-from qstar.formats import SCHEMAS, Finished, Key, diagnostics_line, key_of, parquet_row, verl_row
+from qstar.formats import Finished, Key, diagnostics_line, key_of, parquet_row, schema_of, table_of, verl_row
 
 FIRST_START = "first start"  # the name of its moment beside the settings
 FORMATS = {"jsonl": ".jsonl", "openai-batch": ".jsonl", "parquet": ".parquet", "verl": ".parquet"}
@@ -176,10 +175,10 @@ class Output:
                 file.seek(start)
                 return row(json.loads(file.readline()))
 
-            with pq.ParquetWriter(target, SCHEMAS[self.format]) as writer:
+            schema = schema_of(self.format, (read(start) for _, start in offsets))
+            with pq.ParquetWriter(target, schema) as writer:
                 for i in range(0, len(offsets), 1000):
-                    rows = [read(start) for _, start in offsets[i : i + 1000]]
-                    writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMAS[self.format]))
+                    writer.write_table(table_of((read(start) for _, start in offsets[i : i + 1000]), schema))
 
 
 def locked(lock_file: Path, output: Path | str) -> FileLock:

@@ -43,7 +43,9 @@ def shared_vocab_size(
         for side, pad in enumerate(pads):
             if pad is not None and (same_id or pad not in by_id[1 - side]):
                 token = by_id[side].pop(pad)
-                notes.append(f"the pad token {token!r} of {names[side]} ({pad}) is in no row of both, and never drawn")
+                notes.append(
+                    f"the pad token {token!r} of {names[side]} ({pad}) is left out of the vocabulary: it is never drawn"
+                )
     by_id_theta, by_id_t = by_id
     if by_id_theta != by_id_t:
         differing = [i for i in sorted(by_id_theta.keys() | by_id_t.keys()) if by_id_theta.get(i) != by_id_t.get(i)]
@@ -135,7 +137,7 @@ class Pair:
             rows = draft.config.get_text_config().vocab_size
             size, notes = shared_vocab_size(tokenizer_theta, tokenizer_draft, self.vocab_size, rows, "draft")
             if size < self.vocab_size:
-                raise ValueError(f"model draft lacks tokens that both models have: {notes[0]}")
+                raise ValueError(f"model draft lacks a token that both models have: {notes[0]}")
             models.append(draft)
         elif draft not in ("theta", "t"):
             raise ValueError(f"draft is {draft!r}; it must be 'theta', 't' or a model")

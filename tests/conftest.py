@@ -1,15 +1,21 @@
-"""Shared by all tests: one thread, no network, and the demo pair loaded once."""
+"""Shared by all tests: one thread, no network, the demo pair loaded once, and what a run sees of its rows."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from pathlib import Path
+
 import pytest
 import torch
+import transformers
+from chats import PARTS, TEXT
+from runs import lines, write_lines
 
 from qstar import Pair
 from qstar.demo import THETA, T
+from qstar.generate import main as generate
 
 torch.set_num_threads(1)
 
@@ -29,3 +35,38 @@ def loaded_once(monkeypatch, demo_pair):
         return demo_pair if same else load(cls, theta, t, **options)
 
     monkeypatch.setattr(Pair, "from_pretrained", classmethod(from_pretrained))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Generates from rows through two templates; returns the samples, their diagnostics and the errors."""
+
+    def run(rows, *argv, theta=TEXT, t=PARTS, command=generate):
+        data = rows if isinstance(rows, Path) else write_lines(tmp_path / "data.jsonl", rows)
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        options = ["--dataset", str(data), "--output", str(folder / "x.jsonl"), *argv]
+        options += ["--max-new-tokens", "2", "--save-diagnostics"] if command is generate else []
+        for side, template in (("theta", theta), ("t", t)):
+            if template is not None:
+                (folder / side).write_text(template)
+                options += [f"--{side}-chat-template", str(folder / side)]
+        run.code, run.folder = command(options), folder
+        paths = [folder / f"x{end}.jsonl" for end in ("", ".diagnostics", ".errors")]
+        return [lines(path) if path.exists() else [] for path in paths]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return transformers.AutoTokenizer.from_pretrained(THETA)
+
+
+@pytest.fixture
+def rendered(tokenizer):
+    def rendered(messages, template, **options) -> list[int]:
+        options = {"add_generation_prompt": True} | options
+        return tokenizer.apply_chat_template(messages, chat_template=template, return_dict=False, **options)
+
+    return rendered

@@ -6,6 +6,23 @@ from pathlib import Path
 
 import pytest
 import transformers
+from chats import (
+    ADD,
+    ASKED,
+    BOTH,
+    CALLED,
+    PART,
+    PARTS,
+    TEXT,
+    TEXT_CALL,
+    TOOLS,
+    assistant,
+    call,
+    in_parts,
+    system,
+    tool,
+    user,
+)
 from runs import lines, write_lines
 
 from qstar.conversation import RowError, read_turn
@@ -17,84 +34,8 @@ from qstar.score import main as score
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
 
-HEAD = "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}"
-ARGUMENTS = "{% for k, v in c.function.arguments | items %}{{ k }}={{ v }};{% endfor %}"
-CALLS = "{% for c in m.tool_calls or [] %}{{ c.function.name }}(" + ARGUMENTS + "){% endfor %}"
-TAIL = "<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-TAIL += "{% if enable_thinking is defined and not enable_thinking %}no thoughts\n{% endif %}{{ effort }}"
-REASONING = "{% if m.reasoning_content %}[{{ m.reasoning_content }}]{% endif %}"
-START = "{% for m in messages %}<|{{ m.role }}|>\n"
-PART = "{% for p in m['content'] %}{% if p['type'] == 'text' %}{{ p['text'] }}{% endif %}{% endfor %}"
-TEXT = HEAD + START + REASONING + "{{ m.content }}" + CALLS + TAIL
-PARTS = HEAD + START + REASONING + PART + CALLS + TAIL
-BOTH = HEAD + START + "{% if m.content is string %}{{ m.content }}{% else %}" + PART + "{% endif %}" + CALLS + TAIL
 CASES = Path(__file__).parents[2] / "shared" / "cases"
 
-
-def user(text: str) -> dict:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str, **others) -> dict:
-    return {"role": "assistant", "content": text} | others
-
-
-def system(text: str) -> dict:
-    return {"role": "system", "content": text}
-
-
-def tool(text: str, **others) -> dict:
-    return {"role": "tool", "content": text} | others
-
-
-def in_parts(messages: list[dict]) -> list[dict]:
-    return [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
-
-
-def call(arguments) -> list[dict]:
-    return [{"type": "function", "function": {"name": "add", "arguments": arguments}}]
-
-
-@pytest.fixture
-def run(tmp_path):
-    """Generates from rows through two templates; returns the samples, their diagnostics and the errors."""
-
-    def run(rows, *argv, theta=TEXT, t=PARTS, command=generate):
-        data = rows if isinstance(rows, Path) else write_lines(tmp_path / "data.jsonl", rows)
-        folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        folder.mkdir()
-        options = ["--dataset", str(data), "--output", str(folder / "x.jsonl"), *argv]
-        options += ["--max-new-tokens", "2", "--save-diagnostics"] if command is generate else []
-        for side, template in (("theta", theta), ("t", t)):
-            if template is not None:
-                (folder / side).write_text(template)
-                options += [f"--{side}-chat-template", str(folder / side)]
-        run.code, run.folder = command(options), folder
-        paths = [folder / f"x{end}.jsonl" for end in ("", ".diagnostics", ".errors")]
-        return [lines(path) if path.exists() else [] for path in paths]
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return transformers.AutoTokenizer.from_pretrained(THETA)
-
-
-@pytest.fixture
-def rendered(tokenizer):
-    def rendered(messages, template, **options) -> list[int]:
-        options = {"add_generation_prompt": True} | options
-        return tokenizer.apply_chat_template(messages, chat_template=template, return_dict=False, **options)
-
-    return rendered
-
-
-ADD = {"name": "add", "description": "adds", "parameters": {"type": "object", "properties": {"a": {"type": "number"}}}}
-TOOLS = [{"type": "function", "function": ADD}]
-ASKED = user("What is 2 + 3?")
-CALLED = assistant("", tool_calls=call({"a": 2}))
-TEXT_CALL = assistant("", tool_calls=call('{"a": 2}'))
 
 # Rows, and what of them transformers gets: messages, and what else.
 ROWS = {
@@ -161,6 +102,51 @@ ROWS = {
             ]
         },
         [ASKED, CALLED, tool("5", name="add")],
+        {},
+    ),
+    "capitals": (
+        {
+            "System": "Use tools.",
+            "Tools": TOOLS,
+            "Messages": [
+                {"Role": "User", "Content": "What is 2 + 3?"},
+                {"ROLE": "Assistant", "CONTENT": None, "tool_calls": call({"a": 2})},
+                {"Role": "Tool", "Content": "5"},
+            ],
+        },
+        [system("Use tools."), ASKED, CALLED, tool("5")],
+        {"tools": TOOLS},
+    ),
+    "capitals of ShareGPT": (
+        {
+            "Conversations": [
+                {"From": "System", "Value": "Sum."},
+                {"From": "Human", "Value": "What is 2 + 3?"},
+                {"From": "GPT", "Value": "5"},
+            ]
+        },
+        [system("Sum."), ASKED],
+        {},
+    ),
+    "capitals of Alpaca": (
+        {"Instruction": "What is", "Input": "2 + 3?", "Output": "5", "History": [["Hi", "Yes?"]]},
+        [user("Hi"), assistant("Yes?"), user("What is\n\n2 + 3?")],
+        {},
+    ),
+    "capitals of a pair": (
+        {"Chosen": [ASKED, assistant("5")], "Rejected": [ASKED, assistant("6")]},
+        [ASKED],
+        {},
+    ),
+    "no pictures": (
+        {
+            "prompt": "What is <image>?",
+            "images": [],
+            "image": None,
+            "videos": None,
+            "audio": {"bytes": None, "path": ""},
+        },
+        [user("What is <image>?")],
         {},
     ),
     "LLaMA-Factory's calls": (
@@ -429,7 +415,35 @@ def test_what_a_template_does_not_read_is_said(run, capsys):
     assert "of t does not read `tools`" not in said
 
 
+NO_MEDIA = "is not empty; accepted: text only, which is all that the models would see"
 BAD_ROWS = [
+    *(
+        ({"prompt": "<image>What is this?", name: value}, f"`{name}` {NO_MEDIA}")
+        for name, value in (
+            ("images", ["a.png"]),
+            ("image", {"bytes": "iVBORw0KGgo=", "path": None}),
+            ("videos", [["a.png", "b.png"]]),
+            ("video", "a.mp4"),
+            ("audios", ["a.wav"]),
+            ("audio", {"array": [0.0], "sampling_rate": 16000}),
+            ("Images", ["a.png"]),
+        )
+    ),
+    ({"prompt": [user("<image>") | {"images": ["a.png"]}]}, f"turn 0 of `prompt`: `images` {NO_MEDIA}"),
+    *(
+        (
+            {"prompt": [{"role": "user", "content": [part, {"type": "text", "text": "What is this?"}]}]},
+            f"turn 0 of `prompt` has a part of type '{kind}'; accepted: text, reasoning, tool_call, refusal",
+        )
+        for kind, part in (
+            ("image", {"type": "image"}),
+            ("image", {"image": "a.png"}),
+            ("image_url", {"image_url": {"url": "a.png"}}),
+            ("input_audio", {"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}),
+            ("audio_url", {"type": "audio_url", "audio_url": "a.wav"}),
+            ("file", {"type": "file", "file": {"file_id": "a"}}),
+        )
+    ),
     ({"prompt": "Hi", "tools": "a calculator"}, "`tools` is no list of objects, nor the JSON of one"),
     ({"prompt": "Hi", "tools": ["add"]}, "`tools` is no list of objects, nor the JSON of one"),
     (
@@ -568,6 +582,85 @@ def test_score_finds_the_answer(run, rendered, tokenizer, name):
     assert numbers["prompt_ids_t"] == rendered(in_parts(messages), PARTS)
     assert numbers["tokens"]["id"] == [*tokenizer("It is 5.")["input_ids"], tokenizer.eos_token_id]
     assert sample["messages"][-1] == assistant("It is 5.")
+
+
+WRITES_CALLS = {
+    "a call": assistant("", tool_calls=call({"a": 2})),
+    "a call as JSON text": assistant(None, tool_calls=call('{"a": 2}')),
+    "a text and a call": assistant("So:", tool_calls=call({"a": 2})),
+    "a thought": assistant("5", reasoning_content="hm"),
+}
+
+
+@pytest.mark.parametrize("name", WRITES_CALLS)
+@pytest.mark.parametrize("column", ["messages", "completion"])
+def test_an_answer_that_is_more_than_text_is_scored_as_the_template_writes_it(run, rendered, tokenizer, name, column):
+    answer = WRITES_CALLS[name]
+    row = {"messages": [ASKED, answer]} if column == "messages" else {"prompt": [ASKED], "completion": [answer]}
+    (sample,), (numbers,), errors = run([row | {"tools": TOOLS}], command=score)
+    assert not errors
+    whole = [ASKED, answer | {"content": answer["content"] or ""}]
+    if "tool_calls" in answer:
+        whole[1]["tool_calls"] = call({"a": 2})
+    both = numbers["prompt_ids_theta"] + numbers["tokens"]["id"]
+    end = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    assert both + end == rendered(whole, TEXT, tools=TOOLS, add_generation_prompt=False)
+    assert both[-1] == tokenizer.eos_token_id
+    assert sample["messages"] == [ASKED, answer | {"content": answer["content"] or ""}]
+
+
+def test_an_answer_that_a_template_does_not_write_is_refused(run):
+    row = {"messages": [ASKED, CALLED]}
+    (error,) = run([row], theta=None, command=score)[2]
+    assert error["error"] == "the answer calls tools, and the chat template does not write `tool_calls`"
+    (error,) = run([row], "--theta-chat-template", "none", theta=None, command=score)[2]
+    assert error["error"] == "the answer calls tools or has thoughts, which only a chat template can write"
+    thinks = TEXT.replace("<|assistant|>\n", "<|assistant|>\n<think>")
+    (error,) = run([row], theta=thinks, command=score)[2]
+    assert error["error"] == "the chat template does not write the answer behind what it asks with"
+    (error,) = run([{"prompt": PREFIXED, "completion": [CALLED]}], "--continue-final-message", command=score)[2]
+    assert error["error"] == "the answer calls tools or has thoughts, and cannot go on from a message"
+    (error,) = run([{"messages": [ASKED, assistant(None, refusal="No.")]}], command=score)[2]
+    assert error["error"] == "`reference_messages` is empty"
+
+
+IDS = TEXT.replace("{{ c.function.name }}", "{{ c.id }}{{ c.function.name }}")
+IDS = IDS.replace("{{ m.content }}", "{{ m.content }}{{ m.tool_call_id }}")
+LEGACY = {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": '{"a": 2}'}}
+RESULT = {"from": "observation", "value": "5"}
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [LEGACY, {"role": "function", "name": "add", "content": "5"}],
+        [{"from": "function_call", "value": '{"name": "add", "arguments": {"a": 2}}'}, RESULT],
+        [
+            {
+                "role": "assistant",
+                "content": [{"type": "tool_call", "value": '{"name": "add", "arguments": {"a": 2}}'}],
+            },
+            {"role": "tool", "content": "5"},
+        ],
+    ],
+)
+def test_calls_of_formats_without_ids_get_some(run, rendered, turns):
+    """Of nine letters and digits, as Mistral's templates want them."""
+    (sample,), (numbers,), _ = run([{"messages": [ASKED, *turns, *turns]}], theta=IDS)
+    seen = []
+    for number in ("call00000", "call00001"):
+        seen += [assistant("", tool_calls=[{"id": number, **call({"a": 2})[0]}]), tool("5", tool_call_id=number)]
+    assert numbers["prompt_ids_theta"] == rendered([ASKED, *seen], IDS)
+    assert [m.get("tool_call_id") for m in sample["messages"]][1:-1] == [None, "call00000", None, "call00001"]
+
+
+def test_ids_of_two_calls_at_once(run):
+    calls = [{"name": name, "arguments": {}} for name in ("add", "sub")]
+    turns = [{"from": "function_call", "value": json.dumps(calls)}, RESULT, RESULT, {"from": "human", "value": "And?"}]
+    (sample,), _, _ = run([{"conversations": [{"from": "human", "value": "Hi"}, *turns]}])
+    ids = ["call00000", "call00001"]
+    assert [c["id"] for c in sample["messages"][1]["tool_calls"]] == ids
+    assert [m["tool_call_id"] for m in sample["messages"][2:4]] == ids
 
 
 def test_one_bos(tokenizer):
