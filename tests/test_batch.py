@@ -304,7 +304,7 @@ def test_a_run_of_other_parameters_is_another_run(run, capsys):
 BAD_PARAMETERS = [
     ({"temperature": -1}, "`body`: temperature is -1; it must be 0 (greedy)"),
     ({"temperature": "hot"}, "`body`: temperature is 'hot'; it must be"),
-    ({"top_p": 0}, "`body`: top_p is 0.0; it must be in (0, 1]"),
+    ({"top_p": 0}, "`body`: top_p is 0; it must be in (0, 1]"),
     ({"n": 0}, "`body.n` is 0; accepted: a whole number of at least 1"),
     ({"n": True}, "`body.n` is True; accepted: a whole number of at least 1"),
     ({"max_tokens": 1.5}, "`body.max_tokens` is 1.5; accepted: a whole number of at least 1"),
