@@ -129,7 +129,7 @@ class Pair:
         )
         self.eos_ids = {i for m, tok in ((theta, tokenizer_theta), (t, tokenizer_t)) for i in eos_ids_of(m, tok)}
         if self.notes and max(self.eos_ids, default=0) >= self.vocab_size:
-            raise ValueError(f"token {max(self.eos_ids)} ends a sequence and {self.notes[0]}")
+            raise ValueError(f"token {max(self.eos_ids)} would end a sequence, but {self.notes[0]}")
         self.special_ids = {i for i in tokenizer_t.all_special_ids if i < self.vocab_size} | self.eos_ids
         models = [theta, t]
         if not isinstance(draft, str):

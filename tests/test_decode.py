@@ -257,6 +257,57 @@ def test_padded_vocabularies_are_cut_and_others_refused(demo_pair, tokenizer):
         Pair(demo_pair.theta, demo_pair.t, tokenizer, other)
 
 
+def with_pad(tokenizer, name: str = "[PAD]"):
+    other = copy.deepcopy(tokenizer)
+    other.add_special_tokens({"pad_token": name})
+    return other
+
+
+def test_a_pad_token_of_one_tokenizer_is_left_out(demo_pair, tokenizer):
+    """With the very samples of the pair without it, whether the models have a row for it or not."""
+    padded, plain = with_pad(tokenizer), demo_pair.generate(MIXED[:3], max_new_tokens=10).token_ids
+    of_t = "the pad token '[PAD]' of t (2048) is left out of the vocabulary: it is never drawn"
+    of_theta = of_t.replace("of t (", "of theta (")
+    for tokenizers, notes in (
+        ((tokenizer, padded), [of_t]),
+        ((padded, tokenizer), [of_theta]),
+        ((padded, padded), [of_theta, of_t]),
+        ((with_pad(tokenizer, "<pad>"), padded), [of_theta.replace("[PAD]", "<pad>"), of_t]),
+        ((tokenizer, tokenizer), []),
+    ):
+        pair = Pair(demo_pair.theta, demo_pair.t, *tokenizers)
+        assert (pair.vocab_size, pair.notes) == (2048, notes)
+        assert pair.generate(MIXED[:3], max_new_tokens=10).token_ids == plain
+        assert all(i < 2048 for i in pair.special_ids)
+    wider = random_model(copy.deepcopy(CONFIGS["llama"]), seed=1, vocab_size=2112)
+    assert Pair(wider, demo_pair.t, padded, tokenizer).vocab_size == 2048
+    # one that both have, and rows for, is a token like any other
+    pair = Pair(wider, wider, padded, padded)
+    assert (pair.vocab_size, pair.notes) == (2049, [])
+    with pytest.raises(ValueError, match=r"model draft lacks a token that both models have: the pad token '\[PAD\]'"):
+        Pair(wider, wider, padded, padded, demo_pair.theta, tokenizer)
+    drafted = Pair(demo_pair.theta, demo_pair.t, tokenizer, tokenizer, demo_pair.theta, padded)
+    assert drafted.generate(MIXED[:3], max_new_tokens=10, speculate=3).token_ids == plain
+
+
+def test_a_pad_token_that_would_be_drawn_or_read_is_refused(demo_pair, tokenizer):
+    padded = with_pad(tokenizer)
+    pair = Pair(demo_pair.theta, demo_pair.t, tokenizer, padded)
+    with pytest.raises(PromptError, match="the prompt has token 2048; accepted: those of both models, up to 2047"):
+        pair.generate(["a [PAD]"])
+    not_last, ending = copy.deepcopy(padded), copy.deepcopy(padded)
+    not_last.add_tokens(["<x>"])
+    ending.eos_token = "[PAD]"
+    for other in (not_last, ending):
+        with pytest.raises(ValueError, match=r"the tokenizers differ in [12] entries"):
+            Pair(demo_pair.theta, demo_pair.t, tokenizer, other)
+    ends = copy.copy(demo_pair.t)
+    ends.generation_config = copy.deepcopy(demo_pair.t.generation_config)
+    ends.generation_config.eos_token_id = [0, 2048]
+    with pytest.raises(ValueError, match="token 2048 would end a sequence, but the pad token"):
+        Pair(demo_pair.theta, ends, tokenizer, padded)
+
+
 def test_prompt_formats(demo_pair, tmp_path):
     template = tmp_path / "short.jinja"
     template.write_text("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}")

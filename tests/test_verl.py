@@ -128,7 +128,7 @@ def test_the_case(written):
 
 
 def test_verl_itself_reads_it(written, tmp_path):
-    """Where it is installed, which takes a GPU."""
+    """Where it is installed."""
     reader = pytest.importorskip("verl.utils.dataset.rl_dataset", reason="verl is not installed")
     from omegaconf import OmegaConf
     from transformers import AutoTokenizer
