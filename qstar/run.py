@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers.utils import logging
@@ -306,7 +307,7 @@ def tell(console: Console, summary: Summary, tables: Iterable[Table]) -> None:
             "tokens that both models find unlikely. See «When the pair is far apart» in docs/guide.md."
         )
     for note in summary.notes:
-        console.print(f"[bold]Warning:[/] {note}")
+        console.print(f"[bold]Warning:[/] {escape(note)}")  # a token may look like markup
     for table in tables:
         console.print(table)
     for *_, name, question, answer in summary.first:

@@ -416,9 +416,9 @@ def test_what_a_template_does_not_read_is_said(run, capsys):
 
 
 def test_what_the_vocabulary_leaves_out_is_said(run, capsys, demo_pair, monkeypatch):
-    monkeypatch.setattr(demo_pair, "notes", ["the pad token '[PAD]' of t (2048) is left out"])
+    monkeypatch.setattr(demo_pair, "notes", ["the pad token '[pad]' of t (2048) is left out"])
     run([{"prompt": "Hi"}])
-    assert "Warning: the pad token '[PAD]' of t (2048) is left out" in capsys.readouterr().out
+    assert "Warning: the pad token '[pad]' of t (2048) is left out" in capsys.readouterr().out
 
 
 NO_MEDIA = "is not empty; accepted: text only, which is all that the models would see"

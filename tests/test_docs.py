@@ -1,11 +1,26 @@
 """The documentation says what the code does: the README's loop runs, the guide names every option and every field."""
 
+import ast
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-from qstar import analyze, conversation, data, merge, plan, report
+from qstar import (
+    analyze,
+    answers,
+    batch,
+    conversation,
+    data,
+    merge,
+    pair,
+    plan,
+    prompting,
+    report,
+    run,
+    score,
+)  # fmt: skip
 from qstar.arguments import make_parser, make_score_parser, make_serve_parser
 from qstar.decode import FIELDS
 from qstar.experiments import __main__ as experiments
@@ -45,12 +60,55 @@ def test_the_guide_names_every_field():
     assert all(f"`{name}`" in guide for name in (*FIELDS, *others))
 
 
+def schemas_in_the_guide() -> str:
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    return guide.split("### Schemas")[1].split("## Files\n")[0].replace("\\*", "*")
+
+
+def test_the_guide_has_the_schemas_in_their_order():
+    table = schemas_in_the_guide().split("| the prompt |")[1].split("\n\n")[0]
+    named = [name for line in table.splitlines()[2:] for name in re.findall(r"`([^`]+)`", line.split("|")[1])]
+    requests = ["custom_id", *(f"body.{name}" for name in batch.ENDPOINTS.values())]
+    columns = [name for name, _ in data.PROMPT_COLUMNS]
+    after = columns.index("prompt") + 1
+    assert named == requests + columns[:after] + list(sum(data.PAIRS, ())) + columns[after:]
+
+
 def test_the_guide_names_what_rows_are_read_for():
-    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8").split("### Schemas")[1].split("## Files")[0]
+    guide = schemas_in_the_guide()
     columns = (*data.SYSTEM_COLUMNS, *data.TEMPLATE_COLUMNS, *(name for name, _ in data.PROMPT_COLUMNS))
     turns = (*conversation.ROLE_KEYS, *conversation.CONTENT_KEYS, *conversation.BESIDE_CONTENT)
     names = {*columns, *turns, *conversation.ROLES, *conversation.REASONING_PARTS, *sum(data.PAIRS, ()), "history"}
+    names |= {*conversation.MEDIA, *batch.ENDPOINTS, *batch.ITEMS, *batch.USED, *batch.NEUTRAL}
     assert {name for name in names if f"`{name}`" not in guide} == set()
+    roles = dict.fromkeys(conversation.ROLES.values(), ())
+    for name, role in conversation.ROLES.items():
+        roles[role] += () if name in conversation.CALLS else (name,)
+    for role, names in roles.items():
+        (listed,) = re.findall(rf"{role}: ((?:`[^`]+`(?: \(and [^)]+\))?(?:, )?)+)", guide.split("| roles,")[1])
+        assert re.findall(r"`([^`]+)`", re.sub(r" \(and [^)]+\)", "", listed)) == list(names)
+    for name, value in batch.NEUTRAL.items():
+        (shown,) = re.findall(rf"`{name}`\s\(`?([^`)]+)`?\)", guide)
+        assert shown == (value if isinstance(value, str) else json.dumps(value))
+
+
+def refusals() -> set[str]:
+    """The reasons that the code gives for a row, with … for what varies."""
+    found = set()
+    for module in (answers, batch, conversation, data, pair, prompting, run, score):
+        for node in ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8"))):
+            call = node.exc if isinstance(node, ast.Raise) else None
+            # the answers of a dataset have no class of errors of their own
+            kinds = {"RowError", "PromptError"} | ({"ValueError"} if module is answers else set())
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in kinds:
+                parts = call.args[0].values if isinstance(call.args[0], ast.JoinedStr) else call.args[:1]
+                found.add("".join(part.value if isinstance(part, ast.Constant) else "…" for part in parts))
+    return found - {"…"}
+
+
+def test_the_guide_names_what_rows_are_refused_for():
+    table = schemas_in_the_guide().split("| reason | of |\n|---|---|\n")[1]
+    assert {line.split(" | ")[0].removeprefix("| ") for line in table.strip().splitlines()} == refusals()
 
 
 def test_the_guide_links_to_files_that_are_there():
