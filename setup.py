@@ -49,6 +49,7 @@ setup(
             "matplotlib>=3.8",
             "playwright>=1.50",
             "hypothesis>=6.100",
+            "openai>=3.57",
             "psutil>=5.9",
             "ray[data]>=2.60,<3",
             "scipy>=1.11",

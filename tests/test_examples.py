@@ -1,16 +1,20 @@
 """The worked examples for trainers, run on the demo pair's samples."""
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from chats import ASKED, CALLED, TEXT, TEXT_CALL, TOOLS, assistant, tool
 from datasets import load_dataset
-from runs import lines
+from runs import lines, write_lines
 from transformers import AutoModelForCausalLM
 
 from qstar.demo import THETA
 from qstar.generate import main as generate
+from qstar.output import FORMATS
 from qstar.records import RunFiles
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -57,6 +61,68 @@ def test_sft(samples, example, tmp_path):
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
     assert moved(tmp_path) > 1e-3
+
+
+FIND = {"name": "find", "parameters": {"type": "object", "properties": {"q": {"type": "string"}}}}
+WRAPPED = {"type": "function", "function": FIND}
+FOUND = assistant("", tool_calls=[{"type": "function", "function": {"name": "find", "arguments": {"q": "x"}}}])
+# Rows with tools of their own, and the tools that their template is given.
+WITH_TOOLS = {
+    "columns": [
+        ({"messages": [ASKED, CALLED, tool("5")], "tools": TOOLS}, TOOLS),
+        (
+            {"messages": [ASKED, FOUND, tool("6")], "tools": json.dumps([FIND])},
+            [{"type": "function", "function": FIND}],
+        ),
+        ({"messages": [ASKED]}, None),
+    ],
+    "requests": [({"custom_id": "a", "body": {"messages": [ASKED, TEXT_CALL, tool("5")], "tools": TOOLS}}, TOOLS)],
+}
+
+
+@pytest.mark.parametrize("output_format", FORMATS)
+@pytest.mark.usefixtures("loaded_once")
+def test_every_format_is_read_back_by_datasets(tmp_path, output_format):
+    """Conversations with calls of other arguments, and other columns, in one file."""
+    rows = [row | {"n": i} for i, (row, _) in enumerate(WITH_TOOLS["columns"])]
+    suffix = FORMATS[output_format]
+    path, plain = tmp_path / f"x{suffix}", tmp_path / "plain.jsonl"
+    argv = ["--dataset", str(write_lines(tmp_path / "data.jsonl", rows)), "--max-new-tokens", "4"]
+    assert generate([*argv, "--output", str(path), "--output-format", output_format]) == 0
+    assert generate([*argv, "--output", str(plain)]) == 0
+    kind = {".jsonl": "json", ".parquet": "parquet"}[suffix]
+    read = load_dataset(kind, data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+    for found, line, expected in zip(read, lines(path) if kind == "json" else read, lines(plain), strict=True):
+        if output_format == "jsonl":
+            messages = found.pop("messages")
+            assert messages == line.pop("messages")
+            assert found["metadata"]["n"] == line["metadata"]["n"]
+        elif output_format == "openai-batch":
+            assert found == line
+        elif output_format == "parquet":
+            whole = json.loads(found["metadata"]).pop("messages", found["messages"])
+            assert whole == expected["messages"]
+        else:
+            assert found["response"] == expected["messages"][-1]["content"]
+            assert json.loads(found["extra_info"]["metadata"])["n"] == expected["metadata"]["n"]
+
+
+@pytest.mark.parametrize("name", WITH_TOOLS)
+@pytest.mark.usefixtures("loaded_once")
+def test_sft_on_conversations_with_tools(example, tmp_path, tokenizer, name):
+    """What trl trains on is what the template makes of every conversation and its own tools."""
+    data, path = write_lines(tmp_path / "data.jsonl", [row for row, _ in WITH_TOOLS[name]]), tmp_path / "x.jsonl"
+    (tmp_path / "x.jinja").write_text(TEXT)
+    argv = ["--dataset", str(data), "--output", str(path), "--max-new-tokens", "4"]
+    assert generate([*argv, *(f"--{side}-chat-template={tmp_path / 'x.jinja'}" for side in ("theta", "t"))]) == 0
+    shutil.copytree(THETA, tmp_path / "policy")
+    (tmp_path / "policy" / "chat_template.jinja").write_text(TEXT)
+    trainer = example("sft").main([str(path), str(tmp_path / "policy"), str(tmp_path / "trained")])
+    written = lines(path)
+    for line, (_, tools), seen in zip(written, WITH_TOOLS[name], trainer.train_dataset, strict=True):
+        messages = [CALLED if message == TEXT_CALL else message for message in line["messages"]]
+        options = {"tools": tools, "chat_template": TEXT, "return_dict": False}
+        assert seen["input_ids"] == tokenizer.apply_chat_template(messages, **options)
 
 
 def test_dpo(samples, example, tmp_path):
