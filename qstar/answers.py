@@ -9,8 +9,9 @@ from typing import Any
 from qstar.batch import Asked, asked_by
 from qstar.conversation import column_of, is_turn, read_turns, text_of, turns_in
 from qstar.data import PEEK_ROWS, Prompt, PromptSource
+from qstar.files import DataError, sha256
 from qstar.records import RecordError, RunFiles
-from qstar.rows import DataError, file_sha256, kind
+from qstar.rows import kind
 
 # Where datasets keep the answer, in the order they are looked for; of a preference pair the better one.
 ANSWER_COLUMNS = (
@@ -133,7 +134,7 @@ class RunAnswers:
 
     @property
     def fingerprint(self) -> str:
-        return f"{file_sha256(self.files.samples)} {file_sha256(self.files.diagnostics)}"
+        return " ".join(sha256([file]) for file in (self.files.samples, self.files.diagnostics))
 
     def count(self) -> int | None:
         return None

@@ -101,9 +101,13 @@ def add_models(parser: Parser) -> None:
 def add_data(parser: Parser):
     group = parser.add_argument_group("data in")
     group.add_argument(
-        "--dataset", help="hub name, or JSON, JSONL, Parquet, CSV or text file (default: the demo's prompts)"
+        "--dataset",
+        nargs="+",
+        metavar="DATA",
+        help="files (JSON, JSONL, CSV, TSV or text, packed or not; Parquet, Arrow), folders, patterns or hub names, "
+        "one after another (default: the demo's prompts)",
     )
-    group.add_argument("--dataset-split", help="split of a hub dataset")
+    group.add_argument("--dataset-split", help="split of a hub dataset, or of one that save_to_disk wrote")
     group.add_argument("--dataset-config", help="configuration of a hub dataset")
     group.add_argument("--prompt-field", help="column that holds the prompt, where it is not recognised")
     group.add_argument("--num-samples", type=COUNT, help="number of prompts (default: all)")
@@ -404,9 +408,9 @@ def prepare_score(argv: list[str] | None) -> Job:
     args = parser.parse_args(argv)
     if args.dataset is None:
         parser.error("--dataset is missing: the file with the prompts and answers to score")
-    if not is_run(args.dataset):
+    if len(args.dataset) > 1 or not is_run(args.dataset[0]):
         return make_job(parser, args, lambda: DatasetAnswers(open_prompts(args), args.response_field))
-    files = RunFiles(args.dataset)
+    files = RunFiles(args.dataset[0])
     for action in parser._actions:
         name = action.option_strings[0]
         if name in files.settings and action.dest in RUN_DEFAULTS:
@@ -425,7 +429,7 @@ RUN_DEFAULTS |= {*DEST.values(), *FORCED}
 
 def open_prompts(args: argparse.Namespace) -> PromptSource:
     return load_prompts(
-        args.dataset or str(PROMPTS),
+        args.dataset or [str(PROMPTS)],
         args.dataset_split,
         args.dataset_config,
         args.prompt_field,
@@ -433,6 +437,11 @@ def open_prompts(args: argparse.Namespace) -> PromptSource:
         bool(args.continue_final_message),
         bool(args.use_request_parameters),
     )
+
+
+def data_source(args: argparse.Namespace) -> str:
+    """What rows of verl that name no source of their own come from: the first file or dataset, without extensions."""
+    return Path(args.dataset[0] if args.dataset else PROMPTS).stem
 
 
 def make_job(

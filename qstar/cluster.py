@@ -35,10 +35,9 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 from rich.console import Console
 
-from qstar.arguments import Job
+from qstar.arguments import Job, data_source
 from qstar.checkpoints import fingerprint, revision
 from qstar.data import PromptSource
-from qstar.demo import PROMPTS
 from qstar.generate import Generate, Todo, draft_table, todo, total_samples
 from qstar.output import Output, OutputError
 from qstar.parts import Parts
@@ -128,7 +127,7 @@ class Worker:
                 for done in run.in_order([item for item in items if item.prompt.index not in aside]):
                     output.write(done, run.line(done))
                     run.summary.add(done)
-                output.finish(Path(self.job.args.dataset or PROMPTS).stem)
+                output.finish(data_source(self.job.args))
             self.parts.put_part(part, Path(folder))
         self.parts.write_attempts(part, None)
         return {"summary": asdict(run.summary), "drafts": asdict(run.tally), "failed": len(output.errors)}

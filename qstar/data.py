@@ -9,7 +9,7 @@ concerns the dataset as a whole (no such file, columns that nothing recognises) 
 import base64
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +38,8 @@ from qstar.conversation import (
     text_of,
     turns_in,
 )
-from qstar.rows import BadRow, DataError, Row, Rows, kind, open_rows
+from qstar.files import DataError
+from qstar.rows import BadRow, Row, Rows, kind, open_rows
 
 # How many rows to look at for the columns: more than one, since the first may lack an optional column or be broken.
 PEEK_ROWS = 32
@@ -126,10 +127,10 @@ class PromptSource:
     Attributes:
         description: what was recognised, for the user.
         columns: of the first rows; later rows of a JSON Lines file may have others.
-        fingerprint: changes when the data does: the SHA-256 of a local file, or of a hub dataset's name, configuration,
-            split and revision.
+        fingerprint: changes when the data does, or the order of its files: the SHA-256 of a local file, that of several
+            files' in their order, or of a hub dataset's name, configuration, split and revision.
 
-    Iterating raises `DataError` when the data breaks off (not UTF-8, a truncated archive, a lost connection).
+    Iterating raises `DataError` when the data breaks off (a truncated archive, a lost connection).
     """
 
     description: str
@@ -139,26 +140,39 @@ class PromptSource:
     _schema: _Schema = field(repr=False)
     _continued: bool = field(repr=False, default=False)
     _uses_parameters: bool = field(repr=False, default=False)
+    _field: str | None = field(repr=False, default=None)
 
     def __iter__(self) -> Iterator[Prompt]:
         taken: dict[str, int] = {}
-        for index, row in enumerate(self._rows()):
-            yield self._prompt(index, row, taken)
+        indices = itertools.count()
+        for rows in self._rows.by_part():
+            first = list(itertools.islice(rows, PEEK_ROWS))
+            schema = self._schema_of(first)
+            for row in itertools.chain(first, rows):
+                yield self._prompt(next(indices), row, schema, taken)
+
+    def _schema_of(self, rows: list[Row]) -> _Schema:
+        """That of the first file where the rows have it, too, else their own: files of a dataset may differ."""
+        for row in rows:
+            own = _recognise(row, self._field) if isinstance(row, dict) else None
+            if own is not None:
+                return self._schema if _has(row, self._schema) else own
+        return self._schema
 
     def count(self) -> int | None:
         """How many rows there are, or None where counting would take long (a large file, the hub)."""
         return sum(1 for _ in self._rows()) if self._rows.is_small else None
 
-    def _prompt(self, index: int, row: Row, taken: dict[str, int]) -> Prompt:
-        prompt_id = None if self._schema.by_custom_id else str(index)
+    def _prompt(self, index: int, row: Row, schema: _Schema, taken: dict[str, int]) -> Prompt:
+        prompt_id = None if schema.by_custom_id else str(index)
         reason, asked = None, Asked()
         try:
             if isinstance(row, BadRow):
                 raise RowError(row.reason)
-            if self._schema.by_custom_id:
+            if schema.by_custom_id:
                 prompt_id = _custom_id(row, taken)
-            read = _parse(row, self._schema, self._continued)
-            if self._uses_parameters:
+            read = _parse(row, schema, self._continued)
+            if self._uses_parameters and schema.by_custom_id:
                 asked = asked_by(row["body"])
         except (RowError, RecursionError) as error:
             reason = str(error) if isinstance(error, RowError) else "is nested too deep"
@@ -167,7 +181,7 @@ class PromptSource:
             prompt_id = f"row-{index}"
             while prompt_id in taken:
                 prompt_id += "-"
-        if self._schema.by_custom_id:
+        if schema.by_custom_id:
             taken[prompt_id] = index
         return Prompt(
             index,
@@ -178,13 +192,13 @@ class PromptSource:
             reason,
             read.tools,
             read.template_kwargs,
-            self._schema.endpoint,
+            schema.endpoint,
             asked,
         )
 
 
 def load_prompts(
-    dataset: str,
+    dataset: str | Sequence[str],
     split: str | None = None,
     config: str | None = None,
     prompt_field: str | None = None,
@@ -198,8 +212,10 @@ def load_prompts(
     or one object has to be read as a whole.
 
     Args:
-        dataset: a local file (JSON, JSON Lines, CSV, TSV or text, also with `.gz`; Parquet) or a name on the hub.
-        split: of a hub dataset; left out, it is `train` or the only one there is.
+        dataset: a local file (JSON, JSON Lines, CSV, TSV or text, packed or not; Parquet, Arrow), a folder of them or
+            of `save_to_disk`, a pattern, a name on the hub; or several, whose rows follow one another. Files are taken
+            in the order of their names.
+        split: of a hub dataset or a saved one; left out, it is `train` or the only one there is.
         config: of a hub dataset.
         prompt_field: the column with the prompt, dotted where it is nested (`body.messages`): text, a list of messages
             or a list of user turns. Left out, the columns decide.
@@ -213,8 +229,10 @@ def load_prompts(
     """
     if limit is not None and limit < 1:
         raise DataError(f"--num-samples {limit}: accepted: 1 or more")
+    names = [dataset] if isinstance(dataset, str) else list(dataset)
+    dataset = ", ".join(names)
     rows, notes, fingerprint = open_rows(
-        dataset, split, config, limit, lambda row: _recognise(row, prompt_field) is not None
+        names, split, config, limit, lambda row: _recognise(row, prompt_field) is not None
     )
 
     first_rows = list(itertools.islice(rows(), PEEK_ROWS))
@@ -229,7 +247,9 @@ def load_prompts(
         raise DataError(f"--use-request-parameters: {dataset!r} has no OpenAI batch requests")
     description = _describe(schema, row, columns, prompt_field, continue_final_message, use_request_parameters)
     description = "; ".join([description, *notes])
-    return PromptSource(description, columns, fingerprint, rows, schema, continue_final_message, use_request_parameters)
+    return PromptSource(
+        description, columns, fingerprint, rows, schema, continue_final_message, use_request_parameters, prompt_field
+    )
 
 
 def _recognise_first(
@@ -267,6 +287,19 @@ def _recognise(row: dict[str, Any], prompt_field: str | None) -> _Schema | None:
             if all(isinstance(turns_in(row.get(side)), list) and row[side] for side in (first, second)):
                 return _Schema(None, (first, second))
     return None
+
+
+def _has(row: dict[str, Any], schema: _Schema) -> bool:
+    """Whether the row has the columns that the schema reads."""
+    if schema.endpoint != endpoint_of(row):
+        return False
+    if schema.path is None:
+        return all(side in row for side in schema.sides)
+    try:
+        _take(row, schema.path)
+    except KeyError:
+        return False
+    return True
 
 
 def _describe(

@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,12 +23,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers.utils import logging
 
-from qstar.arguments import Job, failed
+from qstar.arguments import Job, data_source, failed
 from qstar.batch import COMPLETIONS
 from qstar.checkpoints import written_since
 from qstar.data import Prompt
 from qstar.decode import DecodeOptions, Request
-from qstar.demo import PROMPTS
 from qstar.formats import Finished, Key, sample_line
 from qstar.output import OutputError
 from qstar.pair import Pair
@@ -255,7 +253,7 @@ class Run(ABC):
                     self.summary.add(done)
                     progress.update(task, figures=self.summary.figures(time.time() - start))
             progress.update(task, total=len(self.output.done))
-        self.output.finish(Path(self.job.args.dataset or PROMPTS).stem)
+        self.output.finish(data_source(self.job.args))
         self.report(time.time() - start, before)
 
     def tables(self) -> Iterator[Table]:
