@@ -10,9 +10,10 @@ from pathlib import Path
 
 import datasets
 import huggingface_hub.constants
+import pyarrow
 import pytest
 import torch
-from runs import SHARED_DATA, lines, run_through_kills
+from runs import SHARED_DATA, lines, run_through_kills, write_lines
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -97,6 +98,27 @@ def test_formats(tmp_path, output_format):
             assert row["reward_model"] == {"style": "rule", "ground_truth": same["metadata"]["answer"]}
             assert row["extra_info"]["index"] == i
             assert row["data_source"] == "prompts"
+
+
+def test_several_files_are_one_dataset(tmp_path, capsys):
+    """What the files' rows in one file give, byte for byte; and no other order of them goes on with it."""
+    (tmp_path / "data").mkdir()
+    rows = [{"prompt": f"What is 2 + {i}?"} for i in range(6)]
+    whole = write_lines(tmp_path / "whole.jsonl", rows)
+    write_lines(tmp_path / "data" / "b.jsonl", rows[2:4])
+    with pyarrow.CompressedOutputStream(str(tmp_path / "data" / "a.jsonl.zst"), "zstd") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows[:2]).encode())
+    datasets.Dataset.from_list(rows[4:]).save_to_disk(str(tmp_path / "saved"))
+    several = [str(tmp_path / name) for name in ("data", "saved")]
+    assert run(tmp_path, "--dataset", str(whole), "--save-diagnostics", name="whole/x.jsonl") == 0
+    argv = ["--save-diagnostics", "--dataset", *several]
+    assert run(tmp_path, *argv, name="several/x.jsonl") == 0
+    for name in ("x.jsonl", "x.diagnostics.jsonl"):
+        assert (tmp_path / "several" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    capsys.readouterr()
+    assert run(tmp_path, "--save-diagnostics", "--dataset", *several[::-1], name="several/x.jsonl") == 1
+    assert "dataset content" in capsys.readouterr().err
+    assert score(["--dataset", str(tmp_path / "several" / "x.jsonl"), "--output", str(tmp_path / "s.jsonl")]) == 0
 
 
 def test_kill_at_any_moment(tmp_path):
