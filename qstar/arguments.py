@@ -557,6 +557,8 @@ def run_settings(args: argparse.Namespace, data: PromptSource | DatasetAnswers |
     free = {"output", "device", "device_map", "batch_size", "backend", "speculate", "draft", "clip"}
     free |= {"engine", "num_workers", "gpus_per_worker", "ray_address"}
     settings = {f"--{k.replace('_', '-')}": v for k, v in vars(args).items() if k not in free}
+    if args.dataset is not None and len(args.dataset) == 1:
+        settings["--dataset"] = args.dataset[0]
     if "--vllm-options" in settings:
         settings["--vllm-options"] = {k: v for k, v in args.vllm_options.items() if k not in VLLM_PLACEMENT}
     settings["dataset content"] = data.fingerprint

@@ -117,7 +117,10 @@ def test_several_files_are_one_dataset(tmp_path, capsys):
         assert (tmp_path / "several" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     capsys.readouterr()
     assert run(tmp_path, "--save-diagnostics", "--dataset", *several[::-1], name="several/x.jsonl") == 1
-    assert "dataset content" in capsys.readouterr().err
+    assert "was started with --dataset = [" in capsys.readouterr().err
+    write_lines(tmp_path / "data" / "c.jsonl", rows[:1])
+    assert run(tmp_path, *argv, name="several/x.jsonl") == 1
+    assert "was started with dataset content = " in capsys.readouterr().err
     assert score(["--dataset", str(tmp_path / "several" / "x.jsonl"), "--output", str(tmp_path / "s.jsonl")]) == 0
 
 
