@@ -205,7 +205,8 @@ def models() -> dict:
 
 @pytest.mark.parametrize("url", ENDPOINTS)
 def test_answers_are_those_of_the_endpoint(tmp_path, models, url):
-    rows = [request(url, PROMPTS[url], name, metadata={"k": "v"}) for name in ("tea", "milk")]
+    body = {"metadata": {"k": "v"}} | ({} if url == COMPLETIONS else {"tools": TOOLS})
+    rows = [request(url, PROMPTS[url], name, **body) for name in ("tea", "milk")]
     data = str(write_lines(tmp_path / "data.jsonl", rows))
     argv = ["--dataset", data, "--max-new-tokens", "4"]
     assert generate([*argv, "--output", str(tmp_path / "x.jsonl"), "--output-format", "openai-batch"]) == 0
@@ -223,6 +224,7 @@ def test_answers_are_those_of_the_endpoint(tmp_path, models, url):
             text = answer.output_text
             assert [token.logprob for token in message.content[0].logprobs] == logq
             assert answer.metadata == {"k": "v"}
+            assert [tool.name for tool in answer.tools] == ["add"]
             cut = plain["finish_reason"] == "length"
             assert answer.status == message.status == ("incomplete" if cut else "completed")
             assert (answer.incomplete_details is not None) == cut
