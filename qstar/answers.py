@@ -145,7 +145,10 @@ class RunAnswers:
                 line, numbers = record.line, record.diagnostics
                 number = line["id"].removesuffix(f"-{line['sample_index']}")
                 metadata = line.get("metadata") or {}
-                asked = asked_by(metadata["body"]) if self.uses_parameters else Asked()
+                body = metadata.get("body")
+                if self.uses_parameters and not isinstance(body, dict):
+                    raise RecordError(f"sample {line['id']!r} of {self.files.samples} lacks the `body` of its request")
+                asked = asked_by(body) if self.uses_parameters else Asked()
                 yield Answer(
                     Prompt(line["prompt_index"], number, line["messages"][:-1], [], metadata, None, asked=asked),
                     line["sample_index"],
@@ -157,8 +160,6 @@ class RunAnswers:
                 )
         except RecordError as error:
             raise DataError(str(error)) from error
-        except KeyError:
-            raise DataError(f"{self.files.samples} has samples without the `body` of their request") from None
 
 
 def is_run(dataset: str) -> bool:

@@ -139,7 +139,7 @@ def _is_empty(value: Any) -> bool:
     """Whether there is nothing, also as `datasets` has it: a list of nulls, an object of them."""
     if isinstance(value, (list, dict)):
         return all(map(_is_empty, value.values() if isinstance(value, dict) else value))
-    return value is None or value in ("", b"")
+    return value is None or (isinstance(value, (str, bytes)) and not value)
 
 
 def _role_name(role: Any) -> str | None:

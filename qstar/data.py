@@ -319,7 +319,9 @@ def _describe(
         answers = [c for c, name in lower.items() if name in ANSWER_COLUMNS or name.startswith("response")]
         name = "/".join([schema.path, *answers])
         says = f"`{schema.path}`"
-        if isinstance(value, list):
+        if schema.endpoint == COMPLETIONS:
+            says += ", without a chat template"
+        elif isinstance(value, list):
             is_turns = all(isinstance(turn, str) for turn in value)
             whole = f"{says}, its end to be continued" if continued else f"{says} but for an answer at its end"
             says = f"the first of {says}, the others to follow" if is_turns else whole

@@ -159,9 +159,9 @@ def response(done: Finished, tokens: list[dict[str, Any]], model: str) -> dict[s
         "instructions": asked.get("instructions"),
         "metadata": asked.get("metadata"),
         "output": [output],
-        "parallel_tool_calls": asked.get("parallel_tool_calls", True),
+        "parallel_tool_calls": asked.get("parallel_tool_calls") is not False,
         "tool_choice": asked.get("tool_choice") or "auto",
-        "tools": asked.get("tools") or [],
+        "tools": [{"type": "function"} | tool["function"] for tool in done.prompt.tools or ()],
         "usage": {
             "input_tokens": used["prompt_tokens"],
             "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},

@@ -4,9 +4,6 @@ import json
 
 import pytest
 from chats import ADD, ASKED, PARTS, TEXT, TOOLS, assistant, call, in_parts, system, tool, user
-from openai.types import Completion
-from openai.types.chat import ChatCompletion
-from openai.types.responses import Response
 from runs import lines, write_lines
 
 from qstar.batch import CHAT, COMPLETIONS, ENDPOINTS, NEUTRAL, RESPONSES, USED, endpoint_of
@@ -177,6 +174,9 @@ def test_the_endpoint_of_a_request(row, endpoint):
 
 
 def test_requests_are_described(tmp_path):
+    path = str(write_lines(tmp_path / "x.jsonl", [request(COMPLETIONS, ["Hi"])]))
+    begins = "OpenAI batch requests of /v1/completions: the prompt is `body.prompt`, without a chat template, the id is"
+    assert load_prompts(path).description.startswith(begins)
     rows = [request(RESPONSES, "Hi", instructions="Sum.", tools=TOOLS, max_output_tokens=5, temperature=0.5)]
     path = str(write_lines(tmp_path / "x.jsonl", rows))
     begins = "OpenAI batch requests of /v1/responses: the prompt is `body.input`, the id is `custom_id`; "
@@ -193,20 +193,20 @@ def test_requests_are_described(tmp_path):
         load_prompts(path, use_request_parameters=True)
 
 
-MODELS = {CHAT: ChatCompletion, COMPLETIONS: Completion, RESPONSES: Response}
 PROMPTS = {CHAT: [ASKED], COMPLETIONS: "<|user|>\nWhat is 2 + 3?<|end|>\n<|assistant|>\n", RESPONSES: [ASKED]}
 
 
-def text_of(answer) -> str:
-    if isinstance(answer, Response):
-        return answer.output_text
-    (choice,) = answer.choices
-    return choice.text if isinstance(answer, Completion) else choice.message.content
+@pytest.fixture
+def models() -> dict:
+    """The client's own classes of what the endpoints answer with."""
+    types = pytest.importorskip("openai.types", reason="openai is not installed")
+    return {CHAT: types.chat.ChatCompletion, COMPLETIONS: types.Completion, RESPONSES: types.responses.Response}
 
 
-@pytest.mark.parametrize("url", MODELS)
-def test_answers_are_those_of_the_endpoint(tmp_path, url):
-    rows = [request(url, PROMPTS[url], name, metadata={"k": "v"}) for name in ("tea", "milk")]
+@pytest.mark.parametrize("url", ENDPOINTS)
+def test_answers_are_those_of_the_endpoint(tmp_path, models, url):
+    body = {"metadata": {"k": "v"}} | ({} if url == COMPLETIONS else {"tools": TOOLS})
+    rows = [request(url, PROMPTS[url], name, **body) for name in ("tea", "milk")]
     data = str(write_lines(tmp_path / "data.jsonl", rows))
     argv = ["--dataset", data, "--max-new-tokens", "4"]
     assert generate([*argv, "--output", str(tmp_path / "x.jsonl"), "--output-format", "openai-batch"]) == 0
@@ -215,24 +215,28 @@ def test_answers_are_those_of_the_endpoint(tmp_path, url):
     assert [line["custom_id"] for line in answers] == ["tea", "milk"]
     for line, plain, numbers in zip(answers, lines(tmp_path / "y.jsonl"), diagnostics, strict=True):
         assert (line["error"], line["response"]["status_code"]) == (None, 200)
-        answer = MODELS[url].model_validate(line["response"]["body"], strict=True)
+        answer = models[url].model_validate(line["response"]["body"], strict=True)
         assert not answer.model_extra
-        assert text_of(answer) == plain["messages"][-1]["content"]
         assert answer.usage.total_tokens == len(numbers["prompt_ids_theta"]) + numbers["num_tokens"]
         logq = numbers["tokens"]["logq"]
         if url == RESPONSES:
             (message,) = answer.output
+            text = answer.output_text
             assert [token.logprob for token in message.content[0].logprobs] == logq
             assert answer.metadata == {"k": "v"}
+            assert [tool.name for tool in answer.tools] == ["add"]
             cut = plain["finish_reason"] == "length"
             assert answer.status == message.status == ("incomplete" if cut else "completed")
             assert (answer.incomplete_details is not None) == cut
         elif url == COMPLETIONS:
+            text = answer.choices[0].text
             assert answer.choices[0].logprobs.token_logprobs == logq
             of_token = answer.choices[0].logprobs
             assert "".join(of_token.tokens)[of_token.text_offset[1] :].startswith(of_token.tokens[1])
         else:
+            text = answer.choices[0].message.content
             assert [token.logprob for token in answer.choices[0].logprobs.content] == logq
+        assert text == plain["messages"][-1]["content"]
 
 
 # What requests ask for, and the same of `Pair.generate`; the samples of each, three unless it asks for others.

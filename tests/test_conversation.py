@@ -572,6 +572,11 @@ ANSWERED = {
         {"messages": [ASKED, {"role": "assistant", "content": [{"type": "text", "value": "It is 5."}]}]},
         [ASKED],
     ),
+    "in capitals": ({"Question": "What is 2 + 3?", "Answer": "It is 5."}, [ASKED]),
+    "a completion in capitals": (
+        {"prompt": "What is 2 + 3?", "completion": {"Role": "Assistant", "Content": "It is 5."}},
+        [ASKED],
+    ),
     "with history": (
         {"instruction": "What is 2 + 3?", "output": "It is 5.", "history": [["a", "b"]]},
         [user("a"), assistant("b"), ASKED],
@@ -754,7 +759,7 @@ def test_an_ordinary_stop_token_is_left_out(demo_pair, tokenizer):
 
 @pytest.mark.skipif(not CASES.is_dir(), reason="the folder of cases is not beside this checkout")
 @pytest.mark.parametrize(
-    "name", ["tool_last", "tools_col", "args_string", "lf_alpaca", "null_content", "strmsg", "prefill", "two"]
+    "name", ["tool_last", "tools_col", "args_string", "lf_alpaca", "null_content", "strmsg", "prefill", "two", "verl"]
 )
 def test_every_case(run, name):
     samples, _, errors = run(CASES / f"{name}.jsonl", "--continue-final-message")

@@ -11,7 +11,7 @@ from runs import lines, write_lines
 from qstar.demo import THETA
 from qstar.formats import SCHEMAS, schema_of, table_of, verl_row
 from qstar.generate import main as generate
-from qstar.merge import common_schema
+from qstar.merge import merge
 from qstar.parts import Parts
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
@@ -108,16 +108,21 @@ def test_a_row_without_them_has_those_of_the_dataset(written):
 
 
 def test_parts_of_several_kinds_are_merged(tmp_path):
-    parts = Parts(str(tmp_path), "verl", False, {})
-    (tmp_path / "samples").mkdir()
-    line = {"id": "0-0", "prompt_index": 0, "sample_index": 0, "finish_reason": "eos", "num_tokens": 1}
+    """Into the file that one process would have written."""
+    line = {"id": "0-0", "sample_index": 0, "finish_reason": "eos", "num_tokens": 1}
     line["messages"] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    both = []
-    for part, extra in enumerate(({"x": 1}, {"x": 0.5, "y": "z"})):
-        rows = [verl_row(line | {"metadata": row("5", **extra)}, "data")]
-        both += rows
-        pq.write_table(table_of(rows, schema_of("verl", rows)), parts.path("samples", part))
-    assert common_schema(parts, [0, 1]) == schema_of("verl", both)
+    rows = [
+        verl_row(line | {"prompt_index": i, "metadata": row("5", **extra)}, "data")
+        for i, extra in enumerate(({"x": 1}, {"x": 0.5, "y": "z"}))
+    ]
+    with Parts(str(tmp_path / "parts"), "verl", False, {}) as parts:
+        (tmp_path / "parts" / "samples").mkdir()
+        for part, of_part in enumerate(([rows[0]], [rows[1]])):
+            pq.write_table(table_of(of_part, schema_of("verl", of_part)), parts.path("samples", part))
+        pq.write_table(table_of([], SCHEMAS["verl"]), parts.path("samples", 2))  # all its prompts failed
+        parts.write_manifest(complete=True)
+    merge(str(tmp_path / "parts"), tmp_path / "x.parquet")
+    assert pq.read_table(tmp_path / "x.parquet") == table_of(rows, schema_of("verl", rows))
 
 
 @pytest.mark.skipif(not CASE.is_file(), reason="the folder of cases is not beside this checkout")

@@ -323,6 +323,22 @@ class TestCommand:
             for our, other in zip(ours, others, strict=True):
                 assert our == approximately(other)
 
+    def test_requests_are_sampled_as_they_ask(self, tmp_path):
+        asked = ({}, {"temperature": 0}, {"n": 2, "seed": 7}, {"stop": " is"}, {"max_tokens": 3, "top_p": 0.5})
+        rows = [
+            {"custom_id": str(i), "body": {"messages": [{"role": "user", "content": "What is 2 + 3?"}], **body}}
+            for i, body in enumerate(asked)
+        ]
+        write_lines(tmp_path / "requests.jsonl", rows)
+        for backend in ("vllm", "transformers"):
+            argv = ["--dataset", "requests.jsonl", "--use-request-parameters", "--output", f"{backend}/x.jsonl"]
+            assert self.run(*argv, backend=backend) == 0
+        for name in ("x.jsonl", "x.diagnostics.jsonl"):
+            ours, others = (lines(tmp_path / backend / name) for backend in ("vllm", "transformers"))
+            assert len(ours) == len(others) == 6
+            for our, other in zip(ours, others, strict=True):
+                assert our == approximately(other)
+
     def test_resume_and_later_turns(self, tmp_path):
         data = [{"turns": ["Hi.", "And now?"]}, {"prompt": 1}, *({"turns": [q, "Why?"]} for q in QUESTIONS[:8])]
         write_lines(tmp_path / "turns.jsonl", data)
