@@ -46,15 +46,15 @@ def test_the_processor_is_greedy_as_our_own_loop(demo_pair, inputs):
 
 
 def test_the_processor_draws_from_q(demo_pair, inputs):
-    """χ² of the first token of 20,000 sequences; false alarm: 1 in 1000 for a new seed, none for this one."""
+    """χ² of the first token of 10,000 sequences; false alarm: 1 in 1000 for a new seed, none for this one."""
     torch.manual_seed(0)
-    row = inputs["input_ids"][:1, inputs["attention_mask"][0].argmax() :]
+    row = inputs["input_ids"][:1, -12:]
     with torch.inference_mode():
         logits = [m(row).logits[:, -1].double() for m in (demo_pair.theta, demo_pair.t)]
-    expected = qstar_logprobs(*logits)[0][0].exp() * 20_000
+    expected = qstar_logprobs(*logits)[0][0].exp() * 10_000
     counts = torch.zeros(demo_pair.vocab_size)
     many = row.expand(1000, -1)
-    for _ in range(20):
+    for _ in range(10):
         out = demo_pair.theta.generate(
             many, attention_mask=torch.ones_like(many),
             **QStarLogitsProcessor(demo_pair.t, torch.ones_like(many)).arguments(),

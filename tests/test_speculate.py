@@ -54,7 +54,11 @@ def check_same(pair: Pair, prompts, speculate=(1, 2, 4, 8), drafts=("theta", "t"
 
 @pytest.mark.parametrize(
     ("count", "options"),
-    [(200, ["--samples-per-prompt", "2"]), (40, ["--samples-per-prompt", "1", "--temperature", "0"])],
+    [
+        (40, ["--samples-per-prompt", "2"]),
+        pytest.param(200, ["--samples-per-prompt", "2"], marks=pytest.mark.slow),
+        (20, ["--samples-per-prompt", "1", "--temperature", "0"]),
+    ],
 )
 def test_output_files_are_those_of_plain_decoding(count, options, tmp_path):
     """Samples of the demo pair: `x.jsonl` byte for byte the same, whatever drafts, and how many."""

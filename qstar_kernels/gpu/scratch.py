@@ -31,6 +31,7 @@ INF = tl.constexpr(float("inf"))
 WIDEST = tl.constexpr(100.0)
 DEEPEST = tl.constexpr(24.0)
 ALPHA_TOL = tl.constexpr(5e-6)  # largest Newton step still to be made at an accepted α
+CLOSE = tl.constexpr(1e-2)  # Var_q[d] below which float32's F' − s may be off by more than `ALPHA_TOL` of it
 FLAT = tl.constexpr(5e-7)  # Var_q[d] below which α does not matter
 SMOOTH = tl.constexpr(2e-5)  # the quadratures over 7 and 4 nodes agree to this part of F'': see `solve_kernel`
 

@@ -550,6 +550,9 @@ def judge(row, point, center, alpha_min, alpha_max, tol, METHOD: tl.constexpr):
     fit = (variance <= scratch.WIDEST) & (tl.abs(f) <= scratch.DEEPEST) & (tl.abs(f_high) < INF) & (tl.abs(f_low) < INF)
     residual, steepness = mean + center - s, variance
     if METHOD == scratch.KL_SYMMETRY:
+        # what one model alone allows is in s and not in F'': float32 leaves of F' − s too much for a close pair's α
+        uneven = (tl.load(row + scratch.THETA_OUTSIDE) > 0) | (tl.load(row + scratch.T_OUTSIDE) > 0)
+        fit = fit & ((variance >= scratch.CLOSE) | (variance <= scratch.FLAT) | (uneven == 0))
         # on a smooth row α is better known from the first sweep than float32 could tell here
         near = smooth | (tl.abs(residual) <= variance * scratch.ALPHA_TOL) | (variance <= scratch.FLAT)
         stopped = ((alpha <= alpha_min) & (residual >= 0)) | ((alpha >= alpha_max) & (residual <= 0))
