@@ -17,6 +17,7 @@ from qstar.answers import DatasetAnswers, RunAnswers, is_run
 from qstar.checkpoints import fingerprint, revision
 from qstar.data import PromptSource, load_prompts
 from qstar.demo import PROMPTS, THETA, T
+from qstar.files import title_of
 from qstar.output import FORMATS, Output, OutputError
 from qstar.parts import Parts
 from qstar.prompting import HINT_TEMPLATE, PromptError, PromptFormat
@@ -440,8 +441,8 @@ def open_prompts(args: argparse.Namespace) -> PromptSource:
 
 
 def data_source(args: argparse.Namespace) -> str:
-    """What rows of verl that name no source of their own come from: the first file or dataset, without extensions."""
-    return Path(args.dataset[0] if args.dataset else PROMPTS).stem
+    """What rows of verl that name no source of their own come from: the files or datasets, without extensions."""
+    return "+".join(title_of(name) for name in args.dataset or [str(PROMPTS)])
 
 
 def make_job(

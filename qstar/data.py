@@ -143,13 +143,15 @@ class PromptSource:
     _field: str | None = field(repr=False, default=None)
 
     def __iter__(self) -> Iterator[Prompt]:
-        taken: dict[str, int] = {}
-        indices = itertools.count()
+        ids, index = _Ids(), 0
         for rows in self._rows.by_part():
             first = list(itertools.islice(rows, PEEK_ROWS))
-            schema = self._schema_of(first)
+            schema, start = self._schema_of(first), index
             for row in itertools.chain(first, rows):
-                yield self._prompt(next(indices), row, schema, taken)
+                yield self._prompt(index, row, schema, ids)
+                index += 1
+            if not schema.by_custom_id:
+                ids.numbered.append(range(start, index))
 
     def _schema_of(self, rows: list[Row]) -> _Schema:
         """That of the first file where the rows have it, too, else their own: files of a dataset may differ."""
@@ -163,14 +165,13 @@ class PromptSource:
         """How many rows there are, or None where counting would take long (a large file, the hub)."""
         return sum(1 for _ in self._rows()) if self._rows.is_small else None
 
-    def _prompt(self, index: int, row: Row, schema: _Schema, taken: dict[str, int]) -> Prompt:
-        prompt_id = None if schema.by_custom_id else str(index)
-        reason, asked = None, Asked()
+    def _prompt(self, index: int, row: Row, schema: _Schema, ids: "_Ids") -> Prompt:
+        prompt_id, reason, asked = None, None, Asked()
         try:
             if isinstance(row, BadRow):
                 raise RowError(row.reason)
             if schema.by_custom_id:
-                prompt_id = _custom_id(row, taken)
+                prompt_id = _custom_id(row, ids)
             read = _parse(row, schema, self._continued)
             if self._uses_parameters and schema.by_custom_id:
                 asked = asked_by(row["body"])
@@ -178,11 +179,11 @@ class PromptSource:
             reason = str(error) if isinstance(error, RowError) else "is nested too deep"
             read = _Read([], [], {"row": row.content} if isinstance(row, BadRow) else row)
         if prompt_id is None:
-            prompt_id = f"row-{index}"
-            while prompt_id in taken:
+            prompt_id = f"row-{index}" if schema.by_custom_id or str(index) in ids.named else str(index)
+            while prompt_id in ids.named:
                 prompt_id += "-"
-        if schema.by_custom_id:
-            taken[prompt_id] = index
+        if prompt_id != str(index) or schema.by_custom_id:
+            ids.named[prompt_id] = index
         return Prompt(
             index,
             prompt_id,
@@ -241,7 +242,7 @@ def load_prompts(
     good_rows = [row for row in first_rows if isinstance(row, dict)]
     if not good_rows:
         raise DataError(f"--dataset {dataset!r}: the first row {first_rows[0].reason}; accepted: objects with columns")
-    columns = list(dict.fromkeys(str(name) for row in good_rows for name in row))
+    columns = list(dict.fromkeys(_serialisable(str(name)) for row in good_rows for name in row))
     schema, row = _recognise_first(good_rows, columns, dataset, prompt_field)
     if use_request_parameters and schema.endpoint is None:
         raise DataError(f"--use-request-parameters: {dataset!r} has no OpenAI batch requests")
@@ -523,12 +524,28 @@ def _with_context(instruction: Any, row: dict[str, Any]) -> tuple[Any, dict[str,
     return f"{instruction}\n\n{context}", row
 
 
-def _custom_id(row: dict[str, Any], taken: dict[str, int]) -> str:
+@dataclass(frozen=True)
+class _Ids:
+    """The ids that rows have so far: of those with a name, and of those before whose id is their index."""
+
+    named: dict[str, int] = field(default_factory=dict)
+    numbered: list[range] = field(default_factory=list)
+
+    def owner(self, name: str) -> int | None:
+        """The row that has that id."""
+        is_number = name.isascii() and name.isdecimal() and len(name) < 20 and str(int(name)) == name
+        if is_number and any(int(name) in rows for rows in self.numbered):
+            return int(name)
+        return self.named.get(name)
+
+
+def _custom_id(row: dict[str, Any], ids: _Ids) -> str:
     custom_id = row.get("custom_id")
     if isinstance(custom_id, bool) or not isinstance(custom_id, (str, int)) or custom_id == "":
         raise RowError(f"`custom_id` is {custom_id!r}; accepted: text, not empty")
-    if str(custom_id) in taken:
-        raise RowError(f"`custom_id` {custom_id!r} is taken by row {taken[str(custom_id)]}")
+    owner = ids.owner(str(custom_id))
+    if owner is not None:
+        raise RowError(f"`custom_id` {custom_id!r} is taken by row {owner}")
     return _serialisable(str(custom_id))
 
 
@@ -564,7 +581,7 @@ def _serialisable(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     if isinstance(value, dict):
-        return {_serialisable(str(name)): _serialisable(item) for name, item in value.items()}
+        return {str(_serialisable(name)): _serialisable(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_serialisable(item) for item in value]
     if isinstance(value, bytes):

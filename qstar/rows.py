@@ -6,12 +6,11 @@ the columns of a CSV row with a field too many. Parquet and the hub come through
 """
 
 import csv
-import glob
+import functools
 import hashlib
 import itertools
 import json
-import lzma
-import zipfile
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +21,28 @@ import pyarrow
 import pyarrow.parquet
 from datasets.utils.logging import disable_progress_bar
 
-from qstar.files import TEXT_EXTENSIONS, DataError, File, files_of, is_local, sha256
+from qstar.files import (
+    CONFIG,
+    SPLIT,
+    TEXT_EXTENSIONS,
+    DataError,
+    File,
+    choose_split,
+    extension,
+    files_of,
+    is_local,
+    is_saved,
+    one_line,
+    path_of,
+    sha256,
+)
 
 SMALL = 64 << 20  # bytes
 PEEK_LINES = 32  # of a file whose first line is no JSON, to tell whether it is JSON Lines all the same
+BATCH = 256  # rows of a table that become objects at once
+DEEPEST = 100  # levels of a row; Python's own limit depends on who calls, and on how a row is walked through
 NOT_UTF8 = "is not UTF-8"
-BATCH = 256  # rows of an Arrow table that become objects at once
+TOO_DEEP = f"is nested too deep; accepted: {DEEPEST} levels"
 
 
 @dataclass(frozen=True)
@@ -108,27 +123,27 @@ def open_rows(
     Raises:
         DataError: a dataset cannot be found or read, or none has a split or configuration to choose.
     """
-    parts, notes, fingerprints, chosen = [], [], [], False
+    parts, notes, fingerprints, chose = [], [], [], set()
     for name in names:
-        path = Path(name).expanduser()
-        is_saved = any((path / file).is_file() for file in ("dataset_dict.json", "state.json"))
-        if is_saved:
-            found, said, fingerprint = _open_saved(path, split)
-        elif is_local(name):
-            files, said = files_of(name)
-            opened = [_open_file(file, is_row) for file in files]
-            found = [part for part, _ in opened]
-            said = [*said, *dict.fromkeys(note for _, more in opened for note in more)]
-            fingerprint = sha256(list(dict.fromkeys(file.path for file in files)))
-        else:
+        if not is_local(name):
             found, said, fingerprint = _open_hub(name, split, config)
-        chosen |= is_saved or not is_local(name)
+            chose |= {SPLIT, CONFIG}
+        elif is_saved(path_of(name)):
+            found, said, fingerprint = _open_saved(path_of(name), split)
+            chose.add(SPLIT)
+        else:
+            files = files_of(name, split, config)
+            opened = [_open_file(file, is_row) for file in files.files]
+            found = [part for part, _ in opened]
+            said = [*files.notes, *(note for _, more in opened for note in more)]
+            fingerprint = sha256(list(dict.fromkeys(file.path for file in files.files)))
+            chose |= files.chose
         parts += found
         notes += said
         fingerprints.append(fingerprint)
-    for flag, value in (("--dataset-split", split), ("--dataset-config", config)):
-        if value is not None and not chosen:
-            raise DataError(f"{flag} {value!r}: {names[0]!r} is local, and has none; leave {flag} out")
+    for flag, value in ((SPLIT, split), (CONFIG, config)):
+        if value is not None and flag not in chose:
+            raise DataError(f"{flag} {value!r}: {', '.join(names)!r} is local, and has none; leave {flag} out")
     whole = fingerprints[0] if len(names) == 1 else hashlib.sha256("\n".join(fingerprints).encode()).hexdigest()
     return Rows(parts, limit), list(dict.fromkeys(notes)), whole
 
@@ -138,66 +153,120 @@ def _open_file(file: File, is_row: Callable[[dict[str, Any]], bool]) -> tuple[Pa
     if file.size == 0:
         raise DataError(f"--dataset {str(file)!r} is empty")
     notes: list[str] = []
-    if file.extension == ".parquet":
-        read = _open_parquet(file.path)
-    elif file.extension not in TEXT_EXTENSIONS:
-        read = _open_arrow(file.path)
-    elif file.extension == ".txt":
+    kind_of_file = extension(file.name)
+    if kind_of_file not in TEXT_EXTENSIONS:
+        read = _open_table(file.path)
+    elif kind_of_file == ".txt":
         notes = ["one prompt a line, without the blank ones"]
 
         def read() -> Iterator[Row]:
             return (_checked({"text": line}) for line in _lines(file))
-    elif file.extension in (".csv", ".tsv"):
+    elif kind_of_file in (".csv", ".tsv"):
 
         def read() -> Iterator[Row]:
-            return _csv_rows(file, "\t" if file.extension == ".tsv" else ",")
+            return _csv_rows(file, "\t" if kind_of_file == ".tsv" else ",")
     else:
         read, notes = _open_json(file, is_row)
     return Part(str(file), read, file.size), notes
 
 
-def _open_parquet(path: Path) -> Callable[[], Iterator[Row]]:
-    disable_progress_bar()
+def _open_table(path: Path) -> Callable[[], Iterator[Row]]:
+    """A reader of Parquet or of Arrow's own files.
+
+    Not that of `datasets`, which has no type for maps and some others, stumbles over files without rows and gives up
+    where one row cannot be read; its features are used for what only it knows to decode.
+    """
+    is_parquet = path.suffix.lower() == ".parquet"
     try:
-        if any(map(_has_map, pyarrow.parquet.read_schema(path).types)):
-            return lambda: _objects(pyarrow.parquet.ParquetFile(path).iter_batches(BATCH))
-        # data_files is a glob pattern: a bracket in the file's name would match nothing, and nothing would be read.
-        rows = datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train", streaming=True)
+        schema = pyarrow.parquet.read_schema(path) if is_parquet else _arrow_schema(path)
     except Exception as error:
-        raise DataError(f"--dataset {str(path)!r} is not readable as Parquet: {one_line(error)}") from error
-    return _arrow_rows(rows)
+        form = "Parquet" if is_parquet else "Arrow"
+        raise DataError(f"--dataset {str(path)!r} is not readable as {form}: {one_line(error)}") from error
+    if len(set(schema.names)) < len(schema.names):
+        raise DataError(f"--dataset {str(path)!r}: the columns {schema.names} name one twice")
+
+    def read() -> Iterator[Row]:
+        decode = _decoder(schema)
+        if is_parquet:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                yield from _table_rows(file.iter_batches(BATCH), decode)
+        else:
+            yield from _table_rows(_arrow_batches(path), decode)
+
+    return read
 
 
-def _has_map(kind: pyarrow.DataType) -> bool:
-    """Whether it is or has a map from keys to values, for which `datasets` has no type."""
-    return pyarrow.types.is_map(kind) or any(_has_map(kind.field(i).type) for i in range(kind.num_fields))
-
-
-def _open_arrow(path: Path) -> Callable[[], Iterator[Row]]:
+def _arrow_batches(path: Path) -> Iterator[pyarrow.RecordBatch]:
     """Both forms of Arrow's own files, told apart by their beginning."""
+    with pyarrow.memory_map(str(path)) as source, _arrow_reader(source) as reader:
+        if isinstance(reader, pyarrow.ipc.RecordBatchFileReader):
+            yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
+        else:
+            yield from reader
 
-    def batches() -> Iterator[pyarrow.RecordBatch]:
-        with pyarrow.memory_map(str(path)) as source:
-            is_file = source.read(6) == b"ARROW1"
-            source.seek(0)
-            with (pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream)(source) as reader:
-                if is_file:
-                    yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
-                else:
-                    yield from reader
 
+def _arrow_reader(
+    source: pyarrow.NativeFile,
+) -> pyarrow.ipc.RecordBatchFileReader | pyarrow.ipc.RecordBatchStreamReader:
+    is_file = source.read(6) == b"ARROW1"
+    source.seek(0)
+    return pyarrow.ipc.open_file(source) if is_file else pyarrow.ipc.open_stream(source)
+
+
+def _arrow_schema(path: Path) -> pyarrow.Schema:
+    with pyarrow.memory_map(str(path)) as source, _arrow_reader(source) as reader:
+        return reader.schema
+
+
+def _decoder(schema: pyarrow.Schema) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """What makes objects of the JSON that `datasets` keeps as text."""
     try:
-        next(batches(), None)
-    except Exception as error:
-        raise DataError(f"--dataset {str(path)!r} is not readable as Arrow: {one_line(error)}") from error
-    return lambda: _objects(batches())
+        features = datasets.Features.from_arrow_schema(schema)
+    except ValueError:  # it has no name for one of the types
+        return lambda row: row
+    _switch_decoding_off(features)
+    return datasets.Features(dict(features)).decode_example  # a new one: the old remembers which columns to decode
 
 
-def _objects(batches: Iterator[pyarrow.RecordBatch]) -> Iterator[Row]:
+def _table_rows(
+    batches: Iterator[pyarrow.RecordBatch], decode: Callable[[dict[str, Any]], dict[str, Any]]
+) -> Iterator[Row]:
+    def objects(batch: pyarrow.RecordBatch, maps: str | None = "strict") -> list[Row]:
+        rows = (decode(row) for row in batch.to_pylist(maps_as_pydicts=maps))
+        return [{name: _without_nulls(value) for name, value in row.items()} for row in rows]
+
+    def one(row: pyarrow.RecordBatch) -> Row:
+        for maps in ("strict", None):
+            try:
+                return objects(row, maps)[0]
+            except Exception as caught:
+                error = caught
+                if not isinstance(error, KeyError):  # of a map with one key twice: as a list of pairs it can be read
+                    break
+        # Text that is not UTF-8, a date after the year 9999, …
+        reason = NOT_UTF8 if isinstance(error, UnicodeDecodeError) else f"cannot be read: {one_line(error)}"
+        return BadRow(reason, {name: _cell(row.column(name)) for name in row.schema.names})
+
     for batch in batches:
         for start in range(0, batch.num_rows, BATCH):
-            for row in batch.slice(start, BATCH).to_pylist(maps_as_pydicts="lossy"):
-                yield {name: _without_nulls(value) for name, value in row.items()}
+            rows = batch.slice(start, BATCH)
+            try:
+                yield from objects(rows)
+            except Exception:
+                yield from (one(rows.slice(i, 1)) for i in range(rows.num_rows))
+
+
+def _cell(column: pyarrow.Array) -> Any:
+    """What stands in a column of one row, as far as it can be read."""
+    try:
+        return column.to_pylist(maps_as_pydicts=None)[0]
+    except Exception:
+        is_text = pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)
+    try:
+        value = column.cast(pyarrow.large_binary() if is_text else pyarrow.string())[0].as_py()
+    except Exception:
+        return None
+    return value.decode(errors="replace") if is_text else value
 
 
 def _open_saved(path: Path, split: str | None) -> tuple[list[Part], list[str], str]:
@@ -208,23 +277,13 @@ def _open_saved(path: Path, split: str | None) -> tuple[list[Part], list[str], s
         raise DataError(f"--dataset {str(path)!r} is not readable as a saved dataset: {one_line(error)}") from error
     notes = ["a dataset that `save_to_disk` wrote"]
     if isinstance(saved, datasets.DatasetDict):
-        chosen = _split(str(path), list(saved), split)
+        chosen = choose_split(str(path), list(saved), split)
         saved, notes = saved[chosen], [f"split {chosen!r} of a dataset that `save_to_disk` wrote"]
     elif split is not None:
-        raise DataError(f"--dataset-split {split!r}: {str(path)!r} was saved without splits; leave --dataset-split out")
+        raise DataError(f"{SPLIT} {split!r}: {str(path)!r} was saved without splits; leave {SPLIT} out")
     files = [Path(file["filename"]) for file in saved.cache_files]
     rows = _arrow_rows(saved.to_iterable_dataset())
     return [Part(str(path), rows, sum(file.stat().st_size for file in files))], notes, sha256(files)
-
-
-def _split(name: str, splits: list[str], split: str | None) -> str:
-    """The split asked for; left out, it is `train` or the only one there is."""
-    chosen = split or ("train" if "train" in splits else splits[0])
-    if chosen not in splits or (split is None and chosen != "train" and len(splits) > 1):
-        raise DataError(
-            f"--dataset-split {split!r}: {name!r} has the splits {', '.join(map(repr, splits))}; choose one"
-        )
-    return chosen
 
 
 def _open_hub(name: str, split: str | None, config: str | None) -> tuple[list[Part], list[str], str]:
@@ -237,7 +296,7 @@ def _open_hub(name: str, split: str | None, config: str | None) -> tuple[list[Pa
         raise DataError(
             f"--dataset {name!r} is neither on this machine nor loadable from the hub: {one_line(error)}"
         ) from error
-    chosen = _split(name, list(splits), split)
+    chosen = choose_split(name, list(splits), split)
     identity = json.dumps([name, builder.config.name, chosen, builder.hash])
     notes = [f"configuration {builder.config.name!r}, split {chosen!r} of the hub dataset {name!r}"]
     return [Part(name, _arrow_rows(splits[chosen]))], notes, hashlib.sha256(identity.encode()).hexdigest()
@@ -263,22 +322,22 @@ def _without_decoding(rows: datasets.IterableDataset) -> datasets.IterableDatase
 
     `IterableDataset.decode(False)` would also leave JSON columns as text.
     """
-
-    def switch_off(feature: Any) -> None:
-        if isinstance(feature, dict):
-            for child in feature.values():
-                switch_off(child)
-        elif hasattr(feature, "feature"):
-            switch_off(feature.feature)
-        elif hasattr(feature, "decode") and not isinstance(feature, datasets.Json):
-            feature.decode = False
-
     if rows.features is None:
         return rows
     features = rows.features.copy()
-    switch_off(features)
+    _switch_decoding_off(features)
     # A new Features, since the old one remembers which columns to decode.
     return rows if features == rows.features else rows.cast(datasets.Features(dict(features)))
+
+
+def _switch_decoding_off(feature: Any) -> None:
+    if isinstance(feature, dict):
+        for child in feature.values():
+            _switch_decoding_off(child)
+    elif hasattr(feature, "feature"):
+        _switch_decoding_off(feature.feature)
+    elif hasattr(feature, "decode") and not isinstance(feature, datasets.Json):
+        feature.decode = False
 
 
 def _lines(file: File) -> Iterator[str]:
@@ -291,30 +350,52 @@ def _lines(file: File) -> Iterator[str]:
 def _csv_rows(file: File, delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is shorter than a long prompt
     with file.text() as text:
+        lines: list[str] = []  # of one row; the last is empty where the file is at its end
+
+        def told() -> Iterator[str]:
+            for line in itertools.chain(text, [""]):
+                lines.append(line)
+                if line:
+                    yield line
+
         # strict: otherwise a quote that is never closed swallows the rest of the file.
-        rows = csv.reader(text, delimiter=delimiter, strict=True)
-        header = next(rows, [])
+        rows = csv.reader(told(), delimiter=delimiter, strict=True)
+        header = next(filter(None, rows), [])
         if len(set(header)) < len(header):
             raise DataError(f"--dataset {str(file)!r}: the header {header} names a column twice")
-        for values in rows:
+        if any(map(_is_torn, header)):
+            raise DataError(f"--dataset {str(file)!r}: the header {NOT_UTF8}")
+        while True:
+            lines.clear()
+            try:
+                values = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                if not lines[-1]:  # a quote that is never closed: which rows are in it nobody can tell
+                    raise
+                yield BadRow(f"is not CSV: {one_line(error)}", _shown("".join(lines)))
+                continue
             if len(values) == len(header):
                 yield _checked(dict(zip(header, values, strict=True)))
             elif values:
-                yield BadRow(f"has {len(values)} fields where the header has {len(header)}", values)
+                yield BadRow(f"has {len(values)} fields where the header has {len(header)}", list(map(_shown, values)))
 
 
 def _checked(row: dict[str, str]) -> Row:
     """The row, unless bytes of it were not UTF-8."""
-    return (
-        BadRow(NOT_UTF8, {name: _shown(value) for name, value in row.items()})
-        if any(map(_is_torn, row.values()))
-        else row
-    )
+    if any(map(_is_torn, row.values())):
+        return BadRow(NOT_UTF8, {name: _shown(value) for name, value in row.items()})
+    return row
 
 
 def _is_torn(text: str) -> bool:
     """Whether bytes stand in it that were not UTF-8: see `File.text`."""
-    return any("\udc80" <= c <= "\udcff" for c in text) if not text.isascii() else False
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _shown(text: str) -> str:
@@ -322,33 +403,82 @@ def _shown(text: str) -> str:
 
 
 def _open_json(file: File, is_row: Callable[[dict[str, Any]], bool]) -> tuple[Callable[[], Iterator[Row]], list[str]]:
-    """Tells JSON Lines from one JSON document by the content, since both are found under either extension.
-
-    A document goes over several lines, none of which is an object alone but perhaps the last of a list's.
-    """
+    """Tells JSON Lines from one JSON document by the content, since both are found under either extension."""
     try:
         lines = list(itertools.islice(_lines(file), PEEK_LINES))
         if not lines:
             raise DataError(f"--dataset {str(file)!r} has no rows")
-        if len(lines) > 1 and _is_object_or_text(lines[0]):
+        if not _is_document(lines):
             return lambda: map(_json_line, _lines(file)), []
-        are_lines = len(lines) > 1 and any(line.lstrip().startswith("{") and _is_object_or_text(line) for line in lines)
-        if are_lines and lines[0].strip() not in ("[", "{"):
-            return lambda: map(_json_line, _lines(file)), []
-        with file.text() as text:
-            content = text.read()
-        if _is_torn(content):
-            raise DataError(f"--dataset {str(file)!r} {NOT_UTF8}")
-        document = json.loads(content)
+        stat = file.path.stat()
+        stamp = (stat.st_mtime_ns, stat.st_size)
+        return lambda: iter(_document(file, stamp, is_row)[0]), _document(file, stamp, is_row)[1]
+    except DataError:
+        raise
     except (ValueError, RecursionError) as error:
-        if isinstance(error, DataError):
-            raise
         raise DataError(
             f"--dataset {str(file)!r} is not JSON: {one_line(error)}; accepted: a list of objects, or one on each line"
         ) from error
-    except (OSError, EOFError, lzma.LZMAError, zipfile.BadZipFile) as error:
+    except Exception as error:  # what zipfile, lzma and pyarrow raise
         raise DataError(f"--dataset {str(file)!r} is not readable as JSON: {one_line(error)}") from error
 
+
+def _is_document(lines: list[str]) -> bool:
+    """Whether a file that begins with those lines is one JSON document.
+
+    The first line of JSON Lines is an object or text by itself, or it is broken: then another is one, and the lines
+    together are no beginning of anything.
+    """
+    if len(lines) == 1:
+        return True
+    if _is_object_or_text(lines[0]):
+        return False
+    text = "\n".join(lines)
+    try:
+        json.loads(text, parse_int=str)  # as text no number has too many digits
+    except json.JSONDecodeError as error:
+        goes_on = error.pos >= len(text.rstrip())
+    except RecursionError:
+        goes_on = lines[0].lstrip().startswith("[")
+    else:
+        goes_on = True
+    return goes_on or not any(line.lstrip().startswith("{") and _is_object_or_text(line) for line in lines)
+
+
+def _is_object_or_text(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line, parse_int=str), (dict, str))
+    except (ValueError, RecursionError):
+        return False
+
+
+@functools.lru_cache(maxsize=1)  # several would be in memory at once, and none would be read anew for every look at it
+def _document(
+    file: File, stamp: tuple[int, int], is_row: Callable[[dict[str, Any]], bool]
+) -> tuple[list[Row], list[str]]:
+    """The rows of a document, and notes for the user; `stamp` changes with the file.
+
+    Raises:
+        ValueError, RecursionError: it cannot be read.
+    """
+    with file.text() as text:
+        content = text.read()
+    is_list, is_torn = content.lstrip().startswith("["), _is_torn(content)
+    try:
+        document = json.loads(content)
+        is_whole = not is_torn and not _is_deep(document, DEEPEST + (1 if is_list else 2))
+    except json.JSONDecodeError:
+        if is_torn:
+            raise DataError(f"--dataset {str(file)!r} {NOT_UTF8}") from None
+        raise
+    except (ValueError, RecursionError):  # of a number, or of nesting, in a row
+        if not is_list:
+            raise
+        is_whole = False
+    if not is_whole and not is_list:
+        raise DataError(f"--dataset {str(file)!r} {NOT_UTF8 if is_torn else TOO_DEEP}")
+    if not is_whole:
+        return [_json_line(item) for item in _items(content)], []
     notes = []
     if isinstance(document, dict) and not is_row(document):
         lists = [k for k, value in document.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
@@ -356,28 +486,58 @@ def _open_json(file: File, is_row: Callable[[dict[str, Any]], bool]) -> tuple[Ca
             others = ", ".join(f"`{name}`" for name in document if name != lists[0])
             notes = [f"the rows are the list `{lists[0]}` of the file" + (f" (left out: {others})" if others else "")]
             document = document[lists[0]]
-    rows = [_json_row(item) for item in (document if isinstance(document, list) else [document])]
-    return lambda: iter(rows), notes
+    return [_json_row(item) for item in (document if isinstance(document, list) else [document])], notes
 
 
-def _is_object_or_text(line: str) -> bool:
-    try:
-        return isinstance(json.loads(line), (dict, str))
-    except (ValueError, RecursionError):
-        return False
+def _items(content: str) -> Iterator[str]:
+    """The texts of a list's items, some of which Python's reader does not read.
+
+    Raises:
+        ValueError: the list has no end, or something comes after it.
+    """
+    depth, start = 0, content.index("[") + 1
+    for found in re.finditer(r'"[^"\\]*(?:\\.[^"\\]*)*"|[][{},]', content, re.DOTALL):
+        token = found[0]
+        depth += (token in "[{") - (token in "]}")
+        if depth == 0 or (depth == 1 and token == ","):
+            if item := content[start : found.start()].strip():
+                yield item
+            start = found.end()
+        if depth == 0:
+            break
+    if depth or content[start:].strip():
+        raise ValueError("the list does not end where the file does")
 
 
 def _json_line(line: str) -> Row:
     if _is_torn(line):
         return BadRow(NOT_UTF8, _shown(line))
     try:
-        return _json_row(json.loads(line))
+        item = json.loads(line)
     except json.JSONDecodeError as error:
         return BadRow(f"is not JSON: {one_line(error)}", line)
     except RecursionError:
-        return BadRow("is nested too deep", line)
+        return BadRow(TOO_DEEP, line)
     except ValueError as error:  # a number of more digits than Python takes
         return BadRow(f"cannot be read: {one_line(error)}", line)
+    if line.count("[") + line.count("{") > DEEPEST and _is_deep(item, DEEPEST):
+        return BadRow(TOO_DEEP, line)
+    return _json_row(item)
+
+
+def _is_deep(value: Any, levels: int) -> bool:
+    """Whether there are lists and objects inside one another on more levels than those."""
+    inside = [value] if isinstance(value, (list, dict)) else []
+    for _ in range(levels):
+        inside = [
+            child
+            for item in inside
+            for child in (item.values() if isinstance(item, dict) else item)
+            if isinstance(child, (list, dict))
+        ]
+        if not inside:
+            return False
+    return True
 
 
 def _json_row(item: Any) -> Row:
@@ -390,9 +550,3 @@ def kind(value: Any) -> str:
     if value is None or value == []:
         return "missing" if value is None else "an empty list"
     return {str: "text", list: "a list", dict: "an object"}.get(type(value), f"of type {type(value).__name__}")
-
-
-def one_line(error: Exception) -> str:
-    """The error's class and message, short enough for one line."""
-    message = " ".join(f"{type(error).__name__}: {error}".split())
-    return message if len(message) <= 300 else message[:299] + "…"
