@@ -1,5 +1,6 @@
 """Shared by all tests: one thread, no network, the demo pair loaded once, and what a run sees of its rows."""
 
+import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -35,6 +36,21 @@ def loaded_once(monkeypatch, demo_pair):
         return demo_pair if same else load(cls, theta, t, **options)
 
     monkeypatch.setattr(Pair, "from_pretrained", classmethod(from_pretrained))
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes rows as JSON Lines, or text as it is, and returns the path."""
+
+    def write(content, name="rows.jsonl") -> str:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, list):
+            content = "".join(json.dumps(row) + "\n" for row in content)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(path)
+
+    return write
 
 
 @pytest.fixture

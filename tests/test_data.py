@@ -1,14 +1,9 @@
 """Prompts out of datasets: what is recognised, what the metadata keeps, and what is said when it does not work."""
 
-import bz2
 import datetime
 import gzip
-import io
 import json
-import lzma
-import os
 import random
-import zipfile
 from pathlib import Path
 
 import datasets
@@ -18,7 +13,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from qstar.data import PEEK_ROWS, DataError, Prompt, load_prompts
-from qstar.files import ARCHIVE, PACKED
 
 FIXTURES = Path(__file__).parent / "fixtures" / "data"
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -30,37 +24,6 @@ def user(text: str) -> dict[str, str]:
 
 def assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
-
-
-def pack(content: bytes, how: str, name: str = "rows.jsonl") -> bytes:
-    """The content as a file of that extension has it."""
-    if how == ARCHIVE:
-        packed = io.BytesIO()
-        with zipfile.ZipFile(packed, "w") as archive:
-            archive.writestr(name, content)
-        return packed.getvalue()
-    codec = {".zst": "zstd", ".lz4": "lz4"}.get(how)
-    if codec is not None:
-        packed = pa.BufferOutputStream()
-        with pa.CompressedOutputStream(packed, codec) as file:
-            file.write(content)
-        return packed.getvalue().to_pybytes()
-    return {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[how](content)
-
-
-@pytest.fixture
-def write(tmp_path):
-    """Writes rows as JSON Lines, or text as it is, and returns the path."""
-
-    def write(content, name="rows.jsonl") -> str:
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, list):
-            content = "".join(json.dumps(row) + "\n" for row in content)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return str(path)
-
-    return write
 
 
 @pytest.fixture
@@ -289,31 +252,6 @@ def test_prompt_field(load_row, field, row, messages):
     assert load_row(row, field).messages == messages
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("list.json", '[{"prompt": "a"},\n {"prompt": "b"}]'),
-        ("list_in_one_line.jsonl", '[{"prompt": "a"}, {"prompt": "b"}]'),
-        ("lines.json", '{"prompt": "a"}\n{"prompt": "b"}'),
-        ("crlf.jsonl", '{"prompt": "a"}\r\n\r\n{"prompt": "b"}\r\n'),
-        ("bom.jsonl", '\ufeff{"prompt": "a"}\n{"prompt": "b"}'),
-        ("wrapped.json", '{"version": 1, "data": [{"prompt": "a"}, {"prompt": "b"}]}'),
-        ("strings.json", '["a", "b"]'),
-        ("string_lines.jsonl", '"a"\n"b"'),
-        ("lines.txt", "\ufeffa\r\n\r\nb"),
-        ("table.csv", "\ufeffprompt,x\na,1\n\nb,2\n"),
-        ("table.tsv", "prompt\tx\na\t1\nb\t2\n"),
-        ("[a]*.jsonl", '{"prompt": "a"}\n{"prompt": "b"}'),
-    ],
-)
-@pytest.mark.parametrize("packed", ["", *PACKED, ARCHIVE])
-def test_file_format(write, name, content, packed):
-    path = write(pack(content.encode(), packed, name), name + packed)
-    source = load_prompts(path)
-    assert [p.messages for p in source] == [[user("a")], [user("b")]]
-    assert list(source) == list(source)
-
-
 def test_wrapped_list_is_said(write):
     path = write('{"version": 1, "data": [{"prompt": "a", "x": 1}]}', "wrapped.json")
     assert load_prompts(path).description == (
@@ -402,148 +340,6 @@ def test_columns_come_from_more_than_the_first_row(write):
 def test_recognition_gives_up_after_the_first_rows(write):
     with pytest.raises(DataError, match="no prompt recognised in the columns `x`"):
         load_prompts(write([{"x": 1}] * PEEK_ROWS + [{"prompt": "a"}]))
-
-
-@pytest.mark.parametrize("how", [".gz", ".bz2", ".xz", ".zst"])
-def test_files_of_several_streams_are_read_to_their_end(write, how):
-    parts = [pack(b'{"prompt": "%d"}\n' % i, how) for i in range(3)]
-    assert [p.messages[0]["content"] for p in load_prompts(write(b"".join(parts), "rows.jsonl" + how))] == [
-        "0",
-        "1",
-        "2",
-    ]
-
-
-@pytest.mark.parametrize("how", [".gz", ".bz2", ".xz", ".zst"])
-def test_files_cut_short_break_off(write, how):
-    content = b"".join(b'{"prompt": "%d %d"}\n' % (i, random.Random(i).getrandbits(99)) for i in range(20_000))
-    path = write(pack(content, how)[:-30], "rows.jsonl" + how)
-    with pytest.raises(DataError, match="breaks off after") as caught:
-        list(load_prompts(path))
-    assert "\n" not in str(caught.value)
-
-
-def texts(*names: str, **options) -> list[str]:
-    """What the prompts of several datasets say, and that their indices and ids go on from one to the next."""
-    prompts = list(load_prompts(names, **options))
-    assert [p.index for p in prompts] == list(range(len(prompts)))
-    assert [p.id for p in prompts] == [str(i) for i in range(len(prompts))]
-    return [p.error or p.messages[-1]["content"] for p in prompts]
-
-
-@pytest.fixture
-def folder(write, tmp_path):
-    """Files of several kinds in a folder, a table of Arrow's own in both of its forms among them."""
-    write([{"prompt": "b0"}, {"prompt": "b1"}], "all/b.jsonl.zst.jsonl")
-    write(pack(b'{"prompt": "a0"}\n{"prompt": "a1"}\n', ".zst"), "all/a.jsonl.zst")
-    write("no rows", "all/README.md")
-    write("{}", "all/.hidden.json")
-    write("prompt\ne0\n", "all/deep/e.csv")
-    table = pa.table({"prompt": ["c0", "c1"]})
-    pq.write_table(table, tmp_path / "all" / "c.parquet")
-    for name, opener in (("d.arrow", pa.ipc.new_file), ("z.arrow", pa.ipc.new_stream)):
-        with opener(str(tmp_path / "all" / name), table.schema) as writer:
-            writer.write_table(pa.table({"prompt": [f"{name[0]}0", f"{name[0]}1"]}))
-    return tmp_path / "all"
-
-
-ALL = ["a0", "a1", "b0", "b1", "c0", "c1", "d0", "d1", "e0", "z0", "z1"]
-
-
-def test_folder(folder):
-    assert texts(str(folder)) == ALL
-    source = load_prompts(str(folder))
-    assert source.description.endswith(
-        "6 files of the folder, with those below it, by name (1 of other kinds left out)"
-    )
-    assert source.count() == len(ALL)
-    assert texts(str(folder), limit=5) == ALL[:5]
-
-
-def test_pattern_and_several(folder, write):
-    assert texts(str(folder / "**" / "*.[jc]s*"), limit=4) == ["a0", "a1", "b0", "b1"]
-    assert texts(str(folder / "z.arrow"), str(folder / "a*"), str(folder / "deep")) == ["z0", "z1", "a0", "a1", "e0"]
-    with pytest.raises(DataError, match="no file matches the pattern"):
-        load_prompts(str(folder / "*.tsv"))
-    with pytest.raises(DataError, match=r"has no file of rows; accepted: \.json, "):
-        load_prompts(str(Path(write("x", "other/README.md")).parent))
-
-
-def test_files_with_columns_of_their_own(write):
-    """Each file is read by its own columns; a row that lacks what its file has is an error."""
-    files = [write([{"prompt": "a"}], "a.jsonl"), write([{"messages": [user("b")]}, {"prompt": "c"}], "b.jsonl")]
-    files.append(write([{"prompt": "d", "messages": [user("e")]}], "c.jsonl"))
-    assert texts(*files) == ["a", "b", "has no `messages`", "d"]
-
-
-def test_archive_of_several_files(tmp_path):
-    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
-        for name, text in (("b.jsonl", "b"), ("sub/a.jsonl", "a"), ("__MACOSX/._b.jsonl", "no"), ("notes.md", "no")):
-            archive.writestr(name, json.dumps({"prompt": text}))
-        archive.writestr("c.jsonl.gz", gzip.compress(b'{"prompt": "c"}'))
-    assert texts(str(tmp_path / "x.zip")) == ["b", "c", "a"]
-
-
-def test_saved_dataset(tmp_path):
-    rows = datasets.Dataset.from_list([{"prompt": f"{i}", "x": {"a": None, "b": i}} for i in range(5)])
-    rows.save_to_disk(str(tmp_path / "one"), num_shards=2)
-    assert texts(str(tmp_path / "one")) == list("01234")
-    assert next(iter(load_prompts(str(tmp_path / "one")))).metadata == {"x": {"b": 0}}
-    with pytest.raises(DataError, match="was saved without splits; leave --dataset-split out"):
-        load_prompts(str(tmp_path / "one"), "train")
-    both = datasets.DatasetDict({"test": rows.select([1]), "validation": rows.select([2, 3])})
-    both.save_to_disk(str(tmp_path / "two"))
-    assert texts(str(tmp_path / "two"), split="validation") == ["2", "3"]
-    with pytest.raises(DataError, match="has the splits 'test', 'validation'; choose one"):
-        load_prompts(str(tmp_path / "two"))
-
-
-def test_fingerprint_follows_order_and_content(folder, write):
-    first, second = str(folder / "z.arrow"), str(folder / "a.jsonl.zst")
-    prints = [load_prompts(names).fingerprint for names in ([first, second], [second, first], [first], [str(folder)])]
-    os.rename(folder / "deep" / "e.csv", folder / "e.csv")
-    assert load_prompts(str(folder)).fingerprint == prints[-1]
-    os.rename(folder / "e.csv", folder / "zz.csv")
-    prints.append(load_prompts(str(folder)).fingerprint)
-    assert len(set(prints)) == 5
-
-
-DEEP = "[" * 100_000 + "]" * 100_000
-BROKEN = {
-    "a number of too many digits": (f'{{"prompt": "x", "n": {"1" * 5000}}}', "cannot be read: ValueError: Exceeds"),
-    "nesting": (f'{{"prompt": "x", "n": {DEEP}}}', "is nested too deep"),
-    "half a line": ('{"prompt": "x', "is not JSON"),
-    "not UTF-8": (b'{"prompt": "\xff"}', "is not UTF-8"),
-    "half a surrogate": ('{"prompt": "\\ud800"}', "`prompt` has half of a surrogate pair"),
-    "a number": ("5", "is of type int, not an object"),
-}
-
-
-@pytest.mark.parametrize("place", [0, 1, 2])
-@pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_row_fails_alone(write, kind, place):
-    content, reason = BROKEN[kind]
-    lines = [b'{"prompt": "a"}', b'{"prompt": "b"}']
-    lines.insert(place, content if isinstance(content, bytes) else content.encode())
-    prompts = list(load_prompts(write(b"\n".join(lines) + b"\n")))
-    assert [p.error is None for p in prompts] == [i != place for i in range(3)]
-    assert prompts[place].error.startswith(reason)
-    json.dumps(prompts[place].metadata)
-
-
-def test_csv_cell_that_is_not_utf8(write):
-    first, second = load_prompts(write(b"prompt,x\na\xe9,1\nb,2\n", "latin.csv"))
-    assert (first.error, first.metadata) == ("is not UTF-8", {"row": {"prompt": "a\ufffd", "x": "1"}})
-    assert second.messages == [user("b")]
-
-
-def test_parquet_maps(tmp_path):
-    schema = pa.schema({"prompt": pa.string(), "m": pa.map_(pa.string(), pa.list_(pa.map_(pa.int32(), pa.float32())))})
-    rows = [{"prompt": "a", "m": [("k", [[(1, 0.5)]])]}, {"prompt": "b", "m": None}]
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / "m.parquet")
-    first, second = load_prompts(str(tmp_path / "m.parquet"))
-    assert json.loads(json.dumps(first.metadata)) == {"m": {"k": [{"1": 0.5}]}}
-    assert (second.messages, second.metadata) == ([user("b")], {"m": None})
 
 
 def test_fingerprint_follows_the_bytes(write):
