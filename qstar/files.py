@@ -258,6 +258,8 @@ def choose_split(name: str, splits: Sequence[str], split: str | None) -> str:
     Raises:
         DataError: there is none of that name, or no telling which one.
     """
+    if not splits:
+        raise DataError(f"--dataset {name!r} has no splits")
     chosen = split or ("train" if "train" in splits else splits[0])
     if chosen not in splits or (split is None and chosen != "train" and len(splits) > 1):
         raise DataError(f"{SPLIT} {split!r}: {name!r} has the splits {', '.join(map(repr, splits))}; choose one")

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,8 +130,8 @@ def open_rows(
             found, said, fingerprint = _open_hub(name, split, config)
             chose |= {SPLIT, CONFIG}
         elif is_saved(path_of(name)):
-            found, said, fingerprint = _open_saved(path_of(name), split)
-            chose.add(SPLIT)
+            found, said, fingerprint, has_splits = _open_saved(path_of(name), split)
+            chose |= {SPLIT} if has_splits else set()
         else:
             files = files_of(name, split, config)
             opened = [_open_file(file, is_row) for file in files.files]
@@ -153,18 +154,18 @@ def _open_file(file: File, is_row: Callable[[dict[str, Any]], bool]) -> tuple[Pa
     if file.size == 0:
         raise DataError(f"--dataset {str(file)!r} is empty")
     notes: list[str] = []
-    kind_of_file = extension(file.name)
-    if kind_of_file not in TEXT_EXTENSIONS:
+    form = extension(file.name)
+    if form not in TEXT_EXTENSIONS:
         read = _open_table(file.path)
-    elif kind_of_file == ".txt":
+    elif form == ".txt":
         notes = ["one prompt a line, without the blank ones"]
 
         def read() -> Iterator[Row]:
             return (_checked({"text": line}) for line in _lines(file))
-    elif kind_of_file in (".csv", ".tsv"):
+    elif form in (".csv", ".tsv"):
 
         def read() -> Iterator[Row]:
-            return _csv_rows(file, "\t" if kind_of_file == ".tsv" else ",")
+            return _csv_rows(file, "\t" if form == ".tsv" else ",")
     else:
         read, notes = _open_json(file, is_row)
     return Part(str(file), read, file.size), notes
@@ -180,8 +181,8 @@ def _open_table(path: Path) -> Callable[[], Iterator[Row]]:
     try:
         schema = pyarrow.parquet.read_schema(path) if is_parquet else _arrow_schema(path)
     except Exception as error:
-        form = "Parquet" if is_parquet else "Arrow"
-        raise DataError(f"--dataset {str(path)!r} is not readable as {form}: {one_line(error)}") from error
+        what = "Parquet" if is_parquet else "Arrow"
+        raise DataError(f"--dataset {str(path)!r} is not readable as {what}: {one_line(error)}") from error
     if len(set(schema.names)) < len(schema.names):
         raise DataError(f"--dataset {str(path)!r}: the columns {schema.names} name one twice")
 
@@ -222,7 +223,7 @@ def _decoder(schema: pyarrow.Schema) -> Callable[[dict[str, Any]], dict[str, Any
     """What makes objects of the JSON that `datasets` keeps as text."""
     try:
         features = datasets.Features.from_arrow_schema(schema)
-    except ValueError:  # it has no name for one of the types
+    except Exception:  # it has no name for one of the types, or its own metadata are damaged
         return lambda row: row
     _switch_decoding_off(features)
     return datasets.Features(dict(features)).decode_example  # a new one: the old remembers which columns to decode
@@ -251,9 +252,10 @@ def _table_rows(
         for start in range(0, batch.num_rows, BATCH):
             rows = batch.slice(start, BATCH)
             try:
-                yield from objects(rows)
-            except Exception:
-                yield from (one(rows.slice(i, 1)) for i in range(rows.num_rows))
+                read = objects(rows)
+            except Exception:  # of one of them
+                read = (one(rows.slice(i, 1)) for i in range(rows.num_rows))
+            yield from read
 
 
 def _cell(column: pyarrow.Array) -> Any:
@@ -269,21 +271,23 @@ def _cell(column: pyarrow.Array) -> Any:
     return value.decode(errors="replace") if is_text else value
 
 
-def _open_saved(path: Path, split: str | None) -> tuple[list[Part], list[str], str]:
-    """A folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`: its rows, notes, and a fingerprint."""
+def _open_saved(path: Path, split: str | None) -> tuple[list[Part], list[str], str, bool]:
+    """A folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`.
+
+    Returns:
+        its rows, notes, a fingerprint, and whether it has splits.
+    """
     try:
-        saved = datasets.load_from_disk(str(path))
+        saved = datasets.load_from_disk(str(path), keep_in_memory=False)  # in memory it would not tell its files
     except Exception as error:
         raise DataError(f"--dataset {str(path)!r} is not readable as a saved dataset: {one_line(error)}") from error
-    notes = ["a dataset that `save_to_disk` wrote"]
-    if isinstance(saved, datasets.DatasetDict):
+    notes, has_splits = ["a dataset that `save_to_disk` wrote"], isinstance(saved, datasets.DatasetDict)
+    if has_splits:
         chosen = choose_split(str(path), list(saved), split)
         saved, notes = saved[chosen], [f"split {chosen!r} of a dataset that `save_to_disk` wrote"]
-    elif split is not None:
-        raise DataError(f"{SPLIT} {split!r}: {str(path)!r} was saved without splits; leave {SPLIT} out")
     files = [Path(file["filename"]) for file in saved.cache_files]
     rows = _arrow_rows(saved.to_iterable_dataset())
-    return [Part(str(path), rows, sum(file.stat().st_size for file in files))], notes, sha256(files)
+    return [Part(str(path), rows, sum(file.stat().st_size for file in files))], notes, sha256(files), has_splits
 
 
 def _open_hub(name: str, split: str | None, config: str | None) -> tuple[list[Part], list[str], str]:
@@ -518,8 +522,8 @@ def _json_line(line: str) -> Row:
         return BadRow(f"is not JSON: {one_line(error)}", line)
     except RecursionError:
         return BadRow(TOO_DEEP, line)
-    except ValueError as error:  # a number of more digits than Python takes
-        return BadRow(f"cannot be read: {one_line(error)}", line)
+    except ValueError:
+        return BadRow(f"has a number of more than {sys.get_int_max_str_digits()} digits", line)
     if line.count("[") + line.count("{") > DEEPEST and _is_deep(item, DEEPEST):
         return BadRow(TOO_DEEP, line)
     return _json_row(item)

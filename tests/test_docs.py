@@ -13,11 +13,13 @@ from qstar import (
     batch,
     conversation,
     data,
+    files,
     merge,
     pair,
     plan,
     prompting,
     report,
+    rows,
     run,
     score,
 )  # fmt: skip
@@ -63,6 +65,14 @@ def test_the_guide_names_every_field():
 def schemas_in_the_guide() -> str:
     guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
     return guide.split("### Schemas")[1].split("## Files\n")[0].replace("\\*", "*")
+
+
+def test_the_guide_names_every_kind_of_file():
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8").split("### Files of rows")[1].split("###")[0]
+    named = set(re.findall(r"`(\.[a-z0-9]+)`", guide))
+    assert named == {*files.TEXT_EXTENSIONS, *files.TABLE_EXTENSIONS, *files.PACKED, files.ARCHIVE}
+    assert f"more than {rows.DEEPEST} levels" in guide
+    assert f"the first {data.PEEK_ROWS} rows" in guide
 
 
 def test_the_guide_has_the_schemas_in_their_order():
