@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from textwrap import shorten
 from typing import Any
 
 from qstar.batch import (
@@ -247,7 +248,7 @@ def load_prompts(
     if use_request_parameters and schema.endpoint is None:
         raise DataError(f"--use-request-parameters: {dataset!r} has no OpenAI batch requests")
     description = _describe(schema, row, columns, prompt_field, continue_final_message, use_request_parameters)
-    description = "; ".join([description, *notes])
+    description = " ".join("; ".join([description, *notes]).split())  # columns may be called anything
     return PromptSource(
         description, columns, fingerprint, rows, schema, continue_final_message, use_request_parameters, prompt_field
     )
@@ -261,7 +262,7 @@ def _recognise_first(
         schema = _recognise(row, prompt_field)
         if schema is not None:
             return schema, row
-    names = ", ".join(f"`{name}`" for name in columns)
+    names = ", ".join(f"`{shorten(name, 60, placeholder='…')}`" for name in columns)
     if prompt_field is not None:
         raise DataError(f"--prompt-field {prompt_field!r}: no such column in {dataset!r}, which has {names}")
     raise DataError(f"--dataset {dataset!r}: no prompt recognised in the columns {names}; name it with --prompt-field")

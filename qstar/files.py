@@ -304,8 +304,8 @@ def _members(path: Path) -> tuple[list[File], int]:
     try:
         with zipfile.ZipFile(path) as archive:
             members = sorted((info.filename, info.file_size) for info in archive.infolist() if not info.is_dir())
-    except (OSError, zipfile.BadZipFile) as error:
-        raise DataError(f"--dataset {str(path)!r} is not readable as an archive: {error}") from error
+    except Exception as error:  # what zipfile raises has no class of its own
+        raise DataError(f"--dataset {str(path)!r} is not readable as an archive: {one_line(error)}") from error
     shown = [member for member in members if not any(part.startswith((".", "_")) for part in Path(member[0]).parts)]
     files = [File(path, size, name) for name, size in shown if extension(name) in TEXT_EXTENSIONS]
     if not files:

@@ -42,6 +42,11 @@ SMALL = 64 << 20  # bytes
 PEEK_LINES = 32  # of a file whose first line is no JSON, to tell whether it is JSON Lines all the same
 BATCH = 256  # rows of a table that become objects at once
 DEEPEST = 100  # levels of a row; Python's own limit depends on who calls, and on how a row is walked through
+BYTES = {
+    pyarrow.string(): pyarrow.binary(),
+    pyarrow.large_string(): pyarrow.large_binary(),
+    pyarrow.string_view(): pyarrow.binary_view(),
+}
 NOT_UTF8 = "is not UTF-8"
 TOO_DEEP = f"is nested too deep; accepted: {DEEPEST} levels"
 
@@ -180,11 +185,12 @@ def _open_table(path: Path) -> Callable[[], Iterator[Row]]:
     is_parquet = path.suffix.lower() == ".parquet"
     try:
         schema = pyarrow.parquet.read_schema(path) if is_parquet else _arrow_schema(path)
+        names = schema.names
     except Exception as error:
         what = "Parquet" if is_parquet else "Arrow"
         raise DataError(f"--dataset {str(path)!r} is not readable as {what}: {one_line(error)}") from error
-    if len(set(schema.names)) < len(schema.names):
-        raise DataError(f"--dataset {str(path)!r}: the columns {schema.names} name one twice")
+    if len(set(names)) < len(names):
+        raise DataError(f"--dataset {str(path)!r}: the columns {names} name one twice")
 
     def read() -> Iterator[Row]:
         decode = _decoder(schema)
@@ -201,9 +207,20 @@ def _arrow_batches(path: Path) -> Iterator[pyarrow.RecordBatch]:
     """Both forms of Arrow's own files, told apart by their beginning."""
     with pyarrow.memory_map(str(path)) as source, _arrow_reader(source) as reader:
         if isinstance(reader, pyarrow.ipc.RecordBatchFileReader):
-            yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
+            yield from (_validated(reader.get_batch(i)) for i in range(reader.num_record_batches))
         else:
-            yield from reader
+            yield from map(_validated, reader)
+
+
+def _validated(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
+    """The same, if what its file says of places and lengths is so: where it is not, pyarrow ends the process.
+
+    Text is looked at as bytes, since bytes that are no text are a matter of their row.
+    """
+    batch.validate()
+    for column in batch.columns:
+        column.view(BYTES.get(column.type, column.type)).validate(full=True)
+    return batch
 
 
 def _arrow_reader(
@@ -263,12 +280,15 @@ def _cell(column: pyarrow.Array) -> Any:
     try:
         return column.to_pylist(maps_as_pydicts=None)[0]
     except Exception:
-        is_text = pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)
+        is_text = column.type in BYTES
     try:
-        value = column.cast(pyarrow.large_binary() if is_text else pyarrow.string())[0].as_py()
+        return (
+            column.view(BYTES[column.type])[0].as_py().decode(errors="replace")
+            if is_text
+            else column.cast(pyarrow.string())[0].as_py()
+        )
     except Exception:
         return None
-    return value.decode(errors="replace") if is_text else value
 
 
 def _open_saved(path: Path, split: str | None) -> tuple[list[Part], list[str], str, bool]:
