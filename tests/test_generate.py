@@ -1,7 +1,9 @@
 """`python -m qstar.generate` as users run it: outputs, resume, refusals, every schema."""
 
+import gzip
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -103,7 +105,7 @@ def test_formats(tmp_path, output_format):
 def test_several_files_are_one_dataset(tmp_path, capsys):
     """What the files' rows in one file give, byte for byte; and no other order of them goes on with it."""
     (tmp_path / "data").mkdir()
-    rows = [{"prompt": f"What is 2 + {i}?"} for i in range(6)]
+    rows = [{"prompt": f"What is 2 + {i}?", "answer": str(2 + i)} for i in range(6)]
     whole = write_lines(tmp_path / "whole.jsonl", rows)
     write_lines(tmp_path / "data" / "b.jsonl", rows[2:4])
     with pyarrow.CompressedOutputStream(str(tmp_path / "data" / "a.jsonl.zst"), "zstd") as file:
@@ -115,13 +117,39 @@ def test_several_files_are_one_dataset(tmp_path, capsys):
     assert run(tmp_path, *argv, name="several/x.jsonl") == 0
     for name in ("x.jsonl", "x.diagnostics.jsonl"):
         assert (tmp_path / "several" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    for name, data in (("s", several), ("w", [str(whole)])):
+        assert score(["--dataset", *data, "--output", str(tmp_path / f"{name}.jsonl")]) == 0
+    assert (tmp_path / "s.jsonl").read_bytes() == (tmp_path / "w.jsonl").read_bytes()
     capsys.readouterr()
     assert run(tmp_path, "--save-diagnostics", "--dataset", *several[::-1], name="several/x.jsonl") == 1
     assert "was started with --dataset = [" in capsys.readouterr().err
     write_lines(tmp_path / "data" / "c.jsonl", rows[:1])
     assert run(tmp_path, *argv, name="several/x.jsonl") == 1
     assert "was started with dataset content = " in capsys.readouterr().err
-    assert score(["--dataset", str(tmp_path / "several" / "x.jsonl"), "--output", str(tmp_path / "s.jsonl")]) == 0
+    assert score(["--dataset", str(tmp_path / "several" / "x.jsonl"), "--output", str(tmp_path / "again.jsonl")]) == 0
+
+
+def test_data_that_break_off(tmp_path, capsys):
+    """A broken row is an error; where a file ends too soon the run ends in one line, and keeps what it has."""
+    noise = random.Random(0)
+    rows = [json.dumps({"prompt": f"What is {i} + 1?", "x": noise.randbytes(1024).hex()}) for i in range(200)]
+    rows[0] = rows[0][:-2]
+    data = tmp_path / "data.jsonl.gz"
+    data.write_bytes(gzip.compress("\n".join(rows).encode())[:-1000])
+    assert run(tmp_path, "--dataset", str(data), name="whole.jsonl") == 1
+    assert "breaks off after" in capsys.readouterr().err
+    assert not (tmp_path / "whole.jsonl").exists()  # so few rows are gone through at the start
+    argv = ["--dataset", str(data), "--batch-size", "8", "--num-samples", "199"]
+    assert run(tmp_path, *argv) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert re.search(r"data.jsonl.gz' breaks off after \d+ rows: OSError: Truncated", said)
+    samples = lines(tmp_path / "x.jsonl")
+    assert [line["prompt_index"] for line in samples] == list(range(1, len(samples) + 1))
+    assert len(samples) > 30
+    (error,) = lines(tmp_path / "x.errors.jsonl")
+    assert error["metadata"] == {"row": rows[0]}
+    assert run(tmp_path, *argv) == 1
+    assert lines(tmp_path / "x.jsonl") == samples
 
 
 @pytest.mark.parametrize("kills", [8, pytest.param(24, marks=pytest.mark.slow)])
