@@ -106,7 +106,7 @@ def title_of(dataset: str) -> str:
     suffixes = (*PACKED, ARCHIVE, *TEXT_EXTENSIONS, *TABLE_EXTENSIONS)
     while name.suffix.lower() in suffixes:
         name = name.with_suffix("")
-    return name.name
+    return name.name or dataset
 
 
 def _unpacked(source: Path | BinaryIO, name: str) -> BinaryIO:
@@ -123,7 +123,7 @@ def path_of(dataset: str) -> Path:
 
 def is_saved(path: Path) -> bool:
     """Whether it is a folder that `save_to_disk` wrote."""
-    marks = [(path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json", "state.json")]
+    marks = [os.path.isfile(path / name) for name in ("dataset_dict.json", "dataset_info.json", "state.json")]
     return marks[0] or all(marks[1:])
 
 
@@ -136,13 +136,9 @@ def is_local(dataset: str) -> bool:
     if not dataset or "://" in dataset:
         raise DataError(f"--dataset {dataset!r}; accepted: files and folders of this machine, names of hub datasets")
     path = path_of(dataset)
-    try:
-        if path.exists():
-            return True
-    except OSError:  # a name that no file could have
-        return False
-    is_named = extension(path.name) or path.suffix.lower() in (*PACKED, ARCHIVE)
-    return bool(is_named) or glob.has_magic(dataset) or dataset.startswith((".", "/", "~", "\\"))
+    is_named = bool(extension(path.name)) or path.suffix.lower() in (*PACKED, ARCHIVE)
+    is_path = glob.has_magic(dataset) or dataset.startswith((".", "/", "~", "\\"))
+    return is_named or is_path or os.path.exists(path)  # that of Path raises errors for names that no file could have
 
 
 def files_of(dataset: str, split: str | None, config: str | None) -> Found:
@@ -163,7 +159,7 @@ def files_of(dataset: str, split: str | None, config: str | None) -> Found:
             return _of_folder(dataset, _snapshot(path), split, config)
         if path.exists() or not glob.has_magic(dataset):
             raise DataError(f"--dataset {dataset!r}: {'no file or folder' if path.exists() else 'no such file'}")
-        found = {Path(name) for name in glob.glob(str(path), recursive=True)}
+        found = [Path(name) for name in glob.glob(str(path), recursive=True)]
         if not found:
             raise DataError(f"--dataset {dataset!r}: no file matches the pattern")
         return Found(*_of_many(dataset, found, "the pattern"))
@@ -185,19 +181,19 @@ def _of_folder(dataset: str, path: Path, split: str | None, config: str | None) 
     if _has_configurations(path):
         try:
             builder = datasets.load_dataset_builder(str(path), config)
+            splits = {str(name): [Path(file) for file in files] for name, files in builder.config.data_files.items()}
         except Exception as error:  # whatever may be wrong with what the README.md says
             raise DataError(f"{CONFIG} {config!r}: the README.md of {dataset!r}: {one_line(error)}") from error
-        splits = {str(name): [Path(file) for file in files] for name, files in builder.config.data_files.items()}
-        where = f"configuration {builder.config.name!r}, split {{}} of the README.md of the folder"
+        where = f"of configuration {builder.config.name!r} in the README.md of the folder"
         chose.add(CONFIG)
     else:
         found = list(_walk(path))
         ignored = FILES_TO_IGNORE
         splits = _splits(path, [file for file in found if _is_data(file) and file.name not in ignored])
-        where = f"split {{}} of the folder, whose files are called {' and '.join(splits)}"
+        where = f"of the folder, whose files are called {' and '.join(splits)}"
     if splits:
         chosen = choose_split(dataset, list(splits), split)
-        found, where = splits[chosen], where.format(repr(chosen))
+        found, where = splits[chosen], f"split {chosen!r} {where}"
         chose.add(SPLIT)
     else:
         where = "the folder, with those below it"
@@ -276,7 +272,7 @@ def _of_many(
 ) -> tuple[list[File], list[str]]:
     """The files of rows among those, in the order of their names, and what to say of them."""
     files, others = [], 0
-    for path in sorted(paths):
+    for path in sorted(set(paths)):
         if path.name in ("state.json", "dataset_dict.json") and is_saved(path.parent):
             raise DataError(f"--dataset {dataset!r}: `save_to_disk` wrote {str(path.parent)!r}; name that by itself")
         if not _is_data(path) or path.name in ignored or path.is_dir():
