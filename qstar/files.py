@@ -1,6 +1,8 @@
 """Which files a `--dataset` means: one, those of an archive, of a folder or of a pattern; packed or not."""
 
+import bz2
 import glob
+import gzip
 import hashlib
 import io
 import lzma
@@ -16,7 +18,8 @@ import pyarrow
 # What a file of rows may be called, and what may follow it where it is packed; `.zip` holds one or more of them.
 TEXT_EXTENSIONS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt")
 TABLE_EXTENSIONS = (".parquet", ".arrow", ".feather")
-PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
+STANDARD = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+PACKED = (*STANDARD, ".zst", ".lz4")
 ARCHIVE = ".zip"
 ACCEPTED = (
     f"{', '.join(TEXT_EXTENSIONS)} (also with {', '.join(PACKED)} after it, or in a {ARCHIVE}), "
@@ -82,9 +85,9 @@ class File:
 def _unpacked(source: Path | BinaryIO, name: str) -> BinaryIO:
     """The bytes of a file, by what its name says of how it is packed; what is cut short raises an error at its end."""
     suffix = Path(name.lower()).suffix
-    if suffix == ".xz":
-        return lzma.open(source)
-    codec = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}.get(suffix)
+    if suffix in STANDARD:
+        return STANDARD[suffix](source)
+    codec = {".zst": "zstd", ".lz4": "lz4"}.get(suffix)
     return pyarrow.input_stream(str(source) if isinstance(source, Path) else source, compression=codec)
 
 

@@ -327,11 +327,12 @@ def _open_json(file: File, is_row: Callable[[dict[str, Any]], bool]) -> tuple[Ca
     A document goes over several lines, none of which is an object alone but perhaps the last of a list's.
     """
     try:
-        lines = list(itertools.islice(_lines(file), PEEK_LINES))
+        lines = list(itertools.islice(_lines(file), 2))
         if not lines:
             raise DataError(f"--dataset {str(file)!r} has no rows")
         if len(lines) > 1 and _is_object_or_text(lines[0]):
             return lambda: map(_json_line, _lines(file)), []
+        lines = list(itertools.islice(_lines(file), PEEK_LINES))
         are_lines = len(lines) > 1 and any(line.lstrip().startswith("{") and _is_object_or_text(line) for line in lines)
         if are_lines and lines[0].strip() not in ("[", "{"):
             return lambda: map(_json_line, _lines(file)), []
