@@ -1,6 +1,8 @@
 """Which files a `--dataset` means: one, those of an archive, of a folder or of a pattern; packed or not."""
 
+import bz2
 import glob
+import gzip
 import hashlib
 import io
 import itertools
@@ -23,13 +25,13 @@ from datasets.utils.logging import disable_progress_bar
 # What a file of rows may be called, and what may follow it where it is packed; an archive holds one or more of them.
 TEXT_EXTENSIONS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt")
 TABLE_EXTENSIONS = (".parquet", ".arrow", ".feather")
-PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
+STANDARD = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+PACKED = (*STANDARD, ".zst", ".lz4")
 ARCHIVE = ".zip"
 ACCEPTED = (
     f"{', '.join(TEXT_EXTENSIONS)} (also with {', '.join(PACKED)} after it, or in a {ARCHIVE}), "
     f"{', '.join(TABLE_EXTENSIONS)}"
 )
-CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}  # pyarrow's; it has none for .xz
 SPLIT, CONFIG = "--dataset-split", "--dataset-config"
 
 
@@ -112,9 +114,10 @@ def title_of(dataset: str) -> str:
 def _unpacked(source: Path | BinaryIO, name: str) -> BinaryIO:
     """The bytes of a file, by what its name says of how it is packed; what is cut short raises an error at its end."""
     suffix = Path(name.lower()).suffix
-    if suffix == ".xz":
-        return lzma.open(source)
-    return pyarrow.input_stream(str(source) if isinstance(source, Path) else source, compression=CODECS.get(suffix))
+    if suffix in STANDARD:
+        return STANDARD[suffix](source)
+    codec = {".zst": "zstd", ".lz4": "lz4"}.get(suffix)
+    return pyarrow.input_stream(str(source) if isinstance(source, Path) else source, compression=codec)
 
 
 def path_of(dataset: str) -> Path:

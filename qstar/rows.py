@@ -429,10 +429,12 @@ def _shown(text: str) -> str:
 def _open_json(file: File, is_row: Callable[[dict[str, Any]], bool]) -> tuple[Callable[[], Iterator[Row]], list[str]]:
     """Tells JSON Lines from one JSON document by the content, since both are found under either extension."""
     try:
-        lines = list(itertools.islice(_lines(file), PEEK_LINES))
+        lines = list(itertools.islice(_lines(file), 2))
         if not lines:
             raise DataError(f"--dataset {str(file)!r} has no rows")
-        if not _is_document(lines):
+        if len(lines) > 1 and _is_object_or_text(lines[0]):
+            return lambda: map(_json_line, _lines(file)), []
+        if not _is_document(list(itertools.islice(_lines(file), PEEK_LINES))):
             return lambda: map(_json_line, _lines(file)), []
         stat = file.path.stat()
         stamp = (stat.st_mtime_ns, stat.st_size)

@@ -29,6 +29,8 @@ def server_arguments(parser: Parser, args: Namespace, of_vllm: list[str]) -> Nam
         options = engine_options(pair, said.dtype, rule)
     except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))
+    for note in pair.notes:
+        print(f"Warning: {note}")
     theirs.set_defaults(**options, served_model_name=[NAME])
     complete = theirs.parse_args(of_vllm)
     for name in OWN:

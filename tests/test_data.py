@@ -315,7 +315,7 @@ def test_rows_are_read_as_they_are_asked_for(write):
     rows = b"".join(b'{"prompt": "%d %s"}\n' % (i, random.Random(i).randbytes(2048).hex().encode()) for i in range(500))
     path = write(gzip.compress(rows)[:-100], "rows.jsonl.gz")
     assert [p.index for p in load_prompts(path, limit=40)] == list(range(40))
-    with pytest.raises(DataError, match=r"breaks off after \d+ rows: OSError: Truncated"):
+    with pytest.raises(DataError, match=r"breaks off after \d+ rows: EOFError"):
         list(load_prompts(path))
 
 
@@ -363,7 +363,7 @@ def test_fingerprint_follows_the_bytes(write):
         ("numbers.json", "[1, 2]", "the first row is of type int, not an object"),
         ("bytes.json", b'{"prompt":\n"\xff\xfe"}', "is not UTF-8"),
         ("bytes.txt", b"\xff\xfe", "the first row is not UTF-8"),
-        ("rows.json.gz", "[]", "is not readable as JSON: OSError"),
+        ("rows.json.gz", "[]", "is not readable as JSON: BadGzipFile"),
         ("broken.parquet", "PAR1", "is not readable as Parquet"),
         ("twice.csv", "a,a\n1,2\n", "the header ['a', 'a'] names a column twice"),
         ("quote.csv", 'prompt\n"a\nb\n', "breaks off after 0 rows: Error: unexpected end of data"),

@@ -22,10 +22,14 @@ from tests.fuzz_compare import disagreements
 KEPT = [json.loads(line) for line in fuzz.EXAMPLES.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("impl", ["cpu", "triton"])
-def test_what_was_found_before(impl):
+@pytest.mark.parametrize(
+    ("impl", "found_by"),
+    [("cpu", ("cpu", "triton")), ("triton", ("triton",)), pytest.param("triton", ("cpu",), marks=pytest.mark.slow)],
+)
+def test_what_was_found_before(impl, found_by):
     """Each in turn, in a process of its own: what is wrong is printed with its case."""
-    cases = [x["case"] for x in KEPT if impl == "cpu" or "float64" not in x["case"]["types"]]
+    kept = [x["case"] for x in KEPT if x["impl"] in found_by]
+    cases = [case for case in kept if impl == "cpu" or "float64" not in case["types"]]
     cases = list({json.dumps(case): case for case in cases}.values())
     found = fuzz.replay(cases, impl)
     print(*found, sep="\n")

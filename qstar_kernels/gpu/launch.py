@@ -52,11 +52,12 @@ def quadrature(device: torch.device) -> Tensor:
 
     s is the mean of F' over [0, 1], so F'(x) − s = ∫ F''(y) (y − [y > x]) dy.
     """
-    nodes = torch.arange(7, dtype=torch.float64) / 6
-    weights = torch.zeros(2, 8, 8, dtype=torch.float64)
+    # whatever the default device is
+    nodes = torch.arange(7, dtype=torch.float64, device="cpu") / 6
+    weights = torch.zeros(2, 8, 8, dtype=torch.float64, device="cpu")
     for which, used in enumerate((range(7), range(0, 7, 2))):
         used = list(used)
-        powers = torch.arange(len(used))
+        powers = torch.arange(len(used), device="cpu")
         # column j: coefficients of the polynomial that is 1 at node j and 0 at the others
         lagrange = torch.linalg.inv(nodes[used][:, None] ** powers)
         for k, x in enumerate(nodes):
