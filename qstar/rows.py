@@ -2,7 +2,7 @@
 
 Local JSON, CSV and text are read here and not by the builders of `datasets`: those fit all rows into one table, which
 fills the keys a row never had with nulls, turns the text `007` into the number 7 and dates into timestamps, and shifts
-the columns of a CSV row with a field too many. Parquet and the hub come through `datasets`, streamed.
+the columns of a CSV row with a field too many. Tables are read by pyarrow, the hub by `datasets`, streamed.
 """
 
 import csv
