@@ -135,14 +135,14 @@ def test_data_that_break_off(tmp_path, capsys):
     rows = [json.dumps({"prompt": f"What is {i} + 1?", "x": noise.randbytes(1024).hex()}) for i in range(200)]
     rows[0] = rows[0][:-2]
     data = tmp_path / "data.jsonl.gz"
-    data.write_bytes(gzip.compress("\n".join(rows).encode())[:-1000])
+    data.write_bytes(gzip.compress("\n".join(rows).encode())[:-5000])
     assert run(tmp_path, "--dataset", str(data), name="whole.jsonl") == 1
     assert "breaks off after" in capsys.readouterr().err
     assert not (tmp_path / "whole.jsonl").exists()  # so few rows are gone through at the start
     argv = ["--dataset", str(data), "--batch-size", "8", "--num-samples", "199"]
     assert run(tmp_path, *argv) == 1
     (said,) = capsys.readouterr().err.splitlines()
-    assert re.search(r"data.jsonl.gz' breaks off after \d+ rows: OSError: Truncated", said)
+    assert re.search(r"data.jsonl.gz' breaks off after \d+ rows: EOFError", said)
     samples = lines(tmp_path / "x.jsonl")
     assert [line["prompt_index"] for line in samples] == list(range(1, len(samples) + 1))
     assert len(samples) > 30
