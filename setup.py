@@ -28,7 +28,7 @@ setup(
         "torch>=2.13",
         "triton>=3.7; platform_system == 'Linux'",
         "numpy>=1.24",
-        "pyarrow>=17",
+        "pyarrow>=20",
         "transformers>=5.2,<6",
         "datasets>=5.0",
         "accelerate>=1.1",

@@ -25,8 +25,9 @@ from datasets.utils.logging import disable_progress_bar
 # What a file of rows may be called, and what may follow it where it is packed; an archive holds one or more of them.
 TEXT_EXTENSIONS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt")
 TABLE_EXTENSIONS = (".parquet", ".arrow", ".feather")
-STANDARD = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-PACKED = (*STANDARD, ".zst", ".lz4")
+STANDARD = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}  # they read what stands before a cut
+CODECS = {".zst": "zstd", ".lz4": "lz4"}  # pyarrow's
+PACKED = (*STANDARD, *CODECS)
 ARCHIVE = ".zip"
 ACCEPTED = (
     f"{', '.join(TEXT_EXTENSIONS)} (also with {', '.join(PACKED)} after it, or in a {ARCHIVE}), "
@@ -116,8 +117,7 @@ def _unpacked(source: Path | BinaryIO, name: str) -> BinaryIO:
     suffix = Path(name.lower()).suffix
     if suffix in STANDARD:
         return STANDARD[suffix](source)
-    codec = {".zst": "zstd", ".lz4": "lz4"}.get(suffix)
-    return pyarrow.input_stream(str(source) if isinstance(source, Path) else source, compression=codec)
+    return pyarrow.input_stream(str(source) if isinstance(source, Path) else source, compression=CODECS.get(suffix))
 
 
 def path_of(dataset: str) -> Path:

@@ -432,9 +432,9 @@ def _open_json(file: File, is_row: Callable[[dict[str, Any]], bool]) -> tuple[Ca
         lines = list(itertools.islice(_lines(file), 2))
         if not lines:
             raise DataError(f"--dataset {str(file)!r} has no rows")
-        if len(lines) > 1 and _is_object_or_text(lines[0]):
-            return lambda: map(_json_line, _lines(file)), []
-        if not _is_document(list(itertools.islice(_lines(file), PEEK_LINES))):
+        if len(lines) > 1 and not _is_object_or_text(lines[0]):
+            lines = list(itertools.islice(_lines(file), PEEK_LINES))
+        if not _is_document(lines):
             return lambda: map(_json_line, _lines(file)), []
         stat = file.path.stat()
         stamp = (stat.st_mtime_ns, stat.st_size)

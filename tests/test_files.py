@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qstar.data import DataError, load_prompts
-from qstar.files import ARCHIVE, PACKED, TABLE_EXTENSIONS, title_of
+from qstar.files import ARCHIVE, CODECS, PACKED, TABLE_EXTENSIONS, title_of
 from qstar.rows import DEEPEST
 
 CASES = Path(__file__).parents[2] / "shared" / "cases"
@@ -35,9 +35,9 @@ def pack(content: bytes, how: str, name: str = "rows.jsonl") -> bytes:
         with zipfile.ZipFile(packed, "w") as archive:
             archive.writestr(name, content)
         return packed.getvalue()
-    if how in (".zst", ".lz4"):
+    if how in CODECS:
         packed = pa.BufferOutputStream()
-        with pa.CompressedOutputStream(packed, {".zst": "zstd", ".lz4": "lz4"}[how]) as file:
+        with pa.CompressedOutputStream(packed, CODECS[how]) as file:
             file.write(content)
         return packed.getvalue().to_pybytes()
     if how == ".xz":
