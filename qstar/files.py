@@ -327,10 +327,14 @@ def sha256(paths: list[Path]) -> str:
                 digests.append(hashlib.file_digest(file, "sha256").hexdigest())
         except OSError as error:
             raise DataError(f"--dataset {str(path)!r} is not readable: {error}") from error
-    if len(paths) == 1:
-        return digests[0]
-    lines = (f"{digest} {path.suffix.lower()}" for digest, path in zip(digests, paths, strict=True))
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    if len(paths) > 1:
+        digests = [f"{digest} {path.suffix.lower()}" for digest, path in zip(digests, paths, strict=True)]
+    return joined(digests)
+
+
+def joined(digests: list[str]) -> str:
+    """One digest in place of several, in their order; one alone stays as it is."""
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def one_line(error: Exception) -> str:

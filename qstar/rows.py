@@ -33,6 +33,7 @@ from qstar.files import (
     files_of,
     is_local,
     is_saved,
+    joined,
     one_line,
     path_of,
     sha256,
@@ -150,8 +151,7 @@ def open_rows(
     for flag, value in ((SPLIT, split), (CONFIG, config)):
         if value is not None and flag not in chose:
             raise DataError(f"{flag} {value!r}: {', '.join(names)!r} is local, and has none; leave {flag} out")
-    whole = fingerprints[0] if len(names) == 1 else hashlib.sha256("\n".join(fingerprints).encode()).hexdigest()
-    return Rows(parts, limit), list(dict.fromkeys(notes)), whole
+    return Rows(parts, limit), list(dict.fromkeys(notes)), joined(fingerprints)
 
 
 def _open_file(file: File, is_row: Callable[[dict[str, Any]], bool]) -> tuple[Part, list[str]]:
