@@ -309,6 +309,9 @@ def _members(path: Path) -> tuple[list[File], int]:
     files = [File(path, size, name) for name, size in shown if extension(name) in TEXT_EXTENSIONS]
     if not files:
         raise DataError(f"--dataset {str(path)!r} has no file of rows; accepted: {', '.join(TEXT_EXTENSIONS)}")
+    twice = next((str(one) for one, other in itertools.pairwise(files) if one.member == other.member), None)
+    if twice is not None:  # one may have been meant to take the other's place
+        raise DataError(f"--dataset {twice!r}: the archive has two files of that name")
     return files, len(shown) - len(files)
 
 

@@ -10,6 +10,7 @@ import lzma
 import os
 import random
 import tracemalloc
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -261,6 +262,15 @@ def test_archive_of_several_files(tmp_path):
     assert texts(str(tmp_path / "x.zip")) == ["b", "c", "a"]
     said = "3 files of the archive, by name (1 of other kinds left out)"
     assert load_prompts(str(tmp_path / "x.zip")).description.endswith(said)
+
+
+def test_an_archive_with_two_files_of_one_name(tmp_path):
+    """Which is meant nobody can tell; of those that are no rows it does not matter."""
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive, warnings.catch_warnings(action="ignore"):
+        for name in ("notes.md", "notes.md", "a.jsonl", "b.jsonl", "a.jsonl"):
+            archive.writestr(name, '{"prompt": "a"}')
+    with pytest.raises(DataError, match=r"x\.zip::a\.jsonl': the archive has two files of that name"):
+        load_prompts(str(tmp_path / "x.zip"))
 
 
 ENTRY = b"PK\x01\x02"  # of an archive's directory; the flags are 8 bytes from its beginning
