@@ -141,6 +141,28 @@ def test_folders_are_read_through_links_and_to_their_end(write, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("**/*.jsonl", ["c", "a", "b"]),
+        ("**", ["c", "a", "b"]),
+        ("all/**/*.jsonl", ["a", "c", "b"]),
+        ("all/**/elsewhere/**/b*", ["b"]),
+        ("*/*.jsonl", ["a", "b"]),
+        ("*/back/*.jsonl", ["c"]),
+    ],
+)
+def test_patterns_go_through_links_once(write, tmp_path, pattern, found):
+    """Two links that lead back are more ways round than anything could go."""
+    write([{"prompt": "a"}], "all/a.jsonl")
+    write([{"prompt": "b"}], "elsewhere/b.jsonl")
+    write([{"prompt": "c"}], "_c.jsonl")
+    write([{"prompt": "no"}], ".hidden/c.jsonl")
+    for name in ("all/back", "elsewhere/back"):
+        (tmp_path / name).symlink_to(tmp_path)
+    assert texts(str(tmp_path / pattern)) == found
+
+
+@pytest.mark.parametrize(
     "names",
     [
         ("train.jsonl", "test.jsonl"),
