@@ -193,7 +193,7 @@ def _open_table(path: Path) -> Callable[[], Iterator[Row]]:
         raise DataError(f"--dataset {str(path)!r}: the columns {names} name one twice")
 
     def read() -> Iterator[Row]:
-        decode = _decoder(schema)
+        decode = _decoder(_features_of(schema))
         if is_parquet:
             with pyarrow.parquet.ParquetFile(path) as file:
                 yield from _table_rows(file.iter_batches(BATCH), decode)
@@ -236,12 +236,18 @@ def _arrow_schema(path: Path) -> pyarrow.Schema:
         return reader.schema
 
 
-def _decoder(schema: pyarrow.Schema) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """What makes objects of the JSON that `datasets` keeps as text."""
+def _features_of(schema: pyarrow.Schema) -> datasets.Features | None:
     try:
-        features = datasets.Features.from_arrow_schema(schema)
+        return datasets.Features.from_arrow_schema(schema)
     except Exception:  # it has no name for one of the types, or its own metadata are damaged
+        return None
+
+
+def _decoder(features: datasets.Features | None) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """What makes objects of the JSON that `datasets` keeps as text; images and sound stay bytes."""
+    if features is None:
         return lambda row: row
+    features = features.copy()
     _switch_decoding_off(features)
     return datasets.Features(dict(features)).decode_example  # a new one: the old remembers which columns to decode
 
@@ -294,20 +300,30 @@ def _cell(column: pyarrow.Array) -> Any:
 def _open_saved(path: Path, split: str | None) -> tuple[list[Part], list[str], str, bool]:
     """A folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`.
 
+    `datasets` itself gives up where one row cannot be read, and would apply the format that a dataset was saved with.
+
     Returns:
         its rows, notes, a fingerprint, and whether it has splits.
     """
+
+    def said(folder: Path, name: str) -> dict[str, Any]:
+        return json.loads((folder / name).read_text(encoding="utf-8"))
+
+    notes, folder, has_splits = ["a dataset that `save_to_disk` wrote"], path, not (path / "state.json").is_file()
     try:
-        saved = datasets.load_from_disk(str(path), keep_in_memory=False)  # in memory it would not tell its files
+        if has_splits:
+            chosen = choose_split(str(path), said(path, "dataset_dict.json")["splits"], split)
+            folder, notes = path / chosen, [f"split {chosen!r} of a dataset that `save_to_disk` wrote"]
+        state = said(folder, "state.json")
+        sizes = {file: file.stat().st_size for file in (folder / each["filename"] for each in state["_data_files"])}
+    except DataError:
+        raise
     except Exception as error:
         raise DataError(f"--dataset {str(path)!r} is not readable as a saved dataset: {one_line(error)}") from error
-    notes, has_splits = ["a dataset that `save_to_disk` wrote"], isinstance(saved, datasets.DatasetDict)
-    if has_splits:
-        chosen = choose_split(str(path), list(saved), split)
-        saved, notes = saved[chosen], [f"split {chosen!r} of a dataset that `save_to_disk` wrote"]
-    files = [Path(file["filename"]) for file in saved.cache_files]
-    rows = _arrow_rows(saved.to_iterable_dataset())
-    return [Part(str(path), rows, sum(file.stat().st_size for file in files))], notes, sha256(files), has_splits
+    if state.get("_indices_data_files"):  # which rows, in which order; later versions write them as they are
+        raise DataError(f"--dataset {str(path)!r} was saved with indices, by `datasets` 1; `flatten_indices` it there")
+    parts = [Part(str(file), _open_table(file), size) for file, size in sizes.items()]
+    return parts, notes, sha256(list(sizes)), has_splits
 
 
 def _open_hub(name: str, split: str | None, config: str | None) -> tuple[list[Part], list[str], str]:
@@ -323,35 +339,22 @@ def _open_hub(name: str, split: str | None, config: str | None) -> tuple[list[Pa
     chosen = choose_split(name, list(splits), split)
     identity = json.dumps([name, builder.config.name, chosen, builder.hash])
     notes = [f"configuration {builder.config.name!r}, split {chosen!r} of the hub dataset {name!r}"]
-    return [Part(name, _arrow_rows(splits[chosen]))], notes, hashlib.sha256(identity.encode()).hexdigest()
+    rows = splits[chosen].with_format("arrow")
 
+    def read() -> Iterator[Row]:
+        batches = (batch for table in rows.iter(BATCH) for batch in table.to_batches())
+        return _table_rows(batches, _decoder(rows.features))
 
-def _arrow_rows(rows: datasets.IterableDataset) -> Callable[[], Iterator[Row]]:
-    """A reader without the null keys of nested objects: Arrow gives an object every key of the other rows' objects."""
-
-    rows = _without_decoding(rows)
-    return lambda: ({name: _without_nulls(value) for name, value in row.items()} for row in rows)
+    return [Part(name, read)], notes, hashlib.sha256(identity.encode()).hexdigest()
 
 
 def _without_nulls(value: Any) -> Any:
+    """The same without the null keys of nested objects: Arrow gives an object every key of the other rows' objects."""
     if isinstance(value, list):
         return [_without_nulls(item) for item in value]
     if isinstance(value, dict):
         return {name: _without_nulls(item) for name, item in value.items() if item is not None}
     return value
-
-
-def _without_decoding(rows: datasets.IterableDataset) -> datasets.IterableDataset:
-    """Leaves images and sound as bytes: decoding needs further packages, and a prompt is text.
-
-    `IterableDataset.decode(False)` would also leave JSON columns as text.
-    """
-    if rows.features is None:
-        return rows
-    features = rows.features.copy()
-    _switch_decoding_off(features)
-    # A new Features, since the old one remembers which columns to decode.
-    return rows if features == rows.features else rows.cast(datasets.Features(dict(features)))
 
 
 def _switch_decoding_off(feature: Any) -> None:

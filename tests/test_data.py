@@ -444,6 +444,18 @@ def test_hub_split_to_be_chosen(hub):
             load_prompts("nobody/poems", split=split)
 
 
+def test_a_broken_row_of_the_hub_fails_alone(tmp_path, monkeypatch):
+    features = datasets.Features({"prompt": datasets.Value("string"), "j": datasets.Json(), "i": datasets.Image()})
+    columns = {"prompt": ["a", "b", "c"], "j": ['{"k": [1]}', "{", None], "i": [{"bytes": b"x", "path": None}] * 3}
+    pq.write_table(pa.table(columns, schema=features.arrow_schema), tmp_path / "rows.parquet")
+    builder = datasets.load_dataset_builder("parquet", data_files=str(tmp_path / "rows.parquet"))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name, config: builder)
+    first, broken, last = load_prompts("nobody/poems")
+    assert (first.messages, first.metadata) == ([user("a")], {"j": {"k": [1]}, "i": {"bytes": "x"}})
+    assert broken.error.startswith("cannot be read: ")
+    assert (last.messages, last.metadata) == ([user("c")], {"j": None, "i": {"bytes": "x"}})
+
+
 def test_nothing_on_the_terminal(write, capfd):
     list(load_prompts(write([{"prompt": "a"}])))
     assert capfd.readouterr() == ("", "")

@@ -342,6 +342,44 @@ def test_saved_dataset(tmp_path):
         load_prompts(str(tmp_path / "one"))
 
 
+def saved(path: Path, table: pa.Table, how: dict) -> str:
+    datasets.Dataset(table).with_format(**how).save_to_disk(str(path), num_shards=2)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"type": "numpy"}, {"type": "pandas"}, {"type": "torch"}, {"type": "numpy", "columns": ["x"]}],
+    ids=str,
+)
+def test_a_saved_dataset_is_read_as_it_was_before_its_format(tmp_path, how):
+    rows = pa.table({"prompt": ["a", "b", "c"], "x": [[1], None, [2, 3]], "n": [1, 2, None]})
+    prompts = list(load_prompts(saved(tmp_path / "one", rows, how)))
+    assert [p.messages for p in prompts] == [[user("a")], [user("b")], [user("c")]]
+    assert [p.metadata for p in prompts] == [{"x": [1], "n": 1}, {"x": None, "n": 2}, {"x": [2, 3], "n": None}]
+
+
+def test_a_broken_row_of_a_saved_dataset_fails_alone(tmp_path):
+    rows = pa.table({"prompt": list("abcd"), "x": pa.array([0, 1, 2**45, 3]).view(pa.timestamp("s"))})
+    found = texts(saved(tmp_path / "one", rows, {}))
+    assert found[:2] + found[3:] == ["a", "b", "d"]
+    assert found[2].startswith("cannot be read: OverflowError")
+
+
+def test_saved_datasets_that_cannot_be_read(tmp_path):
+    folder = Path(saved(tmp_path / "one", pa.table({"prompt": ["a", "b"]}), {}))
+    state = json.loads((folder / "state.json").read_text())
+    for damage, message in (
+        ({"_indices_data_files": [{"filename": "indices.arrow"}]}, "was saved with indices"),
+        ({"_data_files": [{"filename": "other.arrow"}]}, "is not readable as a saved dataset: FileNotFoundError"),
+        ({"_data_files": 5}, "is not readable as a saved dataset: TypeError"),
+        ({"_data_files": []}, "has no rows"),
+    ):
+        (folder / "state.json").write_text(json.dumps(state | damage))
+        with pytest.raises(DataError, match=message):
+            load_prompts(str(folder))
+
+
 def test_fingerprint_follows_order_and_content(folder, write):
     first, second = str(folder / "z.arrow"), str(folder / "a.jsonl.zst")
     prints = [load_prompts(names).fingerprint for names in ([first, second], [second, first], [first], [str(folder)])]
