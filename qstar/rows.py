@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import datasets
 import pyarrow
@@ -42,6 +42,7 @@ from qstar.files import (
 SMALL = 64 << 20  # bytes
 PEEK_LINES = 32  # of a file whose first line is no JSON, to tell whether it is JSON Lines all the same
 BATCH = 256  # rows of a table that become objects at once
+DOUBT = 1 << 18  # characters of a CSV file; no field goes on for so long between two quotes
 DEEPEST = 100  # levels of a row; Python's own limit depends on who calls, and on how a row is walked through
 BYTES = {
     pyarrow.string(): pyarrow.binary(),
@@ -375,38 +376,75 @@ def _lines(file: File) -> Iterator[str]:
 
 
 def _csv_rows(file: File, delimiter: str) -> Iterator[Row]:
-    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is shorter than a long prompt
-    with file.text() as text:
-        lines: list[str] = []  # of one row; the last is empty where the file is at its end
+    """The rows of a CSV file.
 
-        def told() -> Iterator[str]:
-            for line in itertools.chain(text, [""]):
-                lines.append(line)
-                if line:
-                    yield line
+    Where something follows a closing quote, that quote may have been meant as text. Then the lines after it are of the
+    same field, and may look like rows until the quote that ends it, which is out of place. So rows after an error are
+    held back for as long as such a quote could come, and refused with it when one does. (Of stray quotes that stand
+    where CSV has its own nobody could know.)
+    """
+    field = rf'(?:[^"{delimiter}\r\n]*|"[^"]*(?:""[^"]*)*")'
+    in_place = re.compile(rf"{field}(?:{delimiter}{field})*[\r\n]*")
 
-        # strict: otherwise a quote that is never closed swallows the rest of the file.
-        rows = csv.reader(told(), delimiter=delimiter, strict=True)
-        header = next(filter(None, rows), [])
+    def row_of(values: list[str]) -> list[Row]:
+        if len(values) == len(header):
+            return [_checked(dict(zip(header, values, strict=True)))]
+        reason = f"has {len(values)} fields where the header has {len(header)}"
+        return [BadRow(reason, list(map(_shown, values)))] if values else []
+
+    def after(error: csv.Error, refused: str) -> Iterator[Row]:
+        reason, more, held, since = f"is not CSV: {one_line(error)}", "", [], ""
+        for values, text, number in read:
+            since += text
+            if isinstance(values, csv.Error) or len(values) not in (0, len(header)) or not in_place.fullmatch(text):
+                refused, held, since = refused + since, [], ""
+                more = f"; up to line {number} nobody can tell where a row begins"
+                if len(refused) > DOUBT:
+                    raise DataError(f"--dataset {str(file)!r}: a row {reason}{more}")
+            else:
+                held += row_of(values)
+                if len(since) > DOUBT:
+                    break
+        yield BadRow(reason + more, _shown(refused))
+        yield from held
+
+    with file.text() as content:
+        read = _csv_lines(content, delimiter)
+        header = next((values for values, _, _ in read if values), [])
+        if isinstance(header, csv.Error):
+            raise header
         if len(set(header)) < len(header):
             raise DataError(f"--dataset {str(file)!r}: the header {header} names a column twice")
         if any(map(_is_torn, header)):
             raise DataError(f"--dataset {str(file)!r}: the header {NOT_UTF8}")
-        while True:
-            lines.clear()
-            try:
-                values = next(rows)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                if not lines[-1]:  # a quote that is never closed: which rows are in it nobody can tell
-                    raise
-                yield BadRow(f"is not CSV: {one_line(error)}", _shown("".join(lines)))
-                continue
-            if len(values) == len(header):
-                yield _checked(dict(zip(header, values, strict=True)))
-            elif values:
-                yield BadRow(f"has {len(values)} fields where the header has {len(header)}", list(map(_shown, values)))
+        for values, text, _ in read:
+            yield from after(values, text) if isinstance(values, csv.Error) else row_of(values)
+
+
+def _csv_lines(text: TextIO, delimiter: str) -> Iterator[tuple[list[str] | csv.Error, str, int]]:
+    """The values of each row, or what is wrong with it; its text, and the number of its last line."""
+    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is shorter than a long prompt
+    lines: list[str] = []  # the last is empty where the file is at its end
+
+    def told() -> Iterator[str]:
+        for line in itertools.chain(text, [""]):
+            lines.append(line)
+            if line:
+                yield line
+
+    # strict: otherwise a quote that is never closed swallows the rest of the file.
+    rows = csv.reader(told(), delimiter=delimiter, strict=True)
+    while True:
+        lines.clear()
+        try:
+            values = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if not lines[-1]:  # a quote that is never closed: which rows are in it nobody can tell
+                raise
+            values = error
+        yield values, "".join(lines), rows.line_num
 
 
 def _checked(row: dict[str, str]) -> Row:

@@ -1,6 +1,7 @@
 """Files, folders and archives as datasets: what is read, in what order, and that a broken row fails alone."""
 
 import bz2
+import csv
 import datetime
 import decimal
 import gzip
@@ -24,7 +25,7 @@ from hypothesis import strategies as st
 
 from qstar.data import DataError, load_prompts
 from qstar.files import ARCHIVE, CODECS, PACKED, TABLE_EXTENSIONS, title_of
-from qstar.rows import DEEPEST
+from qstar.rows import DEEPEST, DOUBT
 
 CASES = Path(__file__).parents[2] / "shared" / "cases"
 
@@ -518,11 +519,15 @@ def test_csv_cell_that_is_not_utf8(write):
     assert second.messages == [user("b")]
 
 
+NOT_CSV = "is not CSV: Error: ',' expected after '\"'"
+
+
 @pytest.mark.parametrize(
     ("content", "rows"),
     [
-        ('prompt,x\n"a"b,1\nc,2\n', ["is not CSV: Error: ',' expected after '\"'", "c"]),
-        ('prompt,x\nb,2\n"a\na"a,1\nc,2\n', ["b", "is not CSV: Error: ',' expected after '\"'", "c"]),
+        ('prompt,x\n"a"b,1\nc,2\n', [NOT_CSV, "c"]),
+        ('prompt,x\nb,2\n"a\na"a,1\nc,2\n', ["b", NOT_CSV, "c"]),
+        ('prompt,x\n"a"b,1\n"c",2\n\nd,4\n', [NOT_CSV, "c", "d"]),
         ("prompt,x\na\nc,\n", ["has 1 fields where the header has 2", "c"]),
         ("prompt,x\nb,1,2\nc,\n", ["has 3 fields where the header has 2", "c"]),
         ("\n\nprompt,x\r\na,1\r\n\r\nc,2", ["a", "c"]),
@@ -532,6 +537,60 @@ def test_csv_cell_that_is_not_utf8(write):
 )
 def test_csv(write, content, rows):
     assert texts(write(content, "x.csv")) == rows
+
+
+@pytest.mark.parametrize(
+    ("field", "left"),
+    [
+        ('he said "hi"\nto me', ["c", "d"]),
+        ('he said "hi" to me\none,two\nthree', ["c", "d"]),
+        ('to me\none,two\nhe said "hi"\nfour,five\nsix', ["c", "d"]),
+        ('he said "hi", then\none,two\n\nleft', ["c", "d"]),
+        ('he "said":\n"hi"\none,two\nbye', ["c", "d"]),
+        ('he said "hi"\none,two\n', ["d"]),  # the quote at its end looks like the beginning of another field
+    ],
+)
+def test_a_field_of_csv_that_is_broken_is_refused_to_its_end(write, field, left):
+    """Its lines may look like rows."""
+    rows = {"a": "a,1\n", "": f'"{field}",2\n', "c": '"c",3\n', "d": "d,4\n"}
+    first, broken, *others = load_prompts(write("prompt,x\n" + "".join(rows.values()), "x.csv"))
+    refused = "".join(row for text, row in rows.items() if text not in ("a", *left))
+    last = 2 + refused.count("\n")
+    assert broken.error == f"{NOT_CSV}; up to line {last} nobody can tell where a row begins"
+    assert broken.metadata == {"row": refused}
+    assert [p.messages for p in (first, *others)] == [[user(text)] for text in ("a", *left)]
+
+
+def test_csv_errors_far_from_one_another_are_of_their_own(write):
+    broken, good = '"a"b,1\n', "c,2\n" * (DOUBT // 3)
+    found = texts(write(f"prompt,x\n{broken}{good}{broken}{good}", "x.csv"))
+    assert [found.count(text) for text in (NOT_CSV, "c")] == [2, len(found) - 2]
+    with pytest.raises(
+        DataError, match=r"x\.csv': a row is not CSV: .*; up to line \d+ nobody can tell where a row begins"
+    ):
+        load_prompts(write(f"prompt,x\n{broken * (DOUBT // 6)}c,2\n", "x.csv")).count()
+
+
+CELLS = st.text('ab,"\n', min_size=1, max_size=9)
+WITHOUT_QUOTES = st.text("ab,\n", max_size=9)
+
+
+@pytest.mark.parametrize("quoting", [csv.QUOTE_ALL, csv.QUOTE_MINIMAL])
+@given(st.lists(st.tuples(CELLS, CELLS), max_size=5), st.integers(0, 5), WITHOUT_QUOTES, WITHOUT_QUOTES)
+@settings(max_examples=150, deadline=None)
+def test_a_stray_quote_in_csv_makes_no_row_of_what_is_none(tmp_path_factory, quoting, rows, place, before, after):
+    """Every row that is read was written."""
+    path = tmp_path_factory.mktemp("csv") / "x.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, quoting=quoting, lineterminator="\n")
+        writer.writerows([("prompt", "x"), *rows[:place]])
+        file.write(f'"{before}"c{after}",b\n')
+        writer.writerows(rows[place:])
+    try:
+        read = [(p.messages[0]["content"], p.metadata["x"]) for p in load_prompts(str(path)) if p.error is None]
+    except DataError:
+        read = []  # none is left, or a quote of the last ones is never closed
+    assert [row for row in read if row not in rows] == []
 
 
 def test_csv_errors_keep_what_was_there(write):
