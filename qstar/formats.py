@@ -189,6 +189,7 @@ def usage(sample: Sample) -> dict[str, int]:
 
 
 NOTHING = pa.null()
+LONG = pa.decimal128(19)  # whole numbers among them that float64 has not
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 SCHEMAS = {
     "parquet": pa.schema(
@@ -283,7 +284,8 @@ def schema_of(output_format: str, rows: Iterable[dict[str, Any]]) -> pa.Schema:
     varying = dict.fromkeys(("reward_model", "extra_info"), NOTHING)
     for row in rows:
         varying = {name: wider(known, type_of(row[name])) for name, known in varying.items()}
-    return pa.schema([(field.name, varying.get(field.name, field.type)) for field in schema])
+    types = {name: settled(known) for name, known in varying.items() if known != NOTHING}  # that of no row
+    return pa.schema([(field.name, types.get(field.name, field.type)) for field in schema])
 
 
 def table_of(rows: Iterable[dict[str, Any]], schema: pa.Schema) -> pa.Table:
@@ -292,8 +294,8 @@ def table_of(rows: Iterable[dict[str, Any]], schema: pa.Schema) -> pa.Table:
 
 
 def type_of(value: Any) -> pa.DataType:
-    """The Parquet type of a value as JSON has it. What Parquet does not have, and lists of several types, are text."""
-    if value is None or value == {}:  # Parquet has no objects without fields
+    """The type of a value as JSON has it, until `settled`: text for whole numbers beyond 64 bits."""
+    if value is None:
         return NOTHING
     if isinstance(value, dict):
         return pa.struct([(name, type_of(item)) for name, item in value.items()])
@@ -301,12 +303,16 @@ def type_of(value: Any) -> pa.DataType:
         return pa.list_(reduce(wider, map(type_of, value), NOTHING))
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return pa.bool_() if isinstance(value, bool) else pa.string()
-    return pa.float64() if isinstance(value, float) else pa.int64() if -(2**63) <= value < 2**63 else pa.string()
+    if isinstance(value, float):
+        return pa.float64()
+    if not -(2**63) <= value < 2**63:
+        return pa.string()
+    return pa.int64() if float(value) == value else LONG
 
 
 def wider(one: pa.DataType, other: pa.DataType) -> pa.DataType:
     """The type that holds the values of both: text, where they have nothing in common. Whole numbers among others are
-    numbers, as `datasets` reads them."""
+    numbers, as `datasets` reads them, if they have no more digits than those."""
     if one == other or NOTHING in (one, other):
         return one if other == NOTHING else other
     if pa.types.is_struct(one) and pa.types.is_struct(other):
@@ -316,7 +322,17 @@ def wider(one: pa.DataType, other: pa.DataType) -> pa.DataType:
         return pa.struct(list(fields.items()))
     if pa.types.is_list(one) and pa.types.is_list(other):
         return pa.list_(wider(one.value_type, other.value_type))
-    return pa.float64() if {one, other} == {pa.int64(), pa.float64()} else pa.string()
+    return next((kind for kind in (pa.float64(), LONG) if {one, other} == {kind, pa.int64()}), pa.string())
+
+
+def settled(known: pa.DataType) -> pa.DataType:
+    """The Parquet type of values of that type; what Parquet does not have, objects without fields, is text."""
+    if pa.types.is_struct(known):
+        fields = [(field.name, settled(field.type)) for field in known]
+        return pa.struct(fields) if fields else pa.string()
+    if pa.types.is_list(known):
+        return pa.list_(settled(known.value_type))
+    return pa.int64() if known == LONG else known
 
 
 def as_type(value: Any, wanted: pa.DataType) -> Any:

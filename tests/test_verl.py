@@ -31,6 +31,10 @@ def row(ground_truth, **extra_info) -> dict:
     }
 
 
+LINE = {"id": "0-0", "sample_index": 0, "finish_reason": "eos", "num_tokens": 1}
+LINE["messages"] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
 @pytest.fixture
 def written(tmp_path):
     """Generates in format verl; returns the rows as verl reads them."""
@@ -123,6 +127,38 @@ def test_parts_of_several_kinds_are_merged(tmp_path):
         parts.write_manifest(complete=True)
     merge(str(tmp_path / "parts"), tmp_path / "x.parquet")
     assert pq.read_table(tmp_path / "x.parquet") == table_of(rows, schema_of("verl", rows))
+
+
+LONG = 2**53 + 1  # float64 has only the numbers beside it
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ([LONG, 1.5], [str(LONG), "1.5"]),
+        ([LONG - 1, 1.5, None], [float(LONG - 1), 1.5, None]),
+        ([1.5, 1, LONG], ["1.5", "1", str(LONG)]),
+        ([LONG, 1, -LONG], [LONG, 1, -LONG]),
+        ([2**63 - 1, -(2**63)], [2**63 - 1, -(2**63)]),
+        ([2**63, 1], [str(2**63), "1"]),
+        ([10**400, 1.5], [str(10**400), "1.5"]),
+        ([[1, LONG], [0.5]], [["1", str(LONG)], ["0.5"]]),
+        ([{"a": LONG}, {"a": 0.5}], [{"a": str(LONG)}, {"a": "0.5"}]),
+        ([{}], ["{}"]),
+        ([{}, None], ["{}", None]),
+        ([{}, 5], ["{}", "5"]),
+        ([{}, {"a": 1}], [{"a": None}, {"a": 1}]),
+        ([[{}], []], [["{}"], []]),
+        ([{"a": {}}, {"a": None}], [{"a": "{}"}, {"a": None}]),
+    ],
+)
+def test_what_parquet_has_no_type_for_is_text(tmp_path, values, found):
+    """As JSON writes it: no digit is lost, and nothing that is there becomes null."""
+    rows = [verl_row(LINE | {"prompt_index": i, "metadata": row("5", x=x)}, "data") for i, x in enumerate(values)]
+    pq.write_table(table_of(rows, schema_of("verl", rows)), tmp_path / "x.parquet")
+    read = pq.read_table(tmp_path / "x.parquet")["extra_info"].to_pylist()
+    assert [extra_info["x"] for extra_info in read] == found
+    assert list(map(type, [extra_info["x"] for extra_info in read])) == list(map(type, found))
 
 
 @pytest.mark.skipif(not CASE.is_file(), reason="the folder of cases is not beside this checkout")
