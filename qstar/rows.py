@@ -343,7 +343,8 @@ def _open_hub(name: str, split: str | None, config: str | None) -> tuple[list[Pa
     rows = splits[chosen].with_format("arrow")
 
     def read() -> Iterator[Row]:
-        batches = (batch for table in rows.iter(BATCH) for batch in table.to_batches())
+        # one by one: where there are several at once, `datasets` wants the columns of all in one order
+        batches = (batch for table in rows for batch in table.to_batches())
         return _table_rows(batches, _decoder(rows.features))
 
     return [Part(name, read)], notes, hashlib.sha256(identity.encode()).hexdigest()
