@@ -246,7 +246,7 @@ def verl_row(line: dict[str, Any], data_source: str) -> dict[str, Any]:
     """A row of format `verl`: its RL columns for the prompt, and the answer as `response`.
 
     What a row has of these columns itself stays as it is; what is written about the sample into an `extra_info` of its
-    own goes by `sample.` where a name is taken.
+    own goes by `sample.` where a name is taken, and by more of them in rows that this has written before.
     """
     own = {name: line["metadata"][name] for name in OWN if line["metadata"].get(name) is not None}
     own = {name: value for name, value in own.items() if isinstance(value, dict) or name in ("data_source", "ability")}
@@ -263,6 +263,10 @@ def verl_row(line: dict[str, Any], data_source: str) -> dict[str, Any]:
         "metadata": metadata_text(line | {"metadata": metadata}),
     }
     taken = own.get("extra_info", {})
+
+    def free(name: str) -> str:
+        return free(f"sample.{name}") if name in taken else name
+
     return {
         "data_source": str(own.get("data_source", data_source)),
         "prompt": [{"role": m["role"], "content": m["content"]} for m in line["messages"][:-1]],
@@ -272,7 +276,7 @@ def verl_row(line: dict[str, Any], data_source: str) -> dict[str, Any]:
             "reward_model",
             {"style": "rule", "ground_truth": truth if isinstance(truth, str) else json.dumps(truth)},
         ),
-        "extra_info": {f"sample.{name}" if name in taken else name: value for name, value in extra.items()} | taken,
+        "extra_info": {free(name): value for name, value in extra.items()} | taken,
     }
 
 

@@ -112,6 +112,17 @@ def test_a_row_without_them_has_those_of_the_dataset(written):
     assert json.loads(found["extra_info"]["metadata"]) == {"answer": "5", "reward_model": "none", "extra_info": "x"}
 
 
+def test_rows_that_were_written_before_keep_what_they_had():
+    first = {"prompt_index": 3, "metadata": row("5")}
+    for times in range(3):
+        again = verl_row(LINE | first, "data")
+        assert {name for name in again["extra_info"] if name.endswith("index")} == {
+            *("sample." * n + "index" for n in range(times + 2)),
+            *("sample." * n + "sample_index" for n in range(times + 1)),
+        }
+        first = {"prompt_index": 3, "metadata": again}
+
+
 LONG = 2**53 + 1  # float64 has only the numbers beside it
 
 
