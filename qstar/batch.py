@@ -4,8 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from qstar.conversation import RowError, as_call, check_text, read_turn
-from qstar.rows import kind
+from qstar.conversation import RowError, as_call, check_text, kind, read_turn
 from qstar_kernels.types import Settings
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"

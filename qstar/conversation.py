@@ -8,8 +8,6 @@ templates read `tool_calls`, `reasoning_content`, `name` and more.
 import json
 from typing import Any
 
-from qstar.rows import kind
-
 # The names that chat formats give to the roles: OpenAI, ShareGPT and its descendants, LLaMA-Factory, ms-swift, OASST.
 ROLES = {
     "system": "system",
@@ -278,3 +276,11 @@ def from_json(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return text
+
+
+def kind(value: Any) -> str:
+    """What a value is, for the message of an error. It is here since reading files takes packages that need not be
+    there for sampling."""
+    if value is None or value == []:
+        return "missing" if value is None else "an empty list"
+    return {str: "text", list: "a list", dict: "an object"}.get(type(value), f"of type {type(value).__name__}")

@@ -34,13 +34,14 @@ from qstar.conversation import (
     check_text,
     column_of,
     from_json,
+    kind,
     read_tools,
     read_turns,
     text_of,
     turns_in,
 )
 from qstar.files import DataError
-from qstar.rows import BadRow, Row, Rows, kind, open_rows
+from qstar.rows import BadRow, Row, Rows, open_rows
 
 # How many rows to look at for the columns: more than one, since the first may lack an optional column or be broken.
 PEEK_ROWS = 32
