@@ -107,8 +107,10 @@ def read_turn(turn: dict[str, Any], where: str) -> dict[str, Any]:
     others = {k: v for k, v in turn.items() if k not in (role_key, content_key) and v is not None}
     if content is None and any(key in others for key in BESIDE_CONTENT):
         content = ""
-    if isinstance(others.get("function_call"), dict) and "tool_calls" not in others:
-        others["tool_calls"] = [as_call(others.pop("function_call"))]
+    if not others.get("tool_calls"):  # nothing is called, however that is said
+        others.pop("tool_calls", None)
+        if function_call := others.pop("function_call", None):
+            others["tool_calls"] = _calls(function_call, where)
     if name in CALLS:
         content, others["tool_calls"] = _split_calls(content, where)
     elif isinstance(content, list):
@@ -120,7 +122,7 @@ def read_turn(turn: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _key_of(turn: dict[str, Any], keys: tuple[str, ...]) -> str:
     """The key that a turn has of these, whatever its case; the first where it has none."""
-    return next((key for name in keys for key in turn if key.lower() == name and turn[key] is not None), keys[0])
+    return next((key for name in keys for key in turn if str(key).lower() == name and turn[key] is not None), keys[0])
 
 
 def check_no_media(row: dict[str, Any], where: str = "") -> None:
@@ -155,14 +157,19 @@ def as_call(call: dict[str, Any]) -> dict[str, Any]:
 
 def _split_calls(content: Any, where: str) -> tuple[str, list[dict[str, Any]]]:
     """What is called by a turn whose text is JSON, as LLaMA-Factory has it, and the thoughts that stand before it."""
-    thoughts, text = "", content
-    if isinstance(content, str):
-        head, mark, text = content.rpartition("</think>")
-        thoughts, text = head + mark, from_json(text)
-    calls = text if isinstance(text, list) else [text]
+    if not isinstance(content, str):
+        return "", _calls(content, where)
+    head, mark, text = content.rpartition("</think>")
+    return head + mark, _calls(text, where)
+
+
+def _calls(value: Any, where: str) -> list[dict[str, Any]]:
+    """The `tool_calls` of an object with `name` and `arguments`, or a list of such, also as JSON text."""
+    calls = from_json(value) if isinstance(value, str) else value
+    calls = calls if isinstance(calls, list) else [calls]
     if not calls or not all(isinstance(call, dict) and "name" in call and "arguments" in call for call in calls):
         raise RowError(f"{where}: the call is no JSON with `name` and `arguments`")
-    return thoughts, [as_call(call) for call in calls]
+    return [as_call(call) for call in calls]
 
 
 def _read_parts(parts: list[Any], where: str) -> tuple[str | list[dict[str, str]], dict[str, Any]]:
@@ -184,19 +191,20 @@ def _read_parts(parts: list[Any], where: str) -> tuple[str | list[dict[str, str]
         elif what == "refusal" and isinstance(said, str):
             others["refusal"] = others.get("refusal", "") + said
         elif what == "tool_call":
-            others.setdefault("tool_calls", []).extend(_split_calls(part if said is None else said, where)[1])
+            others.setdefault("tool_calls", []).extend(_calls(part if said is None else said, where))
         else:
             raise RowError(f"{where} has a part of type {what!r}; accepted: {', '.join(PARTS)}")
+        check_no_media(part, f"{where}: ")
     if joined or len(texts) < 2:
         return "".join(texts), others
     return [{"type": "text", "text": check_text(text, where)} for text in texts], others
 
 
-def _type_of(part: Any) -> Any:
+def _type_of(part: Any) -> str:
     """What a part is; one without a `type` is named by its key, as in `{"image": "a.png"}`."""
     if not isinstance(part, dict):
         return "text"
-    return part.get("type") or next((key for key in part if key in MEDIA or key.endswith("_url")), "text")
+    return str(part.get("type") or next((key for key in part if key in MEDIA or str(key).endswith("_url")), "text"))
 
 
 def check_text(text: Any, where: str) -> str:

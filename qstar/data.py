@@ -278,7 +278,8 @@ def _recognise(row: dict[str, Any], prompt_field: str | None) -> _Schema | None:
             return None
         return _Schema(prompt_field, endpoint=endpoint)
     if endpoint is not None:
-        return _Schema(f"body.{ENDPOINTS[endpoint]}", endpoint=endpoint)
+        name = ENDPOINTS[endpoint]
+        return _Schema(f"body.{name}", endpoint=endpoint) if name in row["body"] else None
     for name, types in PROMPT_COLUMNS:
         column = column_of(row, name)
         value = turns_in(row.get(column))

@@ -161,7 +161,10 @@ def response(done: Finished, tokens: list[dict[str, Any]], model: str) -> dict[s
         "output": [output],
         "parallel_tool_calls": asked.get("parallel_tool_calls") is not False,
         "tool_choice": asked.get("tool_choice") or "auto",
-        "tools": [{"type": "function"} | tool["function"] for tool in done.prompt.tools or ()],
+        "tools": [
+            {"type": "function"} | tool["function"] if isinstance(tool.get("function"), dict) else tool
+            for tool in done.prompt.tools or ()
+        ],
         "usage": {
             "input_tokens": used["prompt_tokens"],
             "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},

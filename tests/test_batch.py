@@ -124,6 +124,7 @@ BAD_INPUTS = [
     ([ASKED, ITEM_CALL | {"arguments": {}}], "item 1 of `body.input`: the call has no `name` and `arguments` as text"),
     ([ASKED, ITEM_RESULT | {"output": None}], "item 1 of `body.input` is missing, not text"),
     ([ASKED, THOUGHT | {"summary": ["hm"]}], "item 1 of `body.input` has reasoning that is no text"),
+    ([ASKED, THOUGHT | {"content": 5}], "item 1 of `body.input` has reasoning that is no text"),
     (
         [{"role": "user", "content": [{"type": "input_image", "image_url": "a.png"}]}],
         "item 0 of `body.input` has a part of type 'input_image'; accepted: text, reasoning, tool_call, refusal",
@@ -163,6 +164,8 @@ def test_bad_requests_are_errors_and_the_others_run(run):
         ({"custom_id": "a", "url": "https://x/openai/responses?api-version=1", "body": {"input": "b"}}, RESPONSES),
         ({"custom_id": "a", "url": "/v1/completions", "body": {"messages": []}}, COMPLETIONS),
         ({"custom_id": "a", "url": "/chat/completions", "body": {}}, CHAT),
+        ({"custom_id": "a", "url": "http://[/v1/responses#a", "body": {"input": "b"}}, RESPONSES),
+        ({"custom_id": "a", "url": "http://[", "body": {"messages": []}}, CHAT),
         ({"custom_id": "a", "url": "/v1/embeddings", "body": {"input": "b"}}, None),
         ({"custom_id": "a", "body": {"model": "m"}}, None),
         ({"custom_id": "a", "params": {"messages": []}}, None),
@@ -201,6 +204,14 @@ def models() -> dict:
     """The client's own classes of what the endpoints answer with."""
     types = pytest.importorskip("openai.types", reason="openai is not installed")
     return {CHAT: types.chat.ChatCompletion, COMPLETIONS: types.Completion, RESPONSES: types.responses.Response}
+
+
+def test_tools_of_any_kind_are_in_the_answer(tmp_path):
+    tools = ["a", {"function": 5}], ["b", {"x": 1}], ["c", {"type": "function", **ADD}]
+    rows = [request(RESPONSES, "Hi", name, tools=[tool]) for name, tool in tools]
+    argv = ["--dataset", str(write_lines(tmp_path / "data.jsonl", rows)), "--max-new-tokens", "2"]
+    assert generate([*argv, "--output", str(tmp_path / "x.jsonl"), "--output-format", "openai-batch"]) == 0
+    assert [line["response"]["body"]["tools"] for line in lines(tmp_path / "x.jsonl")] == [[t] for _, t in tools]
 
 
 @pytest.mark.parametrize("url", ENDPOINTS)
@@ -316,6 +327,7 @@ BAD_PARAMETERS = [
     ({"seed": "x"}, "`body.seed` is 'x'; accepted: a whole number"),
     ({"stop": [""]}, "`body.stop` is ['']; accepted: a text or a list of texts, none empty"),
     ({"stop": 5}, "`body.stop` is 5; accepted: a text or a list of texts, none empty"),
+    ({"stop": "\ud800"}, "`body.stop` has half of a surrogate pair, which is no character"),
     ({"stop": "a<|end|>"}, "`body`: stop 'a<|end|>' has the special token '<|end|>' among other text"),
     ({"presence_penalty": 0.5}, "`body.presence_penalty` is 0.5, which q* does not have; accepted: 0"),
     ({"logit_bias": {"5": 1}}, "`body.logit_bias` is {'5': 1}, which q* does not have; accepted: {}"),

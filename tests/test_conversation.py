@@ -104,6 +104,34 @@ ROWS = {
         [ASKED, CALLED, tool("5", name="add")],
         {},
     ),
+    "a legacy function_call as JSON text": (
+        {
+            "messages": [
+                ASKED,
+                {"role": "assistant", "function_call": json.dumps({"name": "add", "arguments": {"a": 2}})},
+                {"role": "function", "content": "5"},
+            ]
+        },
+        [ASKED, CALLED, tool("5")],
+        {},
+    ),
+    "nothing is called": (
+        {"messages": [ASKED] + [assistant("So:", tool_calls=nothing) for nothing in (False, 0, "", [], {})] + [ASKED]},
+        [ASKED, *[assistant("So:")] * 5, ASKED],
+        {},
+    ),
+    "a call beside an empty list of them": (
+        {
+            "messages": [
+                ASKED,
+                {"role": "assistant", "tool_calls": [], "function_call": {"name": "add", "arguments": {"a": 2}}},
+                {"role": "assistant", "content": [], "tool_calls": []},
+                tool("5"),
+            ]
+        },
+        [ASKED, CALLED, assistant(""), tool("5", tool_call_id="call00000")],
+        {},
+    ),
     "capitals": (
         {
             "System": "Use tools.",
@@ -484,7 +512,15 @@ BAD_ROWS = [
         {"prompt": [ASKED, {"from": "function_call", "value": "add(2)"}, tool("5")]},
         "turn 1 of `prompt`: the call is no JSON with `name` and `arguments`",
     ),
+    (
+        {"prompt": [ASKED, assistant(None, function_call="add(2)"), tool("5")]},
+        "turn 1 of `prompt`: the call is no JSON with `name` and `arguments`",
+    ),
     ({"prompt": [ASKED, assistant(None), user("And?")]}, "turn 1 of `prompt` is missing, not text"),
+    (
+        {"prompt": [{"role": "user", "content": [{"type": ["text"], "text": "a"}]}]},
+        "turn 0 of `prompt` has a part of type \"['text']\"; accepted: text, reasoning, tool_call, refusal",
+    ),
     (
         {"prompt": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "video", "video": "b"}]}]},
         "turn 0 of `prompt` has a part of type 'video'; accepted: text, reasoning, tool_call, refusal",
@@ -672,6 +708,12 @@ def test_ids_of_two_calls_at_once(run):
     ids = ["call00000", "call00001"]
     assert [c["id"] for c in sample["messages"][1]["tool_calls"]] == ids
     assert [m["tool_call_id"] for m in sample["messages"][2:4]] == ids
+
+
+def test_an_empty_list_of_calls_closes_none(run):
+    turns = [LEGACY, assistant("So:", tool_calls=[]), tool("5"), user("And?")]
+    (sample,), _, _ = run([{"messages": [ASKED, *turns]}])
+    assert sample["messages"][3]["tool_call_id"] == "call00000"
 
 
 def test_one_bos(tokenizer):
