@@ -347,7 +347,9 @@ def _describe(
     found = [column_of(row, name) for name in (*SYSTEM_COLUMNS, "history")]
     turns = [name for name in found if row.get(name) and name not in used]
     turns += ["instructions"] if schema.endpoint == RESPONSES and beside.get("instructions") else []
-    for_template = [name for name in (column_of(beside, name) for name in TEMPLATE_COLUMNS) if beside.get(name)]
+    unread = ("functions",) if beside.get(column_of(beside, "tools")) else ()
+    names = (column_of(beside, name) for name in TEMPLATE_COLUMNS if name not in unread)
+    for_template = [name for name in names if beside.get(name)]
     for role, names in (("in front of it", turns), ("for the template", for_template)):
         description += f"; {role}: {', '.join(f'`{name}`' for name in names)}" if names else ""
     used.update(turns)
@@ -489,10 +491,7 @@ def _beside(row: dict[str, Any], path: str | None) -> dict[str, Any]:
 
 def _tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
     tools = read_tools(row.get(column_of(row, "tools")), "tools")
-    legacy = row.get(column_of(row, "functions"))
-    if tools is None and isinstance(legacy, list) and all(isinstance(f, dict) and "name" in f for f in legacy):
-        tools = read_tools(legacy, "functions")
-    return _serialisable(tools)
+    return _serialisable(tools or read_tools(row.get(column_of(row, "functions")), "functions"))
 
 
 def _template_kwargs(value: Any) -> dict[str, Any]:
