@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from qstar.conversation import RowError, as_call, check_text, kind, read_turn
+from qstar.conversation import RowError, as_call, check_no_media, check_text, kind, read_turn
 from qstar_kernels.types import Settings
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
@@ -115,6 +115,7 @@ def read_items(items: list[Any], column: str) -> list[dict[str, Any]]:
                 of_assistant("content", "tool_calls", "reasoning_content")["reasoning_content"] = "\n\n".join(texts)
         else:
             raise RowError(f"{where} is of type {what!r}; accepted: {', '.join(ITEMS)}")
+        check_no_media(item, f"{where}: ")
     return messages
 
 

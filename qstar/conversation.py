@@ -36,8 +36,9 @@ ROLE_KEYS = ("role", "from")
 CONTENT_KEYS = ("content", "value", "text")
 TEXT_PARTS = ("text", "input_text", "output_text")
 REASONING_PARTS = ("reasoning", "thinking")
-# Columns, and keys of a turn, that hold what is no text: those of LLaMA-Factory, trl, verl, ms-swift and LLaVA.
-MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+# Columns, and keys of a turn or a part, that hold what is no text: those of LLaMA-Factory, trl, verl, ms-swift, LLaVA
+# and OpenAI.
+MEDIA = ("image", "images", "image_url", "video", "videos", "video_url", "audio", "audios", "audio_url", "input_audio")
 PARTS = ("text", "reasoning", "tool_call", "refusal")  # what a content may be made of, as messages name it
 # Beside one of these a null content is an empty one.
 BESIDE_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "refusal")
@@ -131,8 +132,14 @@ def check_no_media(row: dict[str, Any], where: str = "") -> None:
     Raises:
         RowError: one of `MEDIA` is not empty.
     """
-    if name := next((name for name in row if str(name).lower() in MEDIA and not _is_empty(row[name])), None):
+    if name := next((name for name in row if str(name).lower() in MEDIA and not _is_none(row[name])), None):
         raise RowError(f"{where}`{name}` is not empty; accepted: text only, which is all that the models would see")
+
+
+def _is_none(value: Any) -> bool:
+    """Whether there are no media: nothing, also as JSON text in a CSV cell, or a flag or number that says so."""
+    value = from_json(value.strip()) if isinstance(value, str) else value
+    return not value or _is_empty(value)
 
 
 def _is_empty(value: Any) -> bool:

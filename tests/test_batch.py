@@ -125,6 +125,8 @@ BAD_INPUTS = [
     ([ASKED, ITEM_RESULT | {"output": None}], "item 1 of `body.input` is missing, not text"),
     ([ASKED, THOUGHT | {"summary": ["hm"]}], "item 1 of `body.input` has reasoning that is no text"),
     ([ASKED, THOUGHT | {"content": 5}], "item 1 of `body.input` has reasoning that is no text"),
+    ([ASKED | {"images": ["a.png"]}], "item 0 of `body.input`: `images` is not empty; accepted: text only"),
+    ([ASKED, ITEM_CALL, ITEM_RESULT | {"image_url": "a"}], "item 2 of `body.input`: `image_url` is not empty"),
     (
         [{"role": "user", "content": [{"type": "input_image", "image_url": "a.png"}]}],
         "item 0 of `body.input` has a part of type 'input_image'; accepted: text, reasoning, tool_call, refusal",

@@ -474,7 +474,21 @@ BAD_ROWS = [
             ("audios", ["a.wav"]),
             ("audio", {"array": [0.0], "sampling_rate": 16000}),
             ("Images", ["a.png"]),
+            ("image_url", "a.png"),
+            ("images", '["a.png"]'),
+            ("images", [0]),
         )
+    ),
+    *(
+        ({"prompt": [user("What is this?") | {name: "a.png"}]}, f"turn 0 of `prompt`: `{name}` {NO_MEDIA}")
+        for name in ("image_url", "Audio_URL")
+    ),
+    *(
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "text", "text": "What is this?", name: "a.png"}]}]},
+            f"turn 0 of `prompt`: `{name}` {NO_MEDIA}",
+        )
+        for name in ("image", "image_url", "input_audio")
     ),
     ({"prompt": [user("<image>") | {"images": ["a.png"]}]}, f"turn 0 of `prompt`: `images` {NO_MEDIA}"),
     *(

@@ -278,6 +278,19 @@ def test_csv_cells_stay_text():
     assert short.metadata == {"row": ["Only a question?"]}
 
 
+@pytest.mark.parametrize("nothing", ["", " ", "[]", "{}", "null", "0", "false", "[null]", '""'])
+def test_csv_cell_without_images(write, nothing):
+    cell = '"' + nothing.replace('"', '""') + '"'
+    none, some = load_prompts(write(f"prompt,images\na,{cell}\nb,x.png\n", "images.csv"))
+    assert (none.error, none.metadata) == (None, {"images": nothing})
+    assert some.error.startswith("`images` is not empty")
+
+
+@pytest.mark.parametrize("nothing", [0, 0.0, False, [None], {"bytes": None}])
+def test_row_without_images(load_row, nothing):
+    assert load_row({"prompt": "a", "images": nothing}).error is None
+
+
 def test_csv_takes_long_prompts(write):
     (prompt,) = load_prompts(write("prompt\n" + "a" * 2**18, "long.csv"))
     assert len(prompt.messages[0]["content"]) == 2**18
