@@ -437,6 +437,7 @@ def open_prompts(args: argparse.Namespace) -> PromptSource:
         args.num_samples,
         bool(args.continue_final_message),
         bool(args.use_request_parameters),
+        args.samples_per_prompt if getattr(args, "output_format", None) == "openai-batch" else None,
     )
 
 

@@ -75,9 +75,10 @@ class Prompt:
 
     Attributes:
         index: row number in the dataset, from 0 (blank lines of a file are no rows).
-        id: unique over the dataset. It is `custom_id` for OpenAI batch requests, where that is what it is for, and
-            `str(index)` otherwise: columns called `id` or `question_id` often repeat (one row per answer), and
-            stay in the metadata.
+        id: unique over the dataset's prompts. It is `custom_id` for OpenAI batch requests, where that is what it is
+            for, and `str(index)` otherwise: columns called `id` or `question_id` often repeat (one row per answer),
+            and stay in the metadata. A request without a good one has an `error`, and an id that a later request may
+            have, too.
         messages: the chat without the assistant's turns at its end, unless those are to be continued; `role` (system,
             user, assistant, tool), `content` (text, or a list of several text parts), other keys of a turn
             (`tool_calls`, `name`) are kept. Empty where `error` is set.
@@ -143,6 +144,7 @@ class PromptSource:
     _continued: bool = field(repr=False, default=False)
     _uses_parameters: bool = field(repr=False, default=False)
     _field: str | None = field(repr=False, default=None)
+    _samples: int | None = field(repr=False, default=None)
 
     def __iter__(self) -> Iterator[Prompt]:
         ids, index = _Ids(), 0
@@ -177,14 +179,18 @@ class PromptSource:
             read = _parse(row, schema, self._continued)
             if self._uses_parameters and schema.by_custom_id:
                 asked = asked_by(row["body"])
+                if self._samples is not None:
+                    ids.name_answers(prompt_id, asked.samples or self._samples)
         except (RowError, RecursionError) as error:
             reason = str(error) if isinstance(error, RowError) else "is nested too deep"
             read = _Read([], [], {"row": row.content} if isinstance(row, BadRow) else row)
-        if prompt_id is None:
+        is_own = prompt_id is not None
+        if not is_own:
             prompt_id = f"row-{index}" if schema.by_custom_id or str(index) in ids.named else str(index)
             while prompt_id in ids.named:
                 prompt_id += "-"
-        if prompt_id != str(index) or schema.by_custom_id:
+        # a request that is refused for its id takes none from a later one
+        if is_own or (prompt_id != str(index) and not schema.by_custom_id):
             ids.named[prompt_id] = index
         return Prompt(
             index,
@@ -208,6 +214,7 @@ def load_prompts(
     limit: int | None = None,
     continue_final_message: bool = False,
     use_request_parameters: bool = False,
+    samples_per_request: int | None = None,
 ) -> PromptSource:
     """Opens a dataset and recognises where its prompts are.
 
@@ -225,6 +232,8 @@ def load_prompts(
         limit: how many rows to read at most.
         continue_final_message: an assistant's turn at the end of a conversation is the beginning of the answer.
         use_request_parameters: read what OpenAI batch requests ask of sampling.
+        samples_per_request: of one that does not ask for a number itself, where each sample is answered by its own
+            `custom_id`: that of the request, with a number behind it if there are several.
 
     Raises:
         DataError: the dataset cannot be found or read, has no rows, its columns are not recognised, or it has no
@@ -251,7 +260,15 @@ def load_prompts(
     description = _describe(schema, row, columns, prompt_field, continue_final_message, use_request_parameters)
     description = " ".join("; ".join([description, *notes]).split())  # columns may be called anything
     return PromptSource(
-        description, columns, fingerprint, rows, schema, continue_final_message, use_request_parameters, prompt_field
+        description,
+        columns,
+        fingerprint,
+        rows,
+        schema,
+        continue_final_message,
+        use_request_parameters,
+        prompt_field,
+        samples_per_request,
     )
 
 
@@ -528,27 +545,52 @@ def _with_context(instruction: Any, row: dict[str, Any]) -> tuple[Any, dict[str,
 
 @dataclass(frozen=True)
 class _Ids:
-    """The ids that rows have so far: of those with a name, and of those before whose id is their index."""
+    """The ids that rows have so far: of those with a name, and of those before whose id is their index; and how many
+    answers those have that have several, which are named by the id and a number."""
 
     named: dict[str, int] = field(default_factory=dict)
     numbered: list[range] = field(default_factory=list)
+    several: dict[str, int] = field(default_factory=dict)
 
-    def owner(self, name: str) -> int | None:
-        """The row that has that id."""
-        is_number = name.isascii() and name.isdecimal() and len(name) < 20 and str(int(name)) == name
-        if is_number and any(int(name) in rows for rows in self.numbered):
-            return int(name)
-        return self.named.get(name)
+    def check_free(self, name: str) -> None:
+        """Raises RowError where a row has that id."""
+        number = _number(name)
+        if any(number in rows for rows in self.numbered):
+            raise RowError(
+                f"`custom_id` {name!r} is the id of row {number}, which has no other; name the file of requests first"
+            )
+        if name in self.named:
+            raise RowError(f"`custom_id` {name!r} is taken by row {self.named[name]}")
+
+    def name_answers(self, name: str, count: int) -> None:
+        """Note how many answers a request has; raises RowError where the id of one is another answer's."""
+        if count > 1:
+            of_answers = (f"{name}-{i}" for i in range(count))
+            taken = next((x for x in of_answers if x in self.named and x not in self.several), None)
+            owner = self.named.get(taken)
+        else:
+            taken, (stem, _, end) = name, name.rpartition("-")
+            number = _number(end)
+            owner = self.named[stem] if number is not None and number < self.several.get(stem, 0) else None
+        if owner is not None:
+            raise RowError(f"the answer's `custom_id` {taken!r} is taken by row {owner}")
+        if count > 1:
+            self.several[name] = count
+
+
+def _number(name: str) -> int | None:
+    """The number that an id is, None where it is none as `str` writes it."""
+    is_number = name.isascii() and name.isdecimal() and len(name) < 20 and str(int(name)) == name
+    return int(name) if is_number else None
 
 
 def _custom_id(row: dict[str, Any], ids: _Ids) -> str:
     custom_id = row.get("custom_id")
     if isinstance(custom_id, bool) or not isinstance(custom_id, (str, int)) or custom_id == "":
         raise RowError(f"`custom_id` is {custom_id!r}; accepted: text, not empty")
-    owner = ids.owner(str(custom_id))
-    if owner is not None:
-        raise RowError(f"`custom_id` {custom_id!r} is taken by row {owner}")
-    return _serialisable(str(custom_id))
+    custom_id = _serialisable(str(custom_id))
+    ids.check_free(custom_id)
+    return custom_id
 
 
 def _messages(value: Any, column: str) -> list[dict[str, Any]]:

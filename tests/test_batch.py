@@ -295,6 +295,33 @@ def test_requests_are_sampled_as_they_ask(tmp_path, demo_pair, speculate):
     assert all(ours["logq_sum"] == pytest.approx(again["logq_sum"], abs=1e-4) for ours, again in pairs)
 
 
+@pytest.mark.parametrize(
+    ("ids", "taken"),
+    [
+        (["a*2", "a-0", "a-1", "a-2", "a-00", "b-0"], ["a-0", "a-1"]),
+        (["a-0", "a*2", "b"], ["a"]),
+        (["a*2", "a-0*2", "a-0-1"], ["a-0-1"]),
+        (["a", "a-0", "a-0-0*3"], []),
+    ],
+)
+def test_no_two_answers_have_one_id(tmp_path, ids, taken):
+    rows = [request(CHAT, [ASKED], x.partition("*")[0], n=int(x.partition("*")[2] or 1)) for x in ids]
+    argv = ["--dataset", str(write_lines(tmp_path / "data.jsonl", rows)), "--use-request-parameters"]
+    argv += ["--max-new-tokens", "1", "--samples-per-prompt", "5"]
+    x, y = tmp_path / "x.jsonl", tmp_path / "y.jsonl"
+    assert generate([*argv, "--output", str(x), "--output-format", "openai-batch"]) == bool(taken)
+    written = [line["custom_id"] for line in lines(x)]
+    assert (
+        len(set(written))
+        == len(written)
+        == sum(int(n or 1) for x, _, n in (x.partition("*") for x in ids) if x not in taken)
+    )
+    errors = lines(tmp_path / "x.errors.jsonl") if taken else []
+    assert [error["id"] for error in errors] == taken
+    assert all("`custom_id`" in error["error"] and "is taken by row" in error["error"] for error in errors)
+    assert generate([*argv, "--output", str(y)]) == 0  # whose ids always have a number
+
+
 def test_seeds_of_requests_do_not_depend_on_their_place(tmp_path):
     rows = [request(CHAT, [ASKED], name, seed=7) for name in ("one", "two")]
     argv = ["--dataset", str(write_lines(tmp_path / "data.jsonl", rows)), "--output", str(tmp_path / "x.jsonl")]
