@@ -231,9 +231,12 @@ SCHEMAS = {
 
 
 def metadata_text(line: dict[str, Any]) -> str:
-    """The metadata as JSON; turns with more than role and content, which a Parquet column cannot hold, are added."""
-    extra = {} if all(m.keys() == {"role", "content"} for m in line["messages"]) else {"messages": line["messages"]}
-    return json.dumps(line["metadata"] | extra, ensure_ascii=False)
+    """The metadata as JSON; turns with more than role and content, which a Parquet column cannot hold, are added as
+    `messages`, or `sample.messages` where the row has a column of that name."""
+    metadata = line["metadata"]
+    if any(m.keys() != {"role", "content"} for m in line["messages"]):
+        metadata = metadata | {"sample.messages" if "messages" in metadata else "messages": line["messages"]}
+    return json.dumps(metadata, ensure_ascii=False)
 
 
 def parquet_row(line: dict[str, Any]) -> dict[str, Any]:
