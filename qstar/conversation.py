@@ -40,8 +40,8 @@ REASONING_PARTS = ("reasoning", "thinking")
 # and OpenAI.
 MEDIA = ("image", "images", "image_url", "video", "videos", "video_url", "audio", "audios", "audio_url", "input_audio")
 PARTS = ("text", "reasoning", "tool_call", "refusal")  # what a content may be made of, as messages name it
-# Beside one of these a null content is an empty one.
-BESIDE_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "refusal")
+WRITTEN = ("tool_calls", "reasoning_content", "reasoning", "thinking")  # what templates write beside a turn's text
+BESIDE_CONTENT = (*WRITTEN, "function_call", "refusal")  # beside one of these a null content is an empty one
 
 
 class RowError(ValueError):

@@ -66,7 +66,12 @@ SYSTEM_COLUMNS = ("system", "system_prompt")
 TEMPLATE_COLUMNS = ("tools", "functions", "chat_template_kwargs")
 # Conversations with an answer at their end, which share the prompt.
 PAIRS = (("chosen", "rejected"), ("chosen_messages", "rejected_messages"))
-ANSWER_COLUMNS = ("input", "context", "completion", "chosen", "rejected", "solution", "answer", "output")
+# Where datasets keep the answer, in the order they are looked for; of a preference pair the better one.
+ANSWER_COLUMNS = tuple(
+    "completion response responses chosen chosen_messages answer solution output instances.output".split()
+)
+# Columns that tell with the prompt's which schema it is.
+TELLING_COLUMNS = ("input", "context", "rejected", *ANSWER_COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -337,8 +342,8 @@ def _describe(
     else:
         value = turns_in(_take(row, schema.path)[0])
         lower = {c: c.lower() for c in columns if c != schema.path}
-        answers = [c for c, name in lower.items() if name in ANSWER_COLUMNS or name.startswith("response")]
-        name = "/".join([schema.path, *answers])
+        telling = [c for c, name in lower.items() if name in TELLING_COLUMNS or name.startswith("response")]
+        name = "/".join([schema.path, *telling])
         says = f"`{schema.path}`"
         if schema.endpoint == COMPLETIONS:
             says += ", without a chat template"
