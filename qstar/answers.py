@@ -7,25 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from qstar.batch import Asked, asked_by
-from qstar.conversation import column_of, is_turn, read_turns, text_of, turns_in
-from qstar.data import PEEK_ROWS, Prompt, PromptSource
+from qstar.conversation import WRITTEN, column_of, is_turn, kind, read_turns, text_of, turns_in
+from qstar.data import ANSWER_COLUMNS, PEEK_ROWS, Prompt, PromptSource
 from qstar.files import DataError, sha256
 from qstar.records import RecordError, RunFiles
-from qstar.rows import kind
 
-# Where datasets keep the answer, in the order they are looked for; of a preference pair the better one.
-ANSWER_COLUMNS = (
-    "completion",
-    "response",
-    "responses",
-    "chosen",
-    "chosen_messages",
-    "answer",
-    "solution",
-    "output",
-    "instances.output",
-)
-WRITTEN = ("tool_calls", "reasoning_content", "reasoning", "thinking")  # what templates write beside a turn's text
 REFERENCE = "reference_messages"  # the assistant's turns at the end, see `qstar.data.Prompt`
 
 

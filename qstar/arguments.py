@@ -21,7 +21,7 @@ from qstar.files import title_of
 from qstar.output import FORMATS, Output, OutputError
 from qstar.parts import Parts
 from qstar.prompting import HINT_TEMPLATE, PromptError, PromptFormat
-from qstar.records import RunFiles
+from qstar.records import RecordError, RunFiles
 from qstar.rule import FORCED
 from qstar.vllm import DUAL_PROMPTS
 from qstar_kernels.types import METHODS, RULE, SAMPLING, SETTINGS, Settings
@@ -412,6 +412,10 @@ def prepare_score(argv: list[str] | None) -> Job:
     if len(args.dataset) > 1 or not is_run(args.dataset[0]):
         return make_job(parser, args, lambda: DatasetAnswers(open_prompts(args), args.response_field))
     files = RunFiles(args.dataset[0])
+    try:
+        next(iter(files))
+    except RecordError as error:
+        parser.error(f"--dataset: {error}")
     for action in parser._actions:
         name = action.option_strings[0]
         if name in files.settings and action.dest in RUN_DEFAULTS:
@@ -437,6 +441,7 @@ def open_prompts(args: argparse.Namespace) -> PromptSource:
         args.num_samples,
         bool(args.continue_final_message),
         bool(args.use_request_parameters),
+        args.samples_per_prompt if getattr(args, "output_format", None) == "openai-batch" else None,
     )
 
 

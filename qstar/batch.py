@@ -1,11 +1,10 @@
 """Requests of OpenAI's batch files: the endpoint that one is for, its conversation, and what it asks of sampling."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
-from qstar.conversation import RowError, as_call, check_text, read_turn
-from qstar.rows import kind
+from qstar.conversation import RowError, as_call, check_no_media, check_text, kind, read_turn
 from qstar_kernels.types import Settings
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
@@ -50,7 +49,7 @@ def endpoint_of(row: dict[str, Any]) -> str | None:
         return None
     if not url or not isinstance(url, str):
         return next((endpoint for endpoint, name in ENDPOINTS.items() if name in body), None)
-    path = urlsplit(url).path.rstrip("/")
+    path = re.split("[?#]", url)[0].rstrip("/")  # nothing else of it matters, so it need not be a good URL
     named = next((endpoint for endpoint in ENDPOINTS if path.endswith(endpoint.removeprefix("/v1"))), None)
     # other endpoints have an `input` or a `prompt`, too
     return named or (CHAT if "messages" in body else None)
@@ -108,13 +107,15 @@ def read_items(items: list[Any], column: str) -> list[dict[str, Any]]:
         elif what == "reasoning":
             # encrypted thoughts have neither
             parts = item.get("content") or item.get("summary") or []
-            texts = [part.get("text") for part in parts if isinstance(part, dict)]
-            if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
+            parts = parts if isinstance(parts, list) else [parts]
+            texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
+            if not all(isinstance(text, str) for text in texts):
                 raise RowError(f"{where} has reasoning that is no text")
             if texts:
                 of_assistant("content", "tool_calls", "reasoning_content")["reasoning_content"] = "\n\n".join(texts)
         else:
             raise RowError(f"{where} is of type {what!r}; accepted: {', '.join(ITEMS)}")
+        check_no_media(item, f"{where}: ")
     return messages
 
 
@@ -181,7 +182,8 @@ def asked_by(body: dict[str, Any]) -> Asked:
     seed = said.get("seed")
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise RowError(f"`body.seed` is {seed!r:.60}; accepted: a whole number")
-    return Asked(settings, next(iter(limits), None), _count(said, "n"), seed, tuple(stop))
+    stop = tuple(check_text(text, "`body.stop`") for text in stop)
+    return Asked(settings, next(iter(limits), None), _count(said, "n"), seed, stop)
 
 
 def _count(said: dict[str, Any], name: str) -> int | None:

@@ -8,8 +8,6 @@ templates read `tool_calls`, `reasoning_content`, `name` and more.
 import json
 from typing import Any
 
-from qstar.rows import kind
-
 # The names that chat formats give to the roles: OpenAI, ShareGPT and its descendants, LLaMA-Factory, ms-swift, OASST.
 ROLES = {
     "system": "system",
@@ -38,11 +36,12 @@ ROLE_KEYS = ("role", "from")
 CONTENT_KEYS = ("content", "value", "text")
 TEXT_PARTS = ("text", "input_text", "output_text")
 REASONING_PARTS = ("reasoning", "thinking")
-# Columns, and keys of a turn, that hold what is no text: those of LLaMA-Factory, trl, verl, ms-swift and LLaVA.
-MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+# Columns, and keys of a turn or a part, that hold what is no text: those of LLaMA-Factory, trl, verl, ms-swift, LLaVA
+# and OpenAI.
+MEDIA = ("image", "images", "image_url", "video", "videos", "video_url", "audio", "audios", "audio_url", "input_audio")
 PARTS = ("text", "reasoning", "tool_call", "refusal")  # what a content may be made of, as messages name it
-# Beside one of these a null content is an empty one.
-BESIDE_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "refusal")
+WRITTEN = ("tool_calls", "reasoning_content", "reasoning", "thinking")  # what templates write beside a turn's text
+BESIDE_CONTENT = (*WRITTEN, "function_call", "refusal")  # beside one of these a null content is an empty one
 
 
 class RowError(ValueError):
@@ -109,8 +108,10 @@ def read_turn(turn: dict[str, Any], where: str) -> dict[str, Any]:
     others = {k: v for k, v in turn.items() if k not in (role_key, content_key) and v is not None}
     if content is None and any(key in others for key in BESIDE_CONTENT):
         content = ""
-    if isinstance(others.get("function_call"), dict) and "tool_calls" not in others:
-        others["tool_calls"] = [as_call(others.pop("function_call"))]
+    if not others.get("tool_calls"):  # nothing is called, however that is said
+        others.pop("tool_calls", None)
+        if function_call := others.pop("function_call", None):
+            others["tool_calls"] = _calls(function_call, where)
     if name in CALLS:
         content, others["tool_calls"] = _split_calls(content, where)
     elif isinstance(content, list):
@@ -122,7 +123,7 @@ def read_turn(turn: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _key_of(turn: dict[str, Any], keys: tuple[str, ...]) -> str:
     """The key that a turn has of these, whatever its case; the first where it has none."""
-    return next((key for name in keys for key in turn if key.lower() == name and turn[key] is not None), keys[0])
+    return next((key for name in keys for key in turn if str(key).lower() == name and turn[key] is not None), keys[0])
 
 
 def check_no_media(row: dict[str, Any], where: str = "") -> None:
@@ -131,8 +132,14 @@ def check_no_media(row: dict[str, Any], where: str = "") -> None:
     Raises:
         RowError: one of `MEDIA` is not empty.
     """
-    if name := next((name for name in row if str(name).lower() in MEDIA and not _is_empty(row[name])), None):
+    if name := next((name for name in row if str(name).lower() in MEDIA and not _is_none(row[name])), None):
         raise RowError(f"{where}`{name}` is not empty; accepted: text only, which is all that the models would see")
+
+
+def _is_none(value: Any) -> bool:
+    """Whether there are no media: nothing, also as JSON text in a CSV cell, or a flag or number that says so."""
+    value = from_json(value.strip()) if isinstance(value, str) else value
+    return not value or _is_empty(value)
 
 
 def _is_empty(value: Any) -> bool:
@@ -157,14 +164,19 @@ def as_call(call: dict[str, Any]) -> dict[str, Any]:
 
 def _split_calls(content: Any, where: str) -> tuple[str, list[dict[str, Any]]]:
     """What is called by a turn whose text is JSON, as LLaMA-Factory has it, and the thoughts that stand before it."""
-    thoughts, text = "", content
-    if isinstance(content, str):
-        head, mark, text = content.rpartition("</think>")
-        thoughts, text = head + mark, from_json(text)
-    calls = text if isinstance(text, list) else [text]
+    if not isinstance(content, str):
+        return "", _calls(content, where)
+    head, mark, text = content.rpartition("</think>")
+    return head + mark, _calls(text, where)
+
+
+def _calls(value: Any, where: str) -> list[dict[str, Any]]:
+    """The `tool_calls` of an object with `name` and `arguments`, or a list of such, also as JSON text."""
+    calls = from_json(value) if isinstance(value, str) else value
+    calls = calls if isinstance(calls, list) else [calls]
     if not calls or not all(isinstance(call, dict) and "name" in call and "arguments" in call for call in calls):
         raise RowError(f"{where}: the call is no JSON with `name` and `arguments`")
-    return thoughts, [as_call(call) for call in calls]
+    return [as_call(call) for call in calls]
 
 
 def _read_parts(parts: list[Any], where: str) -> tuple[str | list[dict[str, str]], dict[str, Any]]:
@@ -186,19 +198,20 @@ def _read_parts(parts: list[Any], where: str) -> tuple[str | list[dict[str, str]
         elif what == "refusal" and isinstance(said, str):
             others["refusal"] = others.get("refusal", "") + said
         elif what == "tool_call":
-            others.setdefault("tool_calls", []).extend(_split_calls(part if said is None else said, where)[1])
+            others.setdefault("tool_calls", []).extend(_calls(part if said is None else said, where))
         else:
             raise RowError(f"{where} has a part of type {what!r}; accepted: {', '.join(PARTS)}")
+        check_no_media(part, f"{where}: ")
     if joined or len(texts) < 2:
         return "".join(texts), others
     return [{"type": "text", "text": check_text(text, where)} for text in texts], others
 
 
-def _type_of(part: Any) -> Any:
+def _type_of(part: Any) -> str:
     """What a part is; one without a `type` is named by its key, as in `{"image": "a.png"}`."""
     if not isinstance(part, dict):
         return "text"
-    return part.get("type") or next((key for key in part if key in MEDIA or key.endswith("_url")), "text")
+    return str(part.get("type") or next((key for key in part if key in MEDIA or str(key).endswith("_url")), "text"))
 
 
 def check_text(text: Any, where: str) -> str:
@@ -278,3 +291,11 @@ def from_json(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return text
+
+
+def kind(value: Any) -> str:
+    """What a value is, for the message of an error. It is here since reading files takes packages that need not be
+    there for sampling."""
+    if value is None or value == []:
+        return "missing" if value is None else "an empty list"
+    return {str: "text", list: "a list", dict: "an object"}.get(type(value), f"of type {type(value).__name__}")

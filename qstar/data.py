@@ -34,13 +34,14 @@ from qstar.conversation import (
     check_text,
     column_of,
     from_json,
+    kind,
     read_tools,
     read_turns,
     text_of,
     turns_in,
 )
 from qstar.files import DataError
-from qstar.rows import BadRow, Row, Rows, kind, open_rows
+from qstar.rows import BadRow, Row, Rows, open_rows
 
 # How many rows to look at for the columns: more than one, since the first may lack an optional column or be broken.
 PEEK_ROWS = 32
@@ -65,7 +66,12 @@ SYSTEM_COLUMNS = ("system", "system_prompt")
 TEMPLATE_COLUMNS = ("tools", "functions", "chat_template_kwargs")
 # Conversations with an answer at their end, which share the prompt.
 PAIRS = (("chosen", "rejected"), ("chosen_messages", "rejected_messages"))
-ANSWER_COLUMNS = ("input", "context", "completion", "chosen", "rejected", "solution", "answer", "output")
+# Where datasets keep the answer, in the order they are looked for; of a preference pair the better one.
+ANSWER_COLUMNS = tuple(
+    "completion response responses chosen chosen_messages answer solution output instances.output".split()
+)
+# Columns that tell with the prompt's which schema it is.
+TELLING_COLUMNS = ("input", "context", "rejected", *ANSWER_COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -74,9 +80,10 @@ class Prompt:
 
     Attributes:
         index: row number in the dataset, from 0 (blank lines of a file are no rows).
-        id: unique over the dataset. It is `custom_id` for OpenAI batch requests, where that is what it is for, and
-            `str(index)` otherwise: columns called `id` or `question_id` often repeat (one row per answer), and
-            stay in the metadata.
+        id: unique over the dataset's prompts. It is `custom_id` for OpenAI batch requests, where that is what it is
+            for, and `str(index)` otherwise: columns called `id` or `question_id` often repeat (one row per answer),
+            and stay in the metadata. A request without a good one has an `error`, and an id that a later request may
+            have, too.
         messages: the chat without the assistant's turns at its end, unless those are to be continued; `role` (system,
             user, assistant, tool), `content` (text, or a list of several text parts), other keys of a turn
             (`tool_calls`, `name`) are kept. Empty where `error` is set.
@@ -142,6 +149,7 @@ class PromptSource:
     _continued: bool = field(repr=False, default=False)
     _uses_parameters: bool = field(repr=False, default=False)
     _field: str | None = field(repr=False, default=None)
+    _samples: int | None = field(repr=False, default=None)
 
     def __iter__(self) -> Iterator[Prompt]:
         ids, index = _Ids(), 0
@@ -176,14 +184,18 @@ class PromptSource:
             read = _parse(row, schema, self._continued)
             if self._uses_parameters and schema.by_custom_id:
                 asked = asked_by(row["body"])
+                if self._samples is not None:
+                    ids.name_answers(prompt_id, asked.samples or self._samples)
         except (RowError, RecursionError) as error:
             reason = str(error) if isinstance(error, RowError) else "is nested too deep"
             read = _Read([], [], {"row": row.content} if isinstance(row, BadRow) else row)
-        if prompt_id is None:
+        is_own = prompt_id is not None
+        if not is_own:
             prompt_id = f"row-{index}" if schema.by_custom_id or str(index) in ids.named else str(index)
             while prompt_id in ids.named:
                 prompt_id += "-"
-        if prompt_id != str(index) or schema.by_custom_id:
+        # a request that is refused for its id takes none from a later one
+        if is_own or (prompt_id != str(index) and not schema.by_custom_id):
             ids.named[prompt_id] = index
         return Prompt(
             index,
@@ -207,6 +219,7 @@ def load_prompts(
     limit: int | None = None,
     continue_final_message: bool = False,
     use_request_parameters: bool = False,
+    samples_per_request: int | None = None,
 ) -> PromptSource:
     """Opens a dataset and recognises where its prompts are.
 
@@ -224,6 +237,8 @@ def load_prompts(
         limit: how many rows to read at most.
         continue_final_message: an assistant's turn at the end of a conversation is the beginning of the answer.
         use_request_parameters: read what OpenAI batch requests ask of sampling.
+        samples_per_request: of one that does not ask for a number itself, where each sample is answered by its own
+            `custom_id`: that of the request, with a number behind it if there are several.
 
     Raises:
         DataError: the dataset cannot be found or read, has no rows, its columns are not recognised, or it has no
@@ -250,7 +265,15 @@ def load_prompts(
     description = _describe(schema, row, columns, prompt_field, continue_final_message, use_request_parameters)
     description = " ".join("; ".join([description, *notes]).split())  # columns may be called anything
     return PromptSource(
-        description, columns, fingerprint, rows, schema, continue_final_message, use_request_parameters, prompt_field
+        description,
+        columns,
+        fingerprint,
+        rows,
+        schema,
+        continue_final_message,
+        use_request_parameters,
+        prompt_field,
+        samples_per_request,
     )
 
 
@@ -277,7 +300,8 @@ def _recognise(row: dict[str, Any], prompt_field: str | None) -> _Schema | None:
             return None
         return _Schema(prompt_field, endpoint=endpoint)
     if endpoint is not None:
-        return _Schema(f"body.{ENDPOINTS[endpoint]}", endpoint=endpoint)
+        name = ENDPOINTS[endpoint]
+        return _Schema(f"body.{name}", endpoint=endpoint) if name in row["body"] else None
     for name, types in PROMPT_COLUMNS:
         column = column_of(row, name)
         value = turns_in(row.get(column))
@@ -318,8 +342,8 @@ def _describe(
     else:
         value = turns_in(_take(row, schema.path)[0])
         lower = {c: c.lower() for c in columns if c != schema.path}
-        answers = [c for c, name in lower.items() if name in ANSWER_COLUMNS or name.startswith("response")]
-        name = "/".join([schema.path, *answers])
+        telling = [c for c, name in lower.items() if name in TELLING_COLUMNS or name.startswith("response")]
+        name = "/".join([schema.path, *telling])
         says = f"`{schema.path}`"
         if schema.endpoint == COMPLETIONS:
             says += ", without a chat template"
@@ -345,7 +369,9 @@ def _describe(
     found = [column_of(row, name) for name in (*SYSTEM_COLUMNS, "history")]
     turns = [name for name in found if row.get(name) and name not in used]
     turns += ["instructions"] if schema.endpoint == RESPONSES and beside.get("instructions") else []
-    for_template = [name for name in (column_of(beside, name) for name in TEMPLATE_COLUMNS) if beside.get(name)]
+    unread = ("functions",) if beside.get(column_of(beside, "tools")) else ()
+    names = (column_of(beside, name) for name in TEMPLATE_COLUMNS if name not in unread)
+    for_template = [name for name in names if beside.get(name)]
     for role, names in (("in front of it", turns), ("for the template", for_template)):
         description += f"; {role}: {', '.join(f'`{name}`' for name in names)}" if names else ""
     used.update(turns)
@@ -487,10 +513,7 @@ def _beside(row: dict[str, Any], path: str | None) -> dict[str, Any]:
 
 def _tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
     tools = read_tools(row.get(column_of(row, "tools")), "tools")
-    legacy = row.get(column_of(row, "functions"))
-    if tools is None and isinstance(legacy, list) and all(isinstance(f, dict) and "name" in f for f in legacy):
-        tools = read_tools(legacy, "functions")
-    return _serialisable(tools)
+    return _serialisable(tools or read_tools(row.get(column_of(row, "functions")), "functions"))
 
 
 def _template_kwargs(value: Any) -> dict[str, Any]:
@@ -527,27 +550,52 @@ def _with_context(instruction: Any, row: dict[str, Any]) -> tuple[Any, dict[str,
 
 @dataclass(frozen=True)
 class _Ids:
-    """The ids that rows have so far: of those with a name, and of those before whose id is their index."""
+    """The ids that rows have so far: of those with a name, and of those before whose id is their index; and how many
+    answers those have that have several, which are named by the id and a number."""
 
     named: dict[str, int] = field(default_factory=dict)
     numbered: list[range] = field(default_factory=list)
+    several: dict[str, int] = field(default_factory=dict)
 
-    def owner(self, name: str) -> int | None:
-        """The row that has that id."""
-        is_number = name.isascii() and name.isdecimal() and len(name) < 20 and str(int(name)) == name
-        if is_number and any(int(name) in rows for rows in self.numbered):
-            return int(name)
-        return self.named.get(name)
+    def check_free(self, name: str) -> None:
+        """Raises RowError where a row has that id."""
+        number = _number(name)
+        if any(number in rows for rows in self.numbered):
+            raise RowError(
+                f"`custom_id` {name!r} is the id of row {number}, which has no other; name the file of requests first"
+            )
+        if name in self.named:
+            raise RowError(f"`custom_id` {name!r} is taken by row {self.named[name]}")
+
+    def name_answers(self, name: str, count: int) -> None:
+        """Note how many answers a request has; raises RowError where the id of one is another answer's."""
+        if count > 1:
+            of_answers = (f"{name}-{i}" for i in range(count))
+            taken = next((x for x in of_answers if x in self.named and x not in self.several), None)
+            owner = self.named.get(taken)
+        else:
+            taken, (stem, _, end) = name, name.rpartition("-")
+            number = _number(end)
+            owner = self.named[stem] if number is not None and number < self.several.get(stem, 0) else None
+        if owner is not None:
+            raise RowError(f"the answer's `custom_id` {taken!r} is taken by row {owner}")
+        if count > 1:
+            self.several[name] = count
+
+
+def _number(name: str) -> int | None:
+    """The number that an id is, None where it is none as `str` writes it."""
+    is_number = name.isascii() and name.isdecimal() and len(name) < 20 and str(int(name)) == name
+    return int(name) if is_number else None
 
 
 def _custom_id(row: dict[str, Any], ids: _Ids) -> str:
     custom_id = row.get("custom_id")
     if isinstance(custom_id, bool) or not isinstance(custom_id, (str, int)) or custom_id == "":
         raise RowError(f"`custom_id` is {custom_id!r}; accepted: text, not empty")
-    owner = ids.owner(str(custom_id))
-    if owner is not None:
-        raise RowError(f"`custom_id` {custom_id!r} is taken by row {owner}")
-    return _serialisable(str(custom_id))
+    custom_id = _serialisable(str(custom_id))
+    ids.check_free(custom_id)
+    return custom_id
 
 
 def _messages(value: Any, column: str) -> list[dict[str, Any]]:

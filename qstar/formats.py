@@ -161,7 +161,10 @@ def response(done: Finished, tokens: list[dict[str, Any]], model: str) -> dict[s
         "output": [output],
         "parallel_tool_calls": asked.get("parallel_tool_calls") is not False,
         "tool_choice": asked.get("tool_choice") or "auto",
-        "tools": [{"type": "function"} | tool["function"] for tool in done.prompt.tools or ()],
+        "tools": [
+            {"type": "function"} | tool["function"] if isinstance(tool.get("function"), dict) else tool
+            for tool in done.prompt.tools or ()
+        ],
         "usage": {
             "input_tokens": used["prompt_tokens"],
             "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
@@ -229,9 +232,12 @@ SCHEMAS = {
 
 
 def metadata_text(line: dict[str, Any]) -> str:
-    """The metadata as JSON; turns with more than role and content, which a Parquet column cannot hold, are added."""
-    extra = {} if all(m.keys() == {"role", "content"} for m in line["messages"]) else {"messages": line["messages"]}
-    return json.dumps(line["metadata"] | extra, ensure_ascii=False)
+    """The metadata as JSON; turns with more than role and content, which a Parquet column cannot hold, are added as
+    `messages`, or `sample.messages` where the row has a column of that name."""
+    metadata = line["metadata"]
+    if any(m.keys() != {"role", "content"} for m in line["messages"]):
+        metadata = metadata | {"sample.messages" if "messages" in metadata else "messages": line["messages"]}
+    return json.dumps(metadata, ensure_ascii=False)
 
 
 def parquet_row(line: dict[str, Any]) -> dict[str, Any]:

@@ -100,10 +100,12 @@ class PromptFormat:
         return tokenizer.get_chat_template(tools=tools)
 
     def unread(self, tokenizer, names: Collection[str], tools: list[dict[str, Any]] | None = None) -> list[str]:
-        """Those of the names of variables (`tools` among them) that the template does not read."""
+        """Those of the names of variables (`tools` among them), and of messages' `tool_calls`, that the template does
+        not read."""
         template = self.template(tokenizer, tools) if names else None
-        read = variables(template) if template is not None else ()
-        return [name for name in names if name not in read]
+        if template is None:
+            return list(names)
+        return [name for name in names if name not in (template if name == "tool_calls" else variables(template))]
 
     def encode(
         self,
@@ -127,6 +129,8 @@ class PromptFormat:
         """
         try:
             template, messages = self.template(tokenizer, tools), self._with_system(messages)
+            if self._continues(messages) and messages[-1].get("tool_calls"):
+                raise PromptError("the message to be continued calls tools, and no text goes on behind a call")
             if template is None:
                 ids = plain_ids(tokenizer, "\n\n".join(m["content"] for m in self._hinted(as_text(messages), hint)))
             else:
@@ -194,8 +198,12 @@ class PromptFormat:
             seen |= {"_qstar_moment": directives(self.moment)}
         return seen | {"tools": tools, "chat_template": template}
 
+    def _continues(self, messages: list[dict[str, Any]]) -> bool:
+        """Whether the answer goes on where the conversation ends."""
+        return self.continue_final_message and messages[-1]["role"] == "assistant"
+
     def _render(self, tokenizer, messages: list[dict[str, Any]], seen: dict[str, Any]) -> list[int]:
-        if self.continue_final_message and messages[-1]["role"] == "assistant":
+        if self._continues(messages):
             text = tokenizer.apply_chat_template(messages, continue_final_message=True, tokenize=False, **seen)
             beginning = text_of(messages[-1]["content"])
             if not text.endswith(beginning[len(beginning.rstrip()) :]):

@@ -115,10 +115,14 @@ class RunFiles:
                 try:
                     line = json.loads(raw)
                     key_of(line)
+                    if "response" in line:
+                        raise RecordError(f"{path} is of --output-format openai-batch, which is not read back")
                     tokens = {name: line[name] for name in needed}.get("tokens", {})
                     arrays = [array("d", [0.0 if x is None else x for x in tokens[name]]) for name in FIELDS if tokens]
                     if any(len(values) != len(tokens["id"]) for values in arrays):
                         raise ValueError("arrays of different lengths")
+                except RecordError:
+                    raise
                 except (ValueError, KeyError, TypeError, AttributeError):
                     raise RecordError(
                         f"line {number} of {path} is not what qstar.generate or qstar.score writes"

@@ -22,6 +22,7 @@ import pyarrow
 import pyarrow.parquet
 from datasets.utils.logging import disable_progress_bar
 
+from qstar.conversation import kind
 from qstar.files import (
     CONFIG,
     SPLIT,
@@ -612,9 +613,3 @@ def _json_row(item: Any) -> Row:
     if isinstance(item, str):
         return {"text": item}
     return item if isinstance(item, dict) else BadRow(f"is {kind(item)}, not an object", item)
-
-
-def kind(value: Any) -> str:
-    if value is None or value == []:
-        return "missing" if value is None else "an empty list"
-    return {str: "text", list: "a list", dict: "an object"}.get(type(value), f"of type {type(value).__name__}")

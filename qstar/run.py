@@ -203,6 +203,7 @@ class Run(ABC):
             PromptError: a template refuses it, or it leaves no room for a token.
         """
         names = [*(("tools",) if prompt.tools else ()), *prompt.template_kwargs]
+        names += ["tool_calls"] if any(message.get("tool_calls") for message in messages) else []
         formats = self.formats
         if prompt.endpoint == COMPLETIONS:
             formats = {side: (replace(f, chat_template="none"), tokenizer) for side, (f, tokenizer) in formats.items()}

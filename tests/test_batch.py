@@ -124,6 +124,9 @@ BAD_INPUTS = [
     ([ASKED, ITEM_CALL | {"arguments": {}}], "item 1 of `body.input`: the call has no `name` and `arguments` as text"),
     ([ASKED, ITEM_RESULT | {"output": None}], "item 1 of `body.input` is missing, not text"),
     ([ASKED, THOUGHT | {"summary": ["hm"]}], "item 1 of `body.input` has reasoning that is no text"),
+    ([ASKED, THOUGHT | {"content": 5}], "item 1 of `body.input` has reasoning that is no text"),
+    ([ASKED | {"images": ["a.png"]}], "item 0 of `body.input`: `images` is not empty; accepted: text only"),
+    ([ASKED, ITEM_CALL, ITEM_RESULT | {"image_url": "a"}], "item 2 of `body.input`: `image_url` is not empty"),
     (
         [{"role": "user", "content": [{"type": "input_image", "image_url": "a.png"}]}],
         "item 0 of `body.input` has a part of type 'input_image'; accepted: text, reasoning, tool_call, refusal",
@@ -163,6 +166,8 @@ def test_bad_requests_are_errors_and_the_others_run(run):
         ({"custom_id": "a", "url": "https://x/openai/responses?api-version=1", "body": {"input": "b"}}, RESPONSES),
         ({"custom_id": "a", "url": "/v1/completions", "body": {"messages": []}}, COMPLETIONS),
         ({"custom_id": "a", "url": "/chat/completions", "body": {}}, CHAT),
+        ({"custom_id": "a", "url": "http://[/v1/responses#a", "body": {"input": "b"}}, RESPONSES),
+        ({"custom_id": "a", "url": "http://[", "body": {"messages": []}}, CHAT),
         ({"custom_id": "a", "url": "/v1/embeddings", "body": {"input": "b"}}, None),
         ({"custom_id": "a", "body": {"model": "m"}}, None),
         ({"custom_id": "a", "params": {"messages": []}}, None),
@@ -201,6 +206,14 @@ def models() -> dict:
     """The client's own classes of what the endpoints answer with."""
     types = pytest.importorskip("openai.types", reason="openai is not installed")
     return {CHAT: types.chat.ChatCompletion, COMPLETIONS: types.Completion, RESPONSES: types.responses.Response}
+
+
+def test_tools_of_any_kind_are_in_the_answer(tmp_path):
+    tools = ["a", {"function": 5}], ["b", {"x": 1}], ["c", {"type": "function", **ADD}]
+    rows = [request(RESPONSES, "Hi", name, tools=[tool]) for name, tool in tools]
+    argv = ["--dataset", str(write_lines(tmp_path / "data.jsonl", rows)), "--max-new-tokens", "2"]
+    assert generate([*argv, "--output", str(tmp_path / "x.jsonl"), "--output-format", "openai-batch"]) == 0
+    assert [line["response"]["body"]["tools"] for line in lines(tmp_path / "x.jsonl")] == [[t] for _, t in tools]
 
 
 @pytest.mark.parametrize("url", ENDPOINTS)
@@ -282,6 +295,33 @@ def test_requests_are_sampled_as_they_ask(tmp_path, demo_pair, speculate):
     assert all(ours["logq_sum"] == pytest.approx(again["logq_sum"], abs=1e-4) for ours, again in pairs)
 
 
+@pytest.mark.parametrize(
+    ("ids", "taken"),
+    [
+        (["a*2", "a-0", "a-1", "a-2", "a-00", "b-0"], ["a-0", "a-1"]),
+        (["a-0", "a*2", "b"], ["a"]),
+        (["a*2", "a-0*2", "a-0-1"], ["a-0-1"]),
+        (["a", "a-0", "a-0-0*3"], []),
+    ],
+)
+def test_no_two_answers_have_one_id(tmp_path, ids, taken):
+    rows = [request(CHAT, [ASKED], x.partition("*")[0], n=int(x.partition("*")[2] or 1)) for x in ids]
+    argv = ["--dataset", str(write_lines(tmp_path / "data.jsonl", rows)), "--use-request-parameters"]
+    argv += ["--max-new-tokens", "1", "--samples-per-prompt", "5"]
+    x, y = tmp_path / "x.jsonl", tmp_path / "y.jsonl"
+    assert generate([*argv, "--output", str(x), "--output-format", "openai-batch"]) == bool(taken)
+    written = [line["custom_id"] for line in lines(x)]
+    assert (
+        len(set(written))
+        == len(written)
+        == sum(int(n or 1) for x, _, n in (x.partition("*") for x in ids) if x not in taken)
+    )
+    errors = lines(tmp_path / "x.errors.jsonl") if taken else []
+    assert [error["id"] for error in errors] == taken
+    assert all("`custom_id`" in error["error"] and "is taken by row" in error["error"] for error in errors)
+    assert generate([*argv, "--output", str(y)]) == 0  # whose ids always have a number
+
+
 def test_seeds_of_requests_do_not_depend_on_their_place(tmp_path):
     rows = [request(CHAT, [ASKED], name, seed=7) for name in ("one", "two")]
     argv = ["--dataset", str(write_lines(tmp_path / "data.jsonl", rows)), "--output", str(tmp_path / "x.jsonl")]
@@ -316,6 +356,7 @@ BAD_PARAMETERS = [
     ({"seed": "x"}, "`body.seed` is 'x'; accepted: a whole number"),
     ({"stop": [""]}, "`body.stop` is ['']; accepted: a text or a list of texts, none empty"),
     ({"stop": 5}, "`body.stop` is 5; accepted: a text or a list of texts, none empty"),
+    ({"stop": "\ud800"}, "`body.stop` has half of a surrogate pair, which is no character"),
     ({"stop": "a<|end|>"}, "`body`: stop 'a<|end|>' has the special token '<|end|>' among other text"),
     ({"presence_penalty": 0.5}, "`body.presence_penalty` is 0.5, which q* does not have; accepted: 0"),
     ({"logit_bias": {"5": 1}}, "`body.logit_bias` is {'5': 1}, which q* does not have; accepted: {}"),

@@ -2,8 +2,11 @@
 
 import inspect
 import json
+import subprocess
+import sys
 from contextlib import nullcontext
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +21,25 @@ from qstar_kernels.gpu.launch import Launch
 from qstar_kernels.types import NAMES
 
 CPU = torch.device("cpu")
+
+
+# What sampling and measuring do without, on a machine with torch, triton, numpy and transformers.
+ABSENT = """accelerate datasets fsspec hypothesis matplotlib pandas pyarrow pytest pytest_benchmark ray rich scipy trl
+vllm""".split()
+IMPORT_WITHOUT = """
+import importlib, sys
+from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
+
+class Finder(PathFinder):
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        return None if name.split(".")[0] in absent else PathFinder.find_spec(name, path, target)
+
+absent, modules = (argument.split() for argument in sys.argv[1:])
+sys.meta_path[:] = BuiltinImporter, FrozenImporter, Finder
+for name in modules:
+    importlib.import_module(name)
+"""
 
 
 def new_run(tmp_path, on_gpu: bool = False, budget: float = 1000.0) -> Run:
@@ -63,6 +85,13 @@ def made_up(monkeypatch):
     gpu.machine.cache_clear()
     yield
     gpu.machine.cache_clear()
+
+
+def test_a_gpu_machine_needs_four_packages():
+    modules = "qstar qstar.decode qstar.pair qstar.drop_in qstar_kernels bench.gpu bench.gpu_times bench.loops"
+    command = [sys.executable, "-c", IMPORT_WITHOUT, " ".join(ABSENT), modules]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_part_is_green_and_on_the_page(made_up, tmp_path):

@@ -76,6 +76,13 @@ ROWS = {
     ),
     "tools of a request": ({"custom_id": 1, "body": {"messages": [ASKED], "tools": TOOLS}}, [ASKED], {"tools": TOOLS}),
     "functions": ({"messages": [ASKED], "functions": [ADD]}, [ASKED], {"tools": TOOLS}),
+    "functions as JSON text": ({"messages": [ASKED], "functions": json.dumps([ADD])}, [ASKED], {"tools": TOOLS}),
+    "functions as JSON texts": (
+        {"prompt": "What is 2 + 3?", "functions": [json.dumps(ADD)]},
+        [ASKED],
+        {"tools": TOOLS},
+    ),
+    "one function": ({"prompt": "What is 2 + 3?", "tools": [], "functions": ADD}, [ASKED], {"tools": TOOLS}),
     "no tools": ({"messages": [ASKED], "tools": []}, [ASKED], {}),
     "no tools as text": ({"messages": [ASKED], "tools": ""}, [ASKED], {}),
     "arguments as JSON text": (
@@ -102,6 +109,34 @@ ROWS = {
             ]
         },
         [ASKED, CALLED, tool("5", name="add")],
+        {},
+    ),
+    "a legacy function_call as JSON text": (
+        {
+            "messages": [
+                ASKED,
+                {"role": "assistant", "function_call": json.dumps({"name": "add", "arguments": {"a": 2}})},
+                {"role": "function", "content": "5"},
+            ]
+        },
+        [ASKED, CALLED, tool("5")],
+        {},
+    ),
+    "nothing is called": (
+        {"messages": [ASKED] + [assistant("So:", tool_calls=nothing) for nothing in (False, 0, "", [], {})] + [ASKED]},
+        [ASKED, *[assistant("So:")] * 5, ASKED],
+        {},
+    ),
+    "a call beside an empty list of them": (
+        {
+            "messages": [
+                ASKED,
+                {"role": "assistant", "tool_calls": [], "function_call": {"name": "add", "arguments": {"a": 2}}},
+                {"role": "assistant", "content": [], "tool_calls": []},
+                tool("5"),
+            ]
+        },
+        [ASKED, CALLED, assistant(""), tool("5", tool_call_id="call00000")],
         {},
     ),
     "capitals": (
@@ -408,11 +443,17 @@ def test_options_that_the_models_cannot_follow(tmp_path, capsys, argv, named):
 
 
 def test_what_a_template_does_not_read_is_said(run, capsys):
-    (_,), _, _ = run([{"prompt": "Hi", "tools": TOOLS, "chat_template_kwargs": {"x": 1}}], theta=None, t=TEXT)
+    turns = [ASKED, CALLED, tool("5")]
+    (_,), _, _ = run([{"prompt": turns, "tools": TOOLS, "chat_template_kwargs": {"x": 1}}], theta=None, t=TEXT)
     said = capsys.readouterr().out
-    assert "the chat template of theta does not read `tools`, which rows have" in said
+    for name in ("tools", "tool_calls"):
+        assert f"the chat template of theta does not read `{name}`, which rows have" in said
+        assert f"of t does not read `{name}`" not in said
     assert "the chat template of t does not read `x`, which rows have" in said
-    assert "of t does not read `tools`" not in said
+    run([{"prompt": turns}], "--theta-chat-template", "none", theta=None, t=TEXT)
+    assert "the chat template of theta does not read `tool_calls`, which rows have" in capsys.readouterr().out
+    run([{"prompt": [ASKED, CALLED]}], theta=None, t=TEXT)  # it is the answer
+    assert "tool_calls" not in capsys.readouterr().out
 
 
 def test_what_the_vocabulary_leaves_out_is_said(run, capsys, demo_pair, monkeypatch):
@@ -433,7 +474,21 @@ BAD_ROWS = [
             ("audios", ["a.wav"]),
             ("audio", {"array": [0.0], "sampling_rate": 16000}),
             ("Images", ["a.png"]),
+            ("image_url", "a.png"),
+            ("images", '["a.png"]'),
+            ("images", [0]),
         )
+    ),
+    *(
+        ({"prompt": [user("What is this?") | {name: "a.png"}]}, f"turn 0 of `prompt`: `{name}` {NO_MEDIA}")
+        for name in ("image_url", "Audio_URL")
+    ),
+    *(
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "text", "text": "What is this?", name: "a.png"}]}]},
+            f"turn 0 of `prompt`: `{name}` {NO_MEDIA}",
+        )
+        for name in ("image", "image_url", "input_audio")
     ),
     ({"prompt": [user("<image>") | {"images": ["a.png"]}]}, f"turn 0 of `prompt`: `images` {NO_MEDIA}"),
     *(
@@ -452,6 +507,7 @@ BAD_ROWS = [
     ),
     ({"prompt": "Hi", "tools": "a calculator"}, "`tools` is no list of objects, nor the JSON of one"),
     ({"prompt": "Hi", "tools": ["add"]}, "`tools` is no list of objects, nor the JSON of one"),
+    ({"prompt": "Hi", "functions": ["add"]}, "`functions` is no list of objects, nor the JSON of one"),
     (
         {"prompt": "Hi", "tools": [ADD | {"parameters": "a"}]},
         "`tools`: the parameters of 'add' are no JSON object",
@@ -484,7 +540,15 @@ BAD_ROWS = [
         {"prompt": [ASKED, {"from": "function_call", "value": "add(2)"}, tool("5")]},
         "turn 1 of `prompt`: the call is no JSON with `name` and `arguments`",
     ),
+    (
+        {"prompt": [ASKED, assistant(None, function_call="add(2)"), tool("5")]},
+        "turn 1 of `prompt`: the call is no JSON with `name` and `arguments`",
+    ),
     ({"prompt": [ASKED, assistant(None), user("And?")]}, "turn 1 of `prompt` is missing, not text"),
+    (
+        {"prompt": [{"role": "user", "content": [{"type": ["text"], "text": "a"}]}]},
+        "turn 0 of `prompt` has a part of type \"['text']\"; accepted: text, reasoning, tool_call, refusal",
+    ),
     (
         {"prompt": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "video", "video": "b"}]}]},
         "turn 0 of `prompt` has a part of type 'video'; accepted: text, reasoning, tool_call, refusal",
@@ -529,6 +593,18 @@ def test_space_at_the_end_of_a_continued_message(run, rendered):
     trimmed = TEXT.replace("{{ m.content }}", "{{ m.content | trim }}")
     _, _, (error,) = run(rows, "--continue-final-message", t=trimmed)
     assert error["error"] == "the chat template drops the space at the end of the message to be continued"
+
+
+@pytest.mark.parametrize("template", [TEXT, "none"])
+def test_a_call_is_not_continued(run, template):
+    """transformers would cut it off."""
+    argv = ["--continue-final-message"]
+    argv += ["--theta-chat-template", template, "--t-chat-template", template] if template == "none" else []
+    of_sides = dict.fromkeys(("theta", "t"), None if template == "none" else template)
+    rows = [{"prompt": [ASKED, assistant("So:", tool_calls=call({"a": 2}))]}, {"prompt": [ASKED, CALLED, tool("5")]}]
+    samples, _, (error,) = run(rows, *argv, **of_sides)
+    assert error["error"] == "the message to be continued calls tools, and no text goes on behind a call"
+    assert [sample["prompt_index"] for sample in samples] == [1]
 
 
 def test_a_continued_text_without_a_template(run, tokenizer):
@@ -674,6 +750,12 @@ def test_ids_of_two_calls_at_once(run):
     assert [m["tool_call_id"] for m in sample["messages"][2:4]] == ids
 
 
+def test_an_empty_list_of_calls_closes_none(run):
+    turns = [LEGACY, assistant("So:", tool_calls=[]), tool("5"), user("And?")]
+    (sample,), _, _ = run([{"messages": [ASKED, *turns]}])
+    assert sample["messages"][3]["tool_call_id"] == "call00000"
+
+
 def test_one_bos(tokenizer):
     """A rendered prompt brings its own BOS, which tokenizers for base models would put, too."""
     adds = transformers.AutoTokenizer.from_pretrained(THETA, bos_token="<|system|>")
@@ -710,6 +792,9 @@ def test_what_goes_into_the_prompt_is_said(tmp_path):
         "prompt: the prompt is `prompt`; in front of it: `system`, `history`; for the template: `tools`; "
         "carried along: `tools`, `x`"
     )
+    row = {"prompt": "Hi", "tools": TOOLS, "functions": [ADD]}
+    said = load_prompts(str(write_lines(tmp_path / "x.jsonl", [row]))).description
+    assert "for the template: `tools`; carried along: `tools`, `functions`" in said
 
 
 @pytest.fixture

@@ -157,6 +157,27 @@ def test_ids_of_requests_stay_unique(write):
     prompts = list(load_prompts(path))
     assert [p.id for p in prompts] == ["row-2", "a", "row-2-", "row-3", "row-4", "7"]
     assert [p.index for p in prompts if p.error] == [2, 4]
+    path = write([request(""), request("row-0"), request("\ud800"), request("\\ud800")])
+    assert [p.error for p in load_prompts(path)] == [
+        "`custom_id` is ''; accepted: text, not empty",
+        None,
+        None,
+        "`custom_id` '\\\\ud800' is taken by row 2",
+    ]
+
+
+def test_ids_of_requests_behind_other_rows(write):
+    """A row's number is its only id, so it is the request that is refused; named first, no row is."""
+    requests = write(
+        [{"custom_id": x, "body": {"messages": [user("a")]}} for x in ("1", "x", "row-1")], "requests.jsonl"
+    )
+    rows = write([{"prompt": "a"}] * 4, "rows.jsonl")
+    *_, number, named, last = load_prompts([rows, requests])
+    reason = "`custom_id` '1' is the id of row 1, which has no other; name the file of requests first"
+    assert [number.error, named.error, last.error] == [reason, None, None]
+    prompts = list(load_prompts([requests, rows]))
+    assert [p.id for p in prompts] == ["1", "x", "row-1", "3", "4", "5", "6"]
+    assert not any(p.error for p in prompts)
 
 
 def test_sharegpt_file():
@@ -277,6 +298,19 @@ def test_csv_cells_stay_text():
     assert (lines.messages, lines.metadata) == ([user("Two lines,\none question?")], {"answer": "NA"})
     assert short.error == "has 1 fields where the header has 2"
     assert short.metadata == {"row": ["Only a question?"]}
+
+
+@pytest.mark.parametrize("nothing", ["", " ", "[]", "{}", "null", "0", "false", "[null]", '""'])
+def test_csv_cell_without_images(write, nothing):
+    cell = '"' + nothing.replace('"', '""') + '"'
+    none, some = load_prompts(write(f"prompt,images\na,{cell}\nb,x.png\n", "images.csv"))
+    assert (none.error, none.metadata) == (None, {"images": nothing})
+    assert some.error.startswith("`images` is not empty")
+
+
+@pytest.mark.parametrize("nothing", [0, 0.0, False, [None], {"bytes": None}])
+def test_row_without_images(load_row, nothing):
+    assert load_row({"prompt": "a", "images": nothing}).error is None
 
 
 def test_csv_takes_long_prompts(write):

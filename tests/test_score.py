@@ -290,12 +290,14 @@ def test_failures_are_recorded_and_the_others_scored(tmp_path, capsys):
         (["--dataset", "rows.jsonl", "--response-field", "x"], "--response-field 'x' is none of the columns"),
         (["--dataset", "made.jsonl", "--response-field", "x"], "are its own tokens"),
         (["--dataset", "made.jsonl", "--clip", "-1"], "--clip"),
+        (["--dataset", "batch.jsonl"], "batch.jsonl is of --output-format openai-batch, which is not read back"),
     ],
 )
 def test_wrong_arguments_get_one_line(argv, named, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text('{"prompt": "Hi.", "score": 1}\n')
     generate(["--num-samples", "1", "--save-diagnostics", "--output", "made.jsonl"])
+    generate(["--num-samples", "1", "--save-diagnostics", "--output", "batch.jsonl", "--output-format", "openai-batch"])
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit:
         score(argv)

@@ -40,10 +40,10 @@ LINE["messages"] = [{"role": "user", "content": "a"}, {"role": "assistant", "con
 def written(tmp_path):
     """Generates in format verl; returns the rows as verl reads them."""
 
-    def written(rows: list[dict] | Path) -> list[dict]:
+    def written(rows: list[dict] | Path, *others: str) -> list[dict]:
         data = rows if isinstance(rows, Path) else write_lines(tmp_path / "data.jsonl", rows)
         argv = ["--dataset", str(data), "--output", str(tmp_path / "x.parquet"), "--output-format", "verl"]
-        assert generate([*argv, "--max-new-tokens", "4"]) == 0
+        assert generate([*argv, "--max-new-tokens", "4", *others]) == 0
         cache = str(tmp_path / "cache")
         return list(datasets.load_dataset("parquet", data_files=str(tmp_path / "x.parquet"), cache_dir=cache)["train"])
 
@@ -80,6 +80,16 @@ def test_a_row_has_what_it_came_with(written, name):
     about = {"split": "train", "sample.index": 0, "id": "0-0", "sample_index": 0, "num_tokens": 4}
     assert found["extra_info"].items() >= (about | {"finish_reason": "length"}).items()
     assert json.loads(found["extra_info"]["metadata"]) == {"level": 3}
+
+
+@pytest.mark.parametrize("column", [{}, {"messages": "mine"}])
+def test_turns_that_a_column_cannot_hold_are_in_the_metadata(written, column):
+    called = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
+    turns = [*ASKED, called, {"role": "tool", "content": "5"}]
+    (found,) = written([{"chat": turns, **column}], "--prompt-field", "chat")
+    metadata = json.loads(found["extra_info"]["metadata"])
+    assert metadata.pop("sample.messages" if column else "messages")[2] == called
+    assert metadata == column
 
 
 def test_a_parquet_file_of_verl_comes_out_with_its_types(written, tmp_path):
