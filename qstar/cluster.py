@@ -38,6 +38,7 @@ from rich.console import Console
 from qstar.arguments import Job, data_source
 from qstar.checkpoints import fingerprint, revision
 from qstar.data import PromptSource
+from qstar.formats import verl_row
 from qstar.generate import Generate, Todo, draft_table, todo, total_samples
 from qstar.output import Output, OutputError
 from qstar.parts import Parts
@@ -118,16 +119,18 @@ class Worker:
         attempts["starts"] += 1
         self.parts.write_attempts(part, attempts)
         with TemporaryDirectory() as folder:
-            path = Path(folder) / f"x{Path(self.parts.path('samples', part)).suffix}"
-            with Output(path, self.parts.format, self.parts.save_diagnostics, {}) as output:
+            path = Path(folder) / f"x{self.parts.suffix('samples')}"
+            form, source = "jsonl" if path.suffix == ".jsonl" else self.parts.format, data_source(self.job.args)
+            with Output(path, form, self.parts.save_diagnostics, {}) as output:
                 run = self.run(output)
                 for item in items:
                     if item.prompt.index in aside:
                         run.fail(item.prompt, None, reason)
                 for done in run.in_order([item for item in items if item.prompt.index not in aside]):
-                    output.write(done, run.line(done))
+                    line = run.line(done)
+                    output.write(done, verl_row(line, source) if self.parts.format == "verl" else line)
                     run.summary.add(done)
-                output.finish(data_source(self.job.args))
+                output.finish(source)
             self.parts.put_part(part, Path(folder))
         self.parts.write_attempts(part, None)
         return {"summary": asdict(run.summary), "drafts": asdict(run.tally), "failed": len(output.errors)}

@@ -162,7 +162,7 @@ def files_of(dataset: str, split: str | None, config: str | None) -> Found:
             return _of_folder(dataset, _snapshot(path), split, config)
         if path.exists() or not glob.has_magic(dataset):
             raise DataError(f"--dataset {dataset!r}: {'no file or folder' if path.exists() else 'no such file'}")
-        found = [Path(name) for name in glob.glob(str(path), recursive=True)]
+        found = list(_matches(path))
         if not found:
             raise DataError(f"--dataset {dataset!r}: no file matches the pattern")
         return Found(*_of_many(dataset, found, "the pattern"))
@@ -190,7 +190,7 @@ def _of_folder(dataset: str, path: Path, split: str | None, config: str | None) 
         where = f"of configuration {builder.config.name!r} in the README.md of the folder"
         chose.add(CONFIG)
     else:
-        found = list(_walk(path))
+        found = [folder / name for folder, names in _walk(path) for name in names]
         ignored = FILES_TO_IGNORE
         splits = _splits(path, [file for file in found if _is_data(file) and file.name not in ignored])
         where = f"of the folder, whose files are called {' and '.join(splits)}"
@@ -203,8 +203,11 @@ def _of_folder(dataset: str, path: Path, split: str | None, config: str | None) 
     return Found(*_of_many(dataset, found, where, ignored), frozenset(chose))
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """The files of a folder and of those below it, through links, too; not what begins with a dot or an underscore."""
+def _walk(folder: Path, hidden: tuple[str, ...] = (".", "_")) -> Iterator[tuple[Path, list[str]]]:
+    """A folder and those below it, through links, too, each once, and the names of their files.
+
+    What begins with one of `hidden` is not looked at.
+    """
 
     def fail(error: OSError) -> None:
         raise error
@@ -212,10 +215,31 @@ def _walk(folder: Path) -> Iterator[Path]:
     seen = set()  # a link may lead back
     for where, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         real = os.path.realpath(where)
-        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith((".", "_")))
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith(hidden))
         if real not in seen:
-            yield from (Path(where, name) for name in names if not name.startswith((".", "_")))
+            yield Path(where), [name for name in names if not name.startswith(hidden)]
         seen.add(real)
+
+
+def _matches(pattern: Path) -> Iterator[Path]:
+    """What matches, from each folder once, however many links lead to it.
+
+    `**` is not left to `glob`, which goes round and round where links lead back.
+    """
+    if "**" in pattern.parts:
+        at = pattern.parts.index("**")
+        tail = pattern.parts[at + 1 :] or ("*",)
+        above = _matches(Path(*pattern.parts[:at])) if at else [Path()]
+        folders = (folder for path in above if path.is_dir() for folder, _ in _walk(path, hidden=(".",)))
+        found = (path for folder in folders for path in _matches(Path(glob.escape(str(folder)), *tail)))
+    else:
+        found = map(Path, sorted(glob.glob(str(pattern))))
+    seen = set()
+    for path in found:
+        place = os.path.realpath(path.parent), path.name
+        if place not in seen:
+            yield path
+        seen.add(place)
 
 
 def _snapshot(path: Path) -> Path:
@@ -309,6 +333,9 @@ def _members(path: Path) -> tuple[list[File], int]:
     files = [File(path, size, name) for name, size in shown if extension(name) in TEXT_EXTENSIONS]
     if not files:
         raise DataError(f"--dataset {str(path)!r} has no file of rows; accepted: {', '.join(TEXT_EXTENSIONS)}")
+    twice = next((str(one) for one, other in itertools.pairwise(files) if one.member == other.member), None)
+    if twice is not None:  # one may have been meant to take the other's place
+        raise DataError(f"--dataset {twice!r}: the archive has two files of that name")
     return files, len(shown) - len(files)
 
 
@@ -327,10 +354,14 @@ def sha256(paths: list[Path]) -> str:
                 digests.append(hashlib.file_digest(file, "sha256").hexdigest())
         except OSError as error:
             raise DataError(f"--dataset {str(path)!r} is not readable: {error}") from error
-    if len(paths) == 1:
-        return digests[0]
-    lines = (f"{digest} {path.suffix.lower()}" for digest, path in zip(digests, paths, strict=True))
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    if len(paths) > 1:
+        digests = [f"{digest} {path.suffix.lower()}" for digest, path in zip(digests, paths, strict=True)]
+    return joined(digests)
+
+
+def joined(digests: list[str]) -> str:
+    """One digest in place of several, in their order; one alone stays as it is."""
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def one_line(error: Exception) -> str:

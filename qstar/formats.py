@@ -192,6 +192,7 @@ def usage(sample: Sample) -> dict[str, int]:
 
 
 NOTHING = pa.null()
+LONG = pa.decimal128(19)  # whole numbers among them that float64 has not
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 SCHEMAS = {
     "parquet": pa.schema(
@@ -251,7 +252,7 @@ def verl_row(line: dict[str, Any], data_source: str) -> dict[str, Any]:
     """A row of format `verl`: its RL columns for the prompt, and the answer as `response`.
 
     What a row has of these columns itself stays as it is; what is written about the sample into an `extra_info` of its
-    own goes by `sample.` where a name is taken.
+    own goes by `sample.` where a name is taken, and by more of them in rows that this has written before.
     """
     own = {name: line["metadata"][name] for name in OWN if line["metadata"].get(name) is not None}
     own = {name: value for name, value in own.items() if isinstance(value, dict) or name in ("data_source", "ability")}
@@ -268,6 +269,10 @@ def verl_row(line: dict[str, Any], data_source: str) -> dict[str, Any]:
         "metadata": metadata_text(line | {"metadata": metadata}),
     }
     taken = own.get("extra_info", {})
+
+    def free(name: str) -> str:
+        return free(f"sample.{name}") if name in taken else name
+
     return {
         "data_source": str(own.get("data_source", data_source)),
         "prompt": [{"role": m["role"], "content": m["content"]} for m in line["messages"][:-1]],
@@ -277,7 +282,7 @@ def verl_row(line: dict[str, Any], data_source: str) -> dict[str, Any]:
             "reward_model",
             {"style": "rule", "ground_truth": truth if isinstance(truth, str) else json.dumps(truth)},
         ),
-        "extra_info": {f"sample.{name}" if name in taken else name: value for name, value in extra.items()} | taken,
+        "extra_info": {free(name): value for name, value in extra.items()} | taken,
     }
 
 
@@ -289,7 +294,8 @@ def schema_of(output_format: str, rows: Iterable[dict[str, Any]]) -> pa.Schema:
     varying = dict.fromkeys(("reward_model", "extra_info"), NOTHING)
     for row in rows:
         varying = {name: wider(known, type_of(row[name])) for name, known in varying.items()}
-    return pa.schema([(field.name, varying.get(field.name, field.type)) for field in schema])
+    types = {name: settled(known) for name, known in varying.items() if known != NOTHING}  # that of no row
+    return pa.schema([(field.name, types.get(field.name, field.type)) for field in schema])
 
 
 def table_of(rows: Iterable[dict[str, Any]], schema: pa.Schema) -> pa.Table:
@@ -298,8 +304,8 @@ def table_of(rows: Iterable[dict[str, Any]], schema: pa.Schema) -> pa.Table:
 
 
 def type_of(value: Any) -> pa.DataType:
-    """The Parquet type of a value as JSON has it. What Parquet does not have, and lists of several types, are text."""
-    if value is None or value == {}:  # Parquet has no objects without fields
+    """The type of a value as JSON has it, until `settled`: text for whole numbers beyond 64 bits."""
+    if value is None:
         return NOTHING
     if isinstance(value, dict):
         return pa.struct([(name, type_of(item)) for name, item in value.items()])
@@ -307,12 +313,16 @@ def type_of(value: Any) -> pa.DataType:
         return pa.list_(reduce(wider, map(type_of, value), NOTHING))
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return pa.bool_() if isinstance(value, bool) else pa.string()
-    return pa.float64() if isinstance(value, float) else pa.int64() if -(2**63) <= value < 2**63 else pa.string()
+    if isinstance(value, float):
+        return pa.float64()
+    if not -(2**63) <= value < 2**63:
+        return pa.string()
+    return pa.int64() if float(value) == value else LONG
 
 
 def wider(one: pa.DataType, other: pa.DataType) -> pa.DataType:
     """The type that holds the values of both: text, where they have nothing in common. Whole numbers among others are
-    numbers, as `datasets` reads them."""
+    numbers, as `datasets` reads them, if they have no more digits than those."""
     if one == other or NOTHING in (one, other):
         return one if other == NOTHING else other
     if pa.types.is_struct(one) and pa.types.is_struct(other):
@@ -322,7 +332,17 @@ def wider(one: pa.DataType, other: pa.DataType) -> pa.DataType:
         return pa.struct(list(fields.items()))
     if pa.types.is_list(one) and pa.types.is_list(other):
         return pa.list_(wider(one.value_type, other.value_type))
-    return pa.float64() if {one, other} == {pa.int64(), pa.float64()} else pa.string()
+    return next((kind for kind in (pa.float64(), LONG) if {one, other} == {kind, pa.int64()}), pa.string())
+
+
+def settled(known: pa.DataType) -> pa.DataType:
+    """The Parquet type of values of that type; what Parquet does not have, objects without fields, is text."""
+    if pa.types.is_struct(known):
+        fields = [(field.name, settled(field.type)) for field in known]
+        return pa.struct(fields) if fields else pa.string()
+    if pa.types.is_list(known):
+        return pa.list_(settled(known.value_type))
+    return pa.int64() if known == LONG else known
 
 
 def as_type(value: Any, wanted: pa.DataType) -> Any:

@@ -4,15 +4,15 @@ import argparse
 import json
 import shutil
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qstar.arguments import Parser, failed
-from qstar.formats import NOTHING, SCHEMAS, table_of, wider
-from qstar.output import FORMATS, OutputError, explained, replacing, write_atomically
+from qstar.formats import SCHEMAS
+from qstar.output import FORMATS, OutputError, explained, replacing, write_atomically, write_parquet
 from qstar.parts import Parts
 
 
@@ -31,7 +31,7 @@ def merge(url: str, output: Path) -> tuple[int, list[Path]]:
         raise OutputError(f"{url} has no manifest.json; give the folder that qstar.generate --engine ray wrote")
     parts.format = manifest["format"]
     numbers = parts.numbers("samples")
-    missing = sorted(set(range(max(numbers, default=-1) + 1)) - numbers)
+    missing = set(range(max({*numbers, *manifest["parts"]}, default=-1) + 1)) - numbers
     if not manifest["complete"] or missing:
         raise OutputError(f"{url} is not complete: {len(numbers)} parts are there; start its run again to finish it")
     suffix = FORMATS[parts.format]
@@ -41,40 +41,35 @@ def merge(url: str, output: Path) -> tuple[int, list[Path]]:
     with explained(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         for kind, path in paths.items():
-            found = sorted(parts.numbers(kind))
+            found = [parts.path(kind, number) for number in sorted(parts.numbers(kind))]
             if not found:
                 path.unlink(missing_ok=True)  # of an earlier merge
                 continue
-            fs = parts.place[0]
-            parquet = kind == "samples" and suffix == ".parquet"
-            schema = common_schema(parts, found) if parquet else None
-            with (
-                replacing(path) as target,
-                pq.ParquetWriter(target, schema) if parquet else nullcontext() as writer,
-            ):
-                for number in found:
-                    with fs.open(parts.path(kind, number), "rb") as file:
-                        if parquet:
-                            table = pq.read_table(file)
-                            writer.write_table(table if table.schema == schema else table_of(table.to_pylist(), schema))
-                        else:
-                            shutil.copyfileobj(file, target)
+            with replacing(path) as target:
+                join(parts, kind, found, target)
             written.append(path)
         settings = {k: v for k, v in manifest["settings"].items() if k != "--batch-size"} | {"output file": output.name}
         write_atomically(Path(f"{stem}.run.json"), json.dumps(settings, indent=1, ensure_ascii=False).encode())
     return len(numbers), written
 
 
-def common_schema(parts: Parts, numbers: list[int]) -> pa.Schema:
-    """The schema that holds the samples of all these parts: each part has the one of its own rows."""
-    types: dict[str, pa.DataType] = {}
-    for number in numbers:
-        with parts.place[0].open(parts.path("samples", number), "rb") as file:
-            found = pq.ParquetFile(file)
-            if found.metadata.num_rows:
-                of_part = {field.name: field.type for field in found.schema_arrow}
-                types = {name: wider(types.get(name, NOTHING), kind) for name, kind in of_part.items()}
-    return pa.schema(types) if types else SCHEMAS[parts.format]
+def join(parts: Parts, kind: str, paths: list[str], target: IO[bytes]) -> None:
+    """Write the parts' files of a kind as one."""
+
+    def opened() -> Iterator[IO[bytes]]:
+        for path in paths:
+            with parts.place[0].open(path, "rb") as file:
+                yield file
+
+    if kind == "samples" and parts.suffix(kind) != FORMATS[parts.format]:
+        write_parquet(target, parts.format, lambda: (json.loads(line) for file in opened() for line in file))
+    elif parts.suffix(kind) == ".jsonl":
+        for file in opened():
+            shutil.copyfileobj(file, target)
+    else:
+        with pq.ParquetWriter(target, SCHEMAS[parts.format]) as writer:
+            for file in opened():
+                writer.write_table(pq.read_table(file))
 
 
 def make_parser() -> Parser:

@@ -9,9 +9,10 @@ the end. Beside the output `x.jsonl` stand `x.run.json` (the settings it was sta
 import errno
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,6 +24,7 @@ from qstar.formats import Finished, Key, diagnostics_line, key_of, parquet_row, 
 
 FIRST_START = "first start"  # the name of its moment beside the settings
 FORMATS = {"jsonl": ".jsonl", "openai-batch": ".jsonl", "parquet": ".parquet", "verl": ".parquet"}
+GROUP = 1000  # rows of a Parquet file that are written at once
 
 
 class OutputError(RuntimeError):
@@ -175,10 +177,15 @@ class Output:
                 file.seek(start)
                 return row(json.loads(file.readline()))
 
-            schema = schema_of(self.format, (read(start) for _, start in offsets))
-            with pq.ParquetWriter(target, schema) as writer:
-                for i in range(0, len(offsets), 1000):
-                    writer.write_table(table_of((read(start) for _, start in offsets[i : i + 1000]), schema))
+            write_parquet(target, self.format, lambda: (read(start) for _, start in offsets))
+
+
+def write_parquet(target: IO[bytes], output_format: str, read: Callable[[], Iterator[dict[str, Any]]]) -> None:
+    """Write the rows of a Parquet format, which are read twice: the types of verl's are those of all rows together."""
+    schema, rows = schema_of(output_format, read()), read()
+    with pq.ParquetWriter(target, schema) as writer:
+        while group := list(islice(rows, GROUP)):
+            writer.write_table(table_of(group, schema))
 
 
 def locked(lock_file: Path, output: Path | str) -> FileLock:

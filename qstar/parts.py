@@ -23,6 +23,9 @@ from fsspec.implementations.local import LocalFileSystem
 from qstar.formats import SCHEMAS
 from qstar.output import FIRST_START, FORMATS, OutputError, check_settings, explained, locked, replacing
 
+# Of a part's samples: the types of verl's columns are those of all rows together, and what a row had before it got
+# them cannot be told any more. So its parts are lines, out of which `qstar.merge` makes the Parquet file.
+SUFFIXES = FORMATS | {"verl": ".jsonl"}
 KINDS = ("diagnostics", "errors", "samples")  # in the order in which a part's files are put there
 
 
@@ -91,19 +94,21 @@ class Parts:
                 raise
             raise OutputError(f"cannot write {path}: {error}{'; ' if then else ''}{then}") from error
 
+    def suffix(self, kind: str) -> str:
+        """That of the files of a kind."""
+        return SUFFIXES[self.format] if kind == "samples" else ".jsonl"
+
     def path(self, kind: str, part: int) -> str:
         """Where a part's file of that kind is on its file system."""
-        suffix = FORMATS[self.format] if kind == "samples" else ".jsonl"
-        return f"{self.place[1]}/{kind}/part-{part:06d}{suffix}"
+        return f"{self.place[1]}/{kind}/part-{part:06d}{self.suffix(kind)}"
 
     def numbers(self, kind: str) -> set[int]:
         """The parts that have a file of that kind."""
         fs, root = self.place
         fs.invalidate_cache()
         names = [Path(p).name for p in fs.ls(f"{root}/{kind}", detail=False)] if fs.exists(f"{root}/{kind}") else []
-        return {
-            int(name[5:].partition(".")[0]) for name in names if name.startswith("part-") and not name.endswith(".tmp")
-        }
+        suffix = self.suffix(kind)  # another is that of a part in the making, or as an earlier version wrote it
+        return {int(name[5:].partition(".")[0]) for name in names if name.startswith("part-") and name.endswith(suffix)}
 
     def manifest(self) -> dict[str, Any] | None:
         """What `manifest.json` says; None if there is none.
@@ -114,7 +119,7 @@ class Parts:
         fs, root = self.place
         try:
             found = json.loads(fs.cat_file(f"{root}/manifest.json"))
-            found["settings"], found["complete"], found["format"]
+            found["settings"], found["complete"], found["format"], found["parts"]
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError):
@@ -154,8 +159,7 @@ class Parts:
     def put_part(self, part: int, folder: Path) -> None:
         """Take over a part that was written as `x` in a local folder."""
         fs = self.place[0]
-        suffix = FORMATS[self.format]
-        local = {"diagnostics": "x.diagnostics.jsonl", "errors": "x.errors.jsonl", "samples": f"x{suffix}"}
+        local = {kind: f"x{'' if kind == 'samples' else f'.{kind}'}{self.suffix(kind)}" for kind in KINDS}
         for kind in KINDS:
             path, source = self.path(kind, part), folder / local[kind]
             if source.exists():
@@ -181,7 +185,7 @@ class Parts:
         self.done.add(part)
 
     def _nothing(self, kind: str) -> bytes:
-        if kind != "samples" or FORMATS[self.format] == ".jsonl":
+        if self.suffix(kind) == ".jsonl":
             return b""
         sink = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist([], schema=SCHEMAS[self.format]), sink)

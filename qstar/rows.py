@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import datasets
 import pyarrow
@@ -34,6 +34,7 @@ from qstar.files import (
     files_of,
     is_local,
     is_saved,
+    joined,
     one_line,
     path_of,
     sha256,
@@ -42,6 +43,7 @@ from qstar.files import (
 SMALL = 64 << 20  # bytes
 PEEK_LINES = 32  # of a file whose first line is no JSON, to tell whether it is JSON Lines all the same
 BATCH = 256  # rows of a table that become objects at once
+DOUBT = 1 << 18  # characters of a CSV file; no field goes on for so long between two quotes
 DEEPEST = 100  # levels of a row; Python's own limit depends on who calls, and on how a row is walked through
 BYTES = {
     pyarrow.string(): pyarrow.binary(),
@@ -151,8 +153,7 @@ def open_rows(
     for flag, value in ((SPLIT, split), (CONFIG, config)):
         if value is not None and flag not in chose:
             raise DataError(f"{flag} {value!r}: {', '.join(names)!r} is local, and has none; leave {flag} out")
-    whole = fingerprints[0] if len(names) == 1 else hashlib.sha256("\n".join(fingerprints).encode()).hexdigest()
-    return Rows(parts, limit), list(dict.fromkeys(notes)), whole
+    return Rows(parts, limit), list(dict.fromkeys(notes)), joined(fingerprints)
 
 
 def _open_file(file: File, is_row: Callable[[dict[str, Any]], bool]) -> tuple[Part, list[str]]:
@@ -194,7 +195,7 @@ def _open_table(path: Path) -> Callable[[], Iterator[Row]]:
         raise DataError(f"--dataset {str(path)!r}: the columns {names} name one twice")
 
     def read() -> Iterator[Row]:
-        decode = _decoder(schema)
+        decode = _decoder(_features_of(schema))
         if is_parquet:
             with pyarrow.parquet.ParquetFile(path) as file:
                 yield from _table_rows(file.iter_batches(BATCH), decode)
@@ -237,12 +238,18 @@ def _arrow_schema(path: Path) -> pyarrow.Schema:
         return reader.schema
 
 
-def _decoder(schema: pyarrow.Schema) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """What makes objects of the JSON that `datasets` keeps as text."""
+def _features_of(schema: pyarrow.Schema) -> datasets.Features | None:
     try:
-        features = datasets.Features.from_arrow_schema(schema)
+        return datasets.Features.from_arrow_schema(schema)
     except Exception:  # it has no name for one of the types, or its own metadata are damaged
+        return None
+
+
+def _decoder(features: datasets.Features | None) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """What makes objects of the JSON that `datasets` keeps as text; images and sound stay bytes."""
+    if features is None:
         return lambda row: row
+    features = features.copy()
     _switch_decoding_off(features)
     return datasets.Features(dict(features)).decode_example  # a new one: the old remembers which columns to decode
 
@@ -295,20 +302,30 @@ def _cell(column: pyarrow.Array) -> Any:
 def _open_saved(path: Path, split: str | None) -> tuple[list[Part], list[str], str, bool]:
     """A folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`.
 
+    `datasets` itself gives up where one row cannot be read, and would apply the format that a dataset was saved with.
+
     Returns:
         its rows, notes, a fingerprint, and whether it has splits.
     """
+
+    def said(folder: Path, name: str) -> dict[str, Any]:
+        return json.loads((folder / name).read_text(encoding="utf-8"))
+
+    notes, folder, has_splits = ["a dataset that `save_to_disk` wrote"], path, not (path / "state.json").is_file()
     try:
-        saved = datasets.load_from_disk(str(path), keep_in_memory=False)  # in memory it would not tell its files
+        if has_splits:
+            chosen = choose_split(str(path), said(path, "dataset_dict.json")["splits"], split)
+            folder, notes = path / chosen, [f"split {chosen!r} of a dataset that `save_to_disk` wrote"]
+        state = said(folder, "state.json")
+        sizes = {file: file.stat().st_size for file in (folder / each["filename"] for each in state["_data_files"])}
+    except DataError:
+        raise
     except Exception as error:
         raise DataError(f"--dataset {str(path)!r} is not readable as a saved dataset: {one_line(error)}") from error
-    notes, has_splits = ["a dataset that `save_to_disk` wrote"], isinstance(saved, datasets.DatasetDict)
-    if has_splits:
-        chosen = choose_split(str(path), list(saved), split)
-        saved, notes = saved[chosen], [f"split {chosen!r} of a dataset that `save_to_disk` wrote"]
-    files = [Path(file["filename"]) for file in saved.cache_files]
-    rows = _arrow_rows(saved.to_iterable_dataset())
-    return [Part(str(path), rows, sum(file.stat().st_size for file in files))], notes, sha256(files), has_splits
+    if state.get("_indices_data_files"):  # which rows, in which order; later versions write them as they are
+        raise DataError(f"--dataset {str(path)!r} was saved with indices, by `datasets` 1; `flatten_indices` it there")
+    parts = [Part(str(file), _open_table(file), size) for file, size in sizes.items()]
+    return parts, notes, sha256(list(sizes)), has_splits
 
 
 def _open_hub(name: str, split: str | None, config: str | None) -> tuple[list[Part], list[str], str]:
@@ -324,35 +341,23 @@ def _open_hub(name: str, split: str | None, config: str | None) -> tuple[list[Pa
     chosen = choose_split(name, list(splits), split)
     identity = json.dumps([name, builder.config.name, chosen, builder.hash])
     notes = [f"configuration {builder.config.name!r}, split {chosen!r} of the hub dataset {name!r}"]
-    return [Part(name, _arrow_rows(splits[chosen]))], notes, hashlib.sha256(identity.encode()).hexdigest()
+    rows = splits[chosen].with_format("arrow")
 
+    def read() -> Iterator[Row]:
+        # one by one: where there are several at once, `datasets` wants the columns of all in one order
+        batches = (batch for table in rows for batch in table.to_batches())
+        return _table_rows(batches, _decoder(rows.features))
 
-def _arrow_rows(rows: datasets.IterableDataset) -> Callable[[], Iterator[Row]]:
-    """A reader without the null keys of nested objects: Arrow gives an object every key of the other rows' objects."""
-
-    rows = _without_decoding(rows)
-    return lambda: ({name: _without_nulls(value) for name, value in row.items()} for row in rows)
+    return [Part(name, read)], notes, hashlib.sha256(identity.encode()).hexdigest()
 
 
 def _without_nulls(value: Any) -> Any:
+    """The same without the null keys of nested objects: Arrow gives an object every key of the other rows' objects."""
     if isinstance(value, list):
         return [_without_nulls(item) for item in value]
     if isinstance(value, dict):
         return {name: _without_nulls(item) for name, item in value.items() if item is not None}
     return value
-
-
-def _without_decoding(rows: datasets.IterableDataset) -> datasets.IterableDataset:
-    """Leaves images and sound as bytes: decoding needs further packages, and a prompt is text.
-
-    `IterableDataset.decode(False)` would also leave JSON columns as text.
-    """
-    if rows.features is None:
-        return rows
-    features = rows.features.copy()
-    _switch_decoding_off(features)
-    # A new Features, since the old one remembers which columns to decode.
-    return rows if features == rows.features else rows.cast(datasets.Features(dict(features)))
 
 
 def _switch_decoding_off(feature: Any) -> None:
@@ -373,38 +378,75 @@ def _lines(file: File) -> Iterator[str]:
 
 
 def _csv_rows(file: File, delimiter: str) -> Iterator[Row]:
-    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is shorter than a long prompt
-    with file.text() as text:
-        lines: list[str] = []  # of one row; the last is empty where the file is at its end
+    """The rows of a CSV file.
 
-        def told() -> Iterator[str]:
-            for line in itertools.chain(text, [""]):
-                lines.append(line)
-                if line:
-                    yield line
+    Where something follows a closing quote, that quote may have been meant as text. Then the lines after it are of the
+    same field, and may look like rows until the quote that ends it, which is out of place. So rows after an error are
+    held back for as long as such a quote could come, and refused with it when one does. (Of stray quotes that stand
+    where CSV has its own nobody could know.)
+    """
+    field = rf'(?:[^"{delimiter}\r\n]*|"[^"]*(?:""[^"]*)*")'
+    in_place = re.compile(rf"{field}(?:{delimiter}{field})*[\r\n]*")
 
-        # strict: otherwise a quote that is never closed swallows the rest of the file.
-        rows = csv.reader(told(), delimiter=delimiter, strict=True)
-        header = next(filter(None, rows), [])
+    def row_of(values: list[str]) -> list[Row]:
+        if len(values) == len(header):
+            return [_checked(dict(zip(header, values, strict=True)))]
+        reason = f"has {len(values)} fields where the header has {len(header)}"
+        return [BadRow(reason, list(map(_shown, values)))] if values else []
+
+    def after(error: csv.Error, refused: str) -> Iterator[Row]:
+        reason, more, held, since = f"is not CSV: {one_line(error)}", "", [], ""
+        for values, text, number in read:
+            since += text
+            if isinstance(values, csv.Error) or len(values) not in (0, len(header)) or not in_place.fullmatch(text):
+                refused, held, since = refused + since, [], ""
+                more = f"; up to line {number} nobody can tell where a row begins"
+                if len(refused) > DOUBT:
+                    raise DataError(f"--dataset {str(file)!r}: a row {reason}{more}")
+            else:
+                held += row_of(values)
+                if len(since) > DOUBT:
+                    break
+        yield BadRow(reason + more, _shown(refused))
+        yield from held
+
+    with file.text() as content:
+        read = _csv_lines(content, delimiter)
+        header = next((values for values, _, _ in read if values), [])
+        if isinstance(header, csv.Error):
+            raise header
         if len(set(header)) < len(header):
             raise DataError(f"--dataset {str(file)!r}: the header {header} names a column twice")
         if any(map(_is_torn, header)):
             raise DataError(f"--dataset {str(file)!r}: the header {NOT_UTF8}")
-        while True:
-            lines.clear()
-            try:
-                values = next(rows)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                if not lines[-1]:  # a quote that is never closed: which rows are in it nobody can tell
-                    raise
-                yield BadRow(f"is not CSV: {one_line(error)}", _shown("".join(lines)))
-                continue
-            if len(values) == len(header):
-                yield _checked(dict(zip(header, values, strict=True)))
-            elif values:
-                yield BadRow(f"has {len(values)} fields where the header has {len(header)}", list(map(_shown, values)))
+        for values, text, _ in read:
+            yield from after(values, text) if isinstance(values, csv.Error) else row_of(values)
+
+
+def _csv_lines(text: TextIO, delimiter: str) -> Iterator[tuple[list[str] | csv.Error, str, int]]:
+    """The values of each row, or what is wrong with it; its text, and the number of its last line."""
+    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is shorter than a long prompt
+    lines: list[str] = []  # the last is empty where the file is at its end
+
+    def told() -> Iterator[str]:
+        for line in itertools.chain(text, [""]):
+            lines.append(line)
+            if line:
+                yield line
+
+    # strict: otherwise a quote that is never closed swallows the rest of the file.
+    rows = csv.reader(told(), delimiter=delimiter, strict=True)
+    while True:
+        lines.clear()
+        try:
+            values = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if not lines[-1]:  # a quote that is never closed: which rows are in it nobody can tell
+                raise
+            values = error
+        yield values, "".join(lines), rows.line_num
 
 
 def _checked(row: dict[str, str]) -> Row:

@@ -4,6 +4,7 @@ import datetime
 import gzip
 import json
 import random
+import tarfile
 from pathlib import Path
 
 import datasets
@@ -476,6 +477,30 @@ def test_hub_split_to_be_chosen(hub):
     for split in (None, "train", "test[:5]"):
         with pytest.raises(DataError, match=r"'nobody/poems' has the splits 'validation', 'test'; choose one"):
             load_prompts("nobody/poems", split=split)
+
+
+def test_archives_of_the_hub(tmp_path, monkeypatch):
+    """WebDataset: its rows have their columns in one order or another."""
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for name, content in (("0.json", b'{"a": 1}'), ("0.txt", b"a"), ("1.txt", b"b"), ("1.json", b'{"a": 2}')):
+            (tmp_path / name).write_bytes(content)
+            archive.add(tmp_path / name, name)
+    builder = datasets.load_dataset_builder("webdataset", data_files=str(tmp_path / "x.tar"))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name, config: builder)
+    prompts = list(load_prompts("nobody/poems", prompt_field="txt"))
+    assert [(p.messages, p.metadata["json"]) for p in prompts] == [([user("a")], {"a": 1}), ([user("b")], {"a": 2})]
+
+
+def test_a_broken_row_of_the_hub_fails_alone(tmp_path, monkeypatch):
+    features = datasets.Features({"prompt": datasets.Value("string"), "j": datasets.Json(), "i": datasets.Image()})
+    columns = {"prompt": ["a", "b", "c"], "j": ['{"k": [1]}', "{", None], "i": [{"bytes": b"x", "path": None}] * 3}
+    pq.write_table(pa.table(columns, schema=features.arrow_schema), tmp_path / "rows.parquet")
+    builder = datasets.load_dataset_builder("parquet", data_files=str(tmp_path / "rows.parquet"))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name, config: builder)
+    first, broken, last = load_prompts("nobody/poems")
+    assert (first.messages, first.metadata) == ([user("a")], {"j": {"k": [1]}, "i": {"bytes": "x"}})
+    assert broken.error.startswith("cannot be read: ")
+    assert (last.messages, last.metadata) == ([user("c")], {"j": None, "i": {"bytes": "x"}})
 
 
 def test_nothing_on_the_terminal(write, capfd):

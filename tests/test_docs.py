@@ -72,6 +72,7 @@ def test_the_guide_names_every_kind_of_file():
     named = set(re.findall(r"`(\.[a-z0-9]+)`", guide))
     assert named == {*files.TEXT_EXTENSIONS, *files.TABLE_EXTENSIONS, *files.PACKED, files.ARCHIVE}
     assert f"more than {rows.DEEPEST} levels" in guide
+    assert guide.count(f"{rows.DOUBT:,} characters") == 2
     assert f"the first {data.PEEK_ROWS} rows" in guide
 
 

@@ -1,6 +1,7 @@
 """Files, folders and archives as datasets: what is read, in what order, and that a broken row fails alone."""
 
 import bz2
+import csv
 import datetime
 import decimal
 import gzip
@@ -10,6 +11,7 @@ import lzma
 import os
 import random
 import tracemalloc
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from hypothesis import strategies as st
 
 from qstar.data import DataError, load_prompts
 from qstar.files import ARCHIVE, CODECS, PACKED, TABLE_EXTENSIONS, title_of
-from qstar.rows import DEEPEST
+from qstar.rows import DEEPEST, DOUBT
 
 CASES = Path(__file__).parents[2] / "shared" / "cases"
 
@@ -137,6 +139,28 @@ def test_folders_are_read_through_links_and_to_their_end(write, tmp_path):
     (tmp_path / "all" / "z.jsonl").symlink_to(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"z.jsonl' does not exist, or is a link to nothing"):
         load_prompts(str(tmp_path / "all"))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("**/*.jsonl", ["c", "a", "b"]),
+        ("**", ["c", "a", "b"]),
+        ("all/**/*.jsonl", ["a", "c", "b"]),
+        ("all/**/elsewhere/**/b*", ["b"]),
+        ("*/*.jsonl", ["a", "b"]),
+        ("*/back/*.jsonl", ["c"]),
+    ],
+)
+def test_patterns_go_through_links_once(write, tmp_path, pattern, found):
+    """Two links that lead back are more ways round than anything could go."""
+    write([{"prompt": "a"}], "all/a.jsonl")
+    write([{"prompt": "b"}], "elsewhere/b.jsonl")
+    write([{"prompt": "c"}], "_c.jsonl")
+    write([{"prompt": "no"}], ".hidden/c.jsonl")
+    for name in ("all/back", "elsewhere/back"):
+        (tmp_path / name).symlink_to(tmp_path)
+    assert texts(str(tmp_path / pattern)) == found
 
 
 @pytest.mark.parametrize(
@@ -263,6 +287,15 @@ def test_archive_of_several_files(tmp_path):
     assert load_prompts(str(tmp_path / "x.zip")).description.endswith(said)
 
 
+def test_an_archive_with_two_files_of_one_name(tmp_path):
+    """Which is meant nobody can tell; of those that are no rows it does not matter."""
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive, warnings.catch_warnings(action="ignore"):
+        for name in ("notes.md", "notes.md", "a.jsonl", "b.jsonl", "a.jsonl"):
+            archive.writestr(name, '{"prompt": "a"}')
+    with pytest.raises(DataError, match=r"x\.zip::a\.jsonl': the archive has two files of that name"):
+        load_prompts(str(tmp_path / "x.zip"))
+
+
 ENTRY = b"PK\x01\x02"  # of an archive's directory; the flags are 8 bytes from its beginning
 
 
@@ -308,6 +341,44 @@ def test_saved_dataset(tmp_path):
     (tmp_path / "one" / "data-00001-of-00002.arrow").unlink()
     with pytest.raises(DataError, match="is not readable as a saved dataset"):
         load_prompts(str(tmp_path / "one"))
+
+
+def saved(path: Path, table: pa.Table, how: dict) -> str:
+    datasets.Dataset(table).with_format(**how).save_to_disk(str(path), num_shards=2)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"type": "numpy"}, {"type": "pandas"}, {"type": "torch"}, {"type": "numpy", "columns": ["x"]}],
+    ids=str,
+)
+def test_a_saved_dataset_is_read_as_it_was_before_its_format(tmp_path, how):
+    rows = pa.table({"prompt": ["a", "b", "c"], "x": [[1], None, [2, 3]], "n": [1, 2, None]})
+    prompts = list(load_prompts(saved(tmp_path / "one", rows, how)))
+    assert [p.messages for p in prompts] == [[user("a")], [user("b")], [user("c")]]
+    assert [p.metadata for p in prompts] == [{"x": [1], "n": 1}, {"x": None, "n": 2}, {"x": [2, 3], "n": None}]
+
+
+def test_a_broken_row_of_a_saved_dataset_fails_alone(tmp_path):
+    rows = pa.table({"prompt": list("abcd"), "x": pa.array([0, 1, 2**45, 3]).view(pa.timestamp("s"))})
+    found = texts(saved(tmp_path / "one", rows, {}))
+    assert found[:2] + found[3:] == ["a", "b", "d"]
+    assert found[2].startswith("cannot be read: OverflowError")
+
+
+def test_saved_datasets_that_cannot_be_read(tmp_path):
+    folder = Path(saved(tmp_path / "one", pa.table({"prompt": ["a", "b"]}), {}))
+    state = json.loads((folder / "state.json").read_text())
+    for damage, message in (
+        ({"_indices_data_files": [{"filename": "indices.arrow"}]}, "was saved with indices"),
+        ({"_data_files": [{"filename": "other.arrow"}]}, "is not readable as a saved dataset: FileNotFoundError"),
+        ({"_data_files": 5}, "is not readable as a saved dataset: TypeError"),
+        ({"_data_files": []}, "has no rows"),
+    ):
+        (folder / "state.json").write_text(json.dumps(state | damage))
+        with pytest.raises(DataError, match=message):
+            load_prompts(str(folder))
 
 
 def test_fingerprint_follows_order_and_content(folder, write):
@@ -448,11 +519,15 @@ def test_csv_cell_that_is_not_utf8(write):
     assert second.messages == [user("b")]
 
 
+NOT_CSV = "is not CSV: Error: ',' expected after '\"'"
+
+
 @pytest.mark.parametrize(
     ("content", "rows"),
     [
-        ('prompt,x\n"a"b,1\nc,2\n', ["is not CSV: Error: ',' expected after '\"'", "c"]),
-        ('prompt,x\nb,2\n"a\na"a,1\nc,2\n', ["b", "is not CSV: Error: ',' expected after '\"'", "c"]),
+        ('prompt,x\n"a"b,1\nc,2\n', [NOT_CSV, "c"]),
+        ('prompt,x\nb,2\n"a\na"a,1\nc,2\n', ["b", NOT_CSV, "c"]),
+        ('prompt,x\n"a"b,1\n"c",2\n\nd,4\n', [NOT_CSV, "c", "d"]),
         ("prompt,x\na\nc,\n", ["has 1 fields where the header has 2", "c"]),
         ("prompt,x\nb,1,2\nc,\n", ["has 3 fields where the header has 2", "c"]),
         ("\n\nprompt,x\r\na,1\r\n\r\nc,2", ["a", "c"]),
@@ -462,6 +537,59 @@ def test_csv_cell_that_is_not_utf8(write):
 )
 def test_csv(write, content, rows):
     assert texts(write(content, "x.csv")) == rows
+
+
+@pytest.mark.parametrize(
+    ("field", "left"),
+    [
+        ('he said "hi"\nto me', ["c", "d"]),
+        ('he said "hi" to me\none,two\nthree', ["c", "d"]),
+        ('to me\none,two\nhe said "hi"\nfour,five\nsix', ["c", "d"]),
+        ('he said "hi", then\none,two\n\nleft', ["c", "d"]),
+        ('he "said":\n"hi"\none,two\nbye', ["c", "d"]),
+        ('he said "hi"\none,two\n', ["d"]),  # the quote at its end looks like the beginning of another field
+    ],
+)
+def test_a_field_of_csv_that_is_broken_is_refused_to_its_end(write, field, left):
+    """Its lines may look like rows."""
+    rows = {"a": "a,1\n", "": f'"{field}",2\n', "c": '"c",3\n', "d": "d,4\n"}
+    first, broken, *others = load_prompts(write("prompt,x\n" + "".join(rows.values()), "x.csv"))
+    refused = "".join(row for text, row in rows.items() if text not in ("a", *left))
+    last = 2 + refused.count("\n")
+    assert broken.error == f"{NOT_CSV}; up to line {last} nobody can tell where a row begins"
+    assert broken.metadata == {"row": refused}
+    assert [p.messages for p in (first, *others)] == [[user(text)] for text in ("a", *left)]
+
+
+def test_csv_errors_far_from_one_another_are_of_their_own(write):
+    broken, good = '"a"b,1\n', f"c,{'2' * 1000}\n" * (DOUBT // 1000)
+    assert texts(write(f"prompt,x\n{broken}{good}{broken}{good}", "x.csv")) == 2 * [NOT_CSV, *["c"] * (DOUBT // 1000)]
+    with pytest.raises(
+        DataError, match=r"x\.csv': a row is not CSV: .*; up to line \d+ nobody can tell where a row begins"
+    ):
+        load_prompts(write(f"prompt,x\n{broken * (DOUBT // 6)}c,2\n", "x.csv")).count()
+
+
+CELLS = st.text('ab,"\n', min_size=1, max_size=9)
+WITHOUT_QUOTES = st.text("ab,\n", max_size=9)
+
+
+@pytest.mark.parametrize("quoting", [csv.QUOTE_ALL, csv.QUOTE_MINIMAL])
+@given(st.lists(st.tuples(CELLS, CELLS), max_size=5), st.integers(0, 5), WITHOUT_QUOTES, WITHOUT_QUOTES)
+@settings(max_examples=150, deadline=None)
+def test_a_stray_quote_in_csv_makes_no_row_of_what_is_none(tmp_path_factory, quoting, rows, place, before, after):
+    """Every row that is read was written."""
+    path = tmp_path_factory.mktemp("csv") / "x.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, quoting=quoting, lineterminator="\n")
+        writer.writerows([("prompt", "x"), *rows[:place]])
+        file.write(f'"{before}"c{after}",b\n')
+        writer.writerows(rows[place:])
+    try:
+        read = [(p.messages[0]["content"], p.metadata["x"]) for p in load_prompts(str(path)) if p.error is None]
+    except DataError:
+        read = []  # none is left, or a quote of the last ones is never closed
+    assert [row for row in read if row not in rows] == []
 
 
 def test_csv_errors_keep_what_was_there(write):

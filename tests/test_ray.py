@@ -138,7 +138,11 @@ def in_this_process(folder: Path, *argv: str, attempts: dict[int, dict] | None =
 
 
 def rows_with_failures(path: Path) -> Path:
+    """In one part and in the other, verl's own columns are of kinds that have one type together, or none."""
+    kinds = [[1], {"a": 1}, 2, {"b": "c"}, [0.5], {}, "d", 2**53 + 1]
     rows = [{"prompt": row["question"], "n": i} for i, row in enumerate(lines(PROMPTS)[:20])]
+    for i, row in enumerate(rows):
+        row["extra_info"] = {"x": kinds[i % 8], "y": kinds[i // 8 * 2], "z": kinds[i // 8 * 2 + 1]}
     rows[1] = {"prompt": 5, "n": 1}
     rows[17] = {"prompt": "far too long " * 600, "n": 17}
     return write_lines(path, rows)

@@ -12,6 +12,7 @@ from qstar.demo import THETA
 from qstar.formats import SCHEMAS, schema_of, table_of, verl_row
 from qstar.generate import main as generate
 from qstar.merge import merge
+from qstar.output import OutputError
 from qstar.parts import Parts
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
@@ -29,6 +30,10 @@ def row(ground_truth, **extra_info) -> dict:
         "reward_model": {"style": "rule", "ground_truth": ground_truth},
         "extra_info": {"split": "train", "index": 7} | extra_info,
     }
+
+
+LINE = {"id": "0-0", "sample_index": 0, "finish_reason": "eos", "num_tokens": 1}
+LINE["messages"] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 @pytest.fixture
@@ -117,22 +122,69 @@ def test_a_row_without_them_has_those_of_the_dataset(written):
     assert json.loads(found["extra_info"]["metadata"]) == {"answer": "5", "reward_model": "none", "extra_info": "x"}
 
 
-def test_parts_of_several_kinds_are_merged(tmp_path):
-    """Into the file that one process would have written."""
-    line = {"id": "0-0", "sample_index": 0, "finish_reason": "eos", "num_tokens": 1}
-    line["messages"] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    rows = [
-        verl_row(line | {"prompt_index": i, "metadata": row("5", **extra)}, "data")
-        for i, extra in enumerate(({"x": 1}, {"x": 0.5, "y": "z"}))
-    ]
+def test_rows_that_were_written_before_keep_what_they_had():
+    first = {"prompt_index": 3, "metadata": row("5")}
+    for times in range(3):
+        again = verl_row(LINE | first, "data")
+        assert {name for name in again["extra_info"] if name.endswith("index")} == {
+            *("sample." * n + "index" for n in range(times + 2)),
+            *("sample." * n + "sample_index" for n in range(times + 1)),
+        }
+        first = {"prompt_index": 3, "metadata": again}
+
+
+LONG = 2**53 + 1  # float64 has only the numbers beside it
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ([LONG, 1.5], [str(LONG), "1.5"]),
+        ([LONG - 1, 1.5, None], [float(LONG - 1), 1.5, None]),
+        ([1.5, 1, LONG], ["1.5", "1", str(LONG)]),
+        ([LONG, 1, -LONG], [LONG, 1, -LONG]),
+        ([2**63 - 1, -(2**63)], [2**63 - 1, -(2**63)]),
+        ([2**63, 1], [str(2**63), "1"]),
+        ([10**400, 1.5], [str(10**400), "1.5"]),
+        ([[1, LONG], [0.5]], [["1", str(LONG)], ["0.5"]]),
+        ([{"a": LONG}, {"a": 0.5}], [{"a": str(LONG)}, {"a": "0.5"}]),
+        ([{}], ["{}"]),
+        ([{}, None], ["{}", None]),
+        ([{}, 5], ["{}", "5"]),
+        ([{}, {"a": 1}], [{"a": None}, {"a": 1}]),
+        ([[{}], []], [["{}"], []]),
+        ([{"a": {}}, {"a": None}], [{"a": "{}"}, {"a": None}]),
+    ],
+)
+def test_what_parquet_has_no_type_for_is_text(tmp_path, values, found):
+    """As JSON writes it: no digit is lost, and nothing that is there becomes null."""
+    rows = [verl_row(LINE | {"prompt_index": i, "metadata": row("5", x=x)}, "data") for i, x in enumerate(values)]
+    pq.write_table(table_of(rows, schema_of("verl", rows)), tmp_path / "x.parquet")
+    read = pq.read_table(tmp_path / "x.parquet")["extra_info"].to_pylist()
+    assert [extra_info["x"] for extra_info in read] == found
+    assert list(map(type, [extra_info["x"] for extra_info in read])) == list(map(type, found))
+
+
+def test_parts_of_an_earlier_version_are_made_again(tmp_path):
+    """Parquet, in which what a row came with cannot be told any more."""
     with Parts(str(tmp_path / "parts"), "verl", False, {}) as parts:
         (tmp_path / "parts" / "samples").mkdir()
-        for part, of_part in enumerate(([rows[0]], [rows[1]])):
-            pq.write_table(table_of(of_part, schema_of("verl", of_part)), parts.path("samples", part))
-        pq.write_table(table_of([], SCHEMAS["verl"]), parts.path("samples", 2))  # all its prompts failed
+        pq.write_table(table_of([], SCHEMAS["verl"]), tmp_path / "parts" / "samples" / "part-000000.parquet")
+        parts.done.add(0)
+        parts.write_manifest(complete=True)
+    with pytest.raises(OutputError, match="is not complete: 0 parts are there; start its run again"):
+        merge(str(tmp_path / "parts"), tmp_path / "x.parquet")
+    with Parts(str(tmp_path / "parts"), "verl", False, {}) as parts:
+        assert parts.done == set()
+
+
+def test_parts_without_samples_are_merged(tmp_path):
+    """All their prompts failed."""
+    with Parts(str(tmp_path / "parts"), "verl", False, {}) as parts:
+        parts.put_part(0, tmp_path)
         parts.write_manifest(complete=True)
     merge(str(tmp_path / "parts"), tmp_path / "x.parquet")
-    assert pq.read_table(tmp_path / "x.parquet") == table_of(rows, schema_of("verl", rows))
+    assert pq.read_table(tmp_path / "x.parquet") == table_of([], SCHEMAS["verl"])
 
 
 @pytest.mark.skipif(not CASE.is_file(), reason="the folder of cases is not beside this checkout")
