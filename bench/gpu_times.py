@@ -166,7 +166,7 @@ def loop(run: "Run") -> Iterator[Item]:
 
     def times(make: Callable[..., Models], batch: int) -> dict[str, float]:
         from bench.loops import own_loop, plain_loop, split_times
-        from qstar.decode import Request
+        from qstar.sample import Request
 
         models, new_tokens = make(run.device, run.quick), 8 if run.quick else 32
         generator = torch.Generator().manual_seed(0)

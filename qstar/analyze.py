@@ -16,9 +16,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from qstar.arguments import Parser, failed
-from qstar.records import NULL, RecordError, RunFiles
-from qstar.run import BANDS, FAR_APART_KL
+from qstar.run.options import Parser, failed
+from qstar.run.records import NULL, RecordError, RunFiles
+from qstar.run.run import BANDS, FAR_APART_KL
 from qstar.weights import effective_sample_size, top_share
 from qstar_kernels.types import FIELDS
 
@@ -162,7 +162,7 @@ def warnings(numbers: Numbers, fields: dict, weights: dict) -> list[str]:
 
 
 def plotted(numbers: list[Numbers]) -> dict[str, dict[str, np.ndarray]]:
-    """The arrays as `qstar.plots` takes them, by file."""
+    """The arrays as `qstar.diagnostics.plots` takes them, by file."""
     return {
         n.name: n.tokens | {f"log_weights_{side}": n.samples[f"log_weight_{side}"] for side in ("theta", "t")}
         for n in numbers
@@ -176,7 +176,7 @@ def save_plots(numbers: list[Numbers], folder: Path) -> None:
         ImportError: matplotlib is missing.
         OSError: the folder cannot be written to.
     """
-    from qstar.plots import all_plots, png  # matplotlib is an extra
+    from qstar.diagnostics.plots import all_plots, png  # matplotlib is an extra
 
     folder.mkdir(parents=True, exist_ok=True)
     for name, _, draw in all_plots(plotted(numbers)):

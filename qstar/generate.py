@@ -9,14 +9,14 @@ from typing import Any
 
 from rich.table import Table
 
-from qstar.arguments import Job, prepare
 from qstar.conversation import answered, as_text
-from qstar.data import Prompt
-from qstar.decode import DecodeOptions
-from qstar.formats import Finished, Key, openai_line, sample_line
+from qstar.data.prompts import Prompt
 from qstar.pair import sample_seed
 from qstar.prompting import PromptError
-from qstar.run import Run, run_command
+from qstar.run.formats import Finished, Key, openai_line, sample_line
+from qstar.run.options import Job, prepare
+from qstar.run.run import Run, run_command
+from qstar.sample import DecodeOptions
 from qstar.speculate import Tally
 
 
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; 0 if every sample is on disk, 1 if something failed, 2 for a wrong command line."""
     job = prepare(argv)
     if job.args.engine == "ray":
-        from qstar.cluster import generate_on_ray  # an extra
+        from qstar.run.cluster import generate_on_ray  # an extra
 
         return generate_on_ray(job)
     return run_command("qstar.generate", job, Generate)

@@ -10,10 +10,10 @@ from typing import IO
 
 import pyarrow.parquet as pq
 
-from qstar.arguments import Parser, failed
-from qstar.formats import SCHEMAS
-from qstar.output import FORMATS, OutputError, explained, replacing, write_atomically, write_parquet
-from qstar.parts import Parts
+from qstar.run.formats import SCHEMAS
+from qstar.run.options import Parser, failed
+from qstar.run.output import FORMATS, OutputError, explained, replacing, write_atomically, write_parquet
+from qstar.run.parts import Parts
 
 
 def merge(url: str, output: Path) -> tuple[int, list[Path]]:

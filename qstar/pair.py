@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qstar.decode import FIELDS, DecodeOptions, Decoder, Request, Sample
+from qstar.decode import Decoder
 from qstar.probe import check_model
 from qstar.prompting import PromptError, PromptFormat
-from qstar_kernels.types import Settings
+from qstar.sample import DecodeOptions, Request, Sample
+from qstar_kernels.types import FIELDS, Settings
 
 
 def sample_seed(seed: int, prompt_index: int, sample_index: int, turn: int = 0) -> int:

@@ -30,9 +30,9 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from qstar.analyze import Numbers, analysis, plotted, read_numbers
-from qstar.arguments import HelpFormatter, Parser, failed
-from qstar.decode import FIELDS
-from qstar.records import NULL, Record, RecordError, RunFiles
+from qstar.run.options import HelpFormatter, Parser, failed
+from qstar.run.records import NULL, Record, RecordError, RunFiles
+from qstar_kernels.types import FIELDS
 
 CHUNK_TOKENS, CHUNK_CHARACTERS = 8192, 1 << 18  # a block ends at either: unpacked in a few milliseconds
 SHOWN_DIGITS = 4
@@ -118,7 +118,7 @@ def token_numbers(record: Record, name: str, vocab_size: int) -> dict[str, np.nd
     """The tokens' numbers, float64 [tokens] each: `id` (int64), `FIELDS`, and what follows from them in nats.
 
     `weight_theta` and `weight_t` are log π − log q*, `disagreement` is their distance, `kl` the larger KL. null stands
-    for what `qstar.records.NULL` says.
+    for what `qstar.run.records.NULL` says.
 
     Raises:
         ReportError: they are not numbers, or the ids belong to another tokenizer.
@@ -264,7 +264,7 @@ def figure(value: float | None) -> str:
 
 def plots_of(numbers: list[Numbers]) -> list[dict[str, str]]:
     """The plots as PNG in base64, for a light and a dark page, each with a caption."""
-    from qstar.plots import all_plots, png  # matplotlib is an extra
+    from qstar.diagnostics.plots import all_plots, png  # matplotlib is an extra
 
     return [
         {"caption": caption}
@@ -337,13 +337,13 @@ def settings_table(numbers: list[Numbers]) -> list[tuple[str, list[str], bool]]:
 def page(files: Files, chunks: Chunks) -> Iterator[str]:
     """The page in pieces, the blocks of samples one at a time."""
     environment = Environment(
-        loader=PackageLoader("qstar", "."),
+        loader=PackageLoader("qstar.diagnostics", "."),
         autoescape=True,
         finalize=lambda value: reveal(value) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    template = environment.get_template("report.html.jinja")
+    template = environment.get_template("page.html.jinja")
     script = "".join(template.blocks["script"](template.new_context()))
     results = [analysis(numbers) for numbers in files.numbers]
     several = len(results) > 1

@@ -15,16 +15,16 @@ import torch
 from rich.table import Table
 
 from qstar.analyze import WEIGHT
-from qstar.answers import Answer, RunAnswers
-from qstar.arguments import prepare_score
 from qstar.conversation import answered, as_text
-from qstar.decode import Request, Sample
+from qstar.data.answers import Answer, RunAnswers
 from qstar.forced import Scorer
-from qstar.formats import Finished, Key, finite
-from qstar.output import explained, json_line, replacing
 from qstar.prompting import PromptError
-from qstar.records import RunFiles
-from qstar.run import Run, run_command
+from qstar.run.formats import Finished, Key, finite
+from qstar.run.options import prepare_score
+from qstar.run.output import explained, json_line, replacing
+from qstar.run.records import RunFiles
+from qstar.run.run import Run, run_command
+from qstar.sample import Request, Sample
 from qstar.weights import effective_sample_size, weights
 
 

@@ -4,7 +4,7 @@ import os
 import sys
 from argparse import Namespace
 
-from qstar.arguments import Parser, failed, prepare_serve, settings_of
+from qstar.run.options import Parser, failed, prepare_serve, settings_of
 from qstar.vllm import SERVER
 
 NAME = "qstar"  # of the model in requests, unless --served-model-name says another

@@ -15,13 +15,13 @@ import torch
 from runs import run_through_kills
 
 from qstar import Pair
-from qstar.decode import DecodeOptions, Sample
 from qstar.demo import THETA
 from qstar.experiments import report, results, studies, training
 from qstar.experiments.__main__ import EXPERIMENTS, main
 from qstar.experiments.data import RULES, ArithmeticRule, draw, held_out, kept_right, preferences, problems, right
 from qstar.experiments.studies import Sizes, tokens_needed
 from qstar.forced import Scorer
+from qstar.sample import DecodeOptions, Sample
 from qstar.weights import effective_sample_size
 from qstar_kernels.types import Settings
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from qstar import plots
+from qstar.diagnostics import plots
 
 
 def fields(tokens: int, seed: int = 0) -> dict[str, np.ndarray]:

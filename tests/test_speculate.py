@@ -11,11 +11,11 @@ from test_decode import CONFIGS, MIXED, QUESTIONS, random_model
 from transformers import AutoTokenizer, GPT2Config, LlamaConfig
 
 from qstar import Pair, PromptFormat
-from qstar.decode import FIELDS
 from qstar.demo import THETA
 from qstar.generate import main
 from qstar.speculate import MAX_DRAFT, DraftLength, Tally, coupled_acceptance, overlap
 from qstar_kernels import qstar_logprobs, qstar_sample
+from qstar_kernels.types import FIELDS
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from qstar.arguments import COUNT, HelpFormatter, Parser, check_folder, failed
-from qstar.checkpoints import fingerprint
 from qstar.demo import THETA, T
+from qstar.run.checkpoints import fingerprint
+from qstar.run.options import COUNT, HelpFormatter, Parser, check_folder, failed
 
 EXPERIMENTS = ("main", "ablation", "scaling", "speculation", "long_run")
 
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     from qstar import Pair
     from qstar.experiments import report, results, training
     from qstar.experiments.studies import QUICK, Sizes, Studies
-    from qstar.output import OutputError
+    from qstar.run.output import OutputError
 
     disable_progress_bar()
     logging.disable_progress_bar()

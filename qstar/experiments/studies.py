@@ -12,11 +12,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qstar import Pair
-from qstar.decode import Sample
 from qstar.demo.problems import Problem
 from qstar.experiments.data import PLAIN, RULES, answers, decoder_of, draw, held_out, kept_right, preferences, problems
 from qstar.experiments.pairs import enlarged, moved, shapes
 from qstar.experiments.training import Measure, dpo, ess_of, row, rows_of, sft, train
+from qstar.sample import Sample
 from qstar_kernels import qstar_sample
 
 GOAL = 2 / 3  # of the held-out KL at first: what the tokens needed are counted to

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from qstar.decode import DecodeOptions, Ending, Request, Sample
-from qstar.output import OutputError
 from qstar.pair import Pair
+from qstar.run.output import OutputError
+from qstar.sample import DecodeOptions, Ending, Request, Sample
 from qstar.speculate import Tally
 from qstar.vllm import ARCHITECTURE, DUAL_PROMPTS, WORKER, register
 from qstar.vllm.params import PREFIX, numbers_key, of_any_rank, rule_fields

@@ -14,8 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qstar.decode import FIELDS
-from qstar.formats import key_of
+from qstar.run.formats import key_of
+from qstar_kernels.types import FIELDS
 
 # What null stands for where JSON has no number; nothing else is ever null
 NULL = {"logq": -math.inf, "logp_theta": -math.inf, "logp_t": -math.inf, "kl_theta": math.inf, "kl_t": math.inf}
@@ -43,7 +43,7 @@ class Record:
 
     @property
     def tokens(self) -> dict[str, list]:
-        """Arrays with one entry a token: `id` and each of `qstar.decode.FIELDS` (null stands for `NULL`)."""
+        """Arrays with one entry a token: `id` and each of `qstar_kernels.types.FIELDS` (null stands for `NULL`)."""
         return self.diagnostics["tokens"]
 
 

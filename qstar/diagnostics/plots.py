@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from qstar.run import BANDS
+from qstar.run.run import BANDS
 
 Fields = Mapping[str, np.ndarray]
 BINS = 60

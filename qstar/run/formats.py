@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from qstar.batch import COMPLETIONS, RESPONSES
-from qstar.data import Prompt
-from qstar.decode import FIELDS, Sample
+from qstar.data.batch import COMPLETIONS, RESPONSES
+from qstar.data.prompts import Prompt
+from qstar.sample import Sample
 from qstar.speculate import Tally
-from qstar_kernels.types import OF_TOKEN
+from qstar_kernels.types import OF_ROW, OF_TOKEN
 
 Key = tuple[int, int]  # prompt_index, sample_index
 
@@ -62,7 +62,7 @@ def sample_line(done: Finished) -> dict[str, Any]:
 
 def diagnostics_line(done: Finished) -> dict[str, Any]:
     """The line of `x.diagnostics.jsonl`; all in nats, per-token arrays under `tokens`."""
-    sample, fields = done.sample, {name: np.asarray(done.sample.fields[name]) for name in FIELDS}
+    sample, fields = done.sample, {name: np.asarray(done.sample.fields[name]) for name in OF_TOKEN + OF_ROW}
     alpha, kl_theta, kl_t = fields["alpha"], fields["kl_theta"], fields["kl_t"]
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = fields["ess_theta"] / fields["ess_t"]
@@ -88,7 +88,7 @@ def diagnostics_line(done: Finished) -> dict[str, Any]:
         "prompt_ids_theta": sample.request.ids_theta,
         "prompt_ids_t": sample.request.ids_t,
         "tokens": {"id": sample.token_ids}
-        | {name: short(sample.fields[name]) for name in FIELDS}
+        | {name: short(sample.fields[name]) for name in OF_TOKEN + OF_ROW}
         | {"status": sample.status},
     }
 

@@ -19,8 +19,8 @@ from typing import IO, Any
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-from qstar.data import Prompt
-from qstar.formats import Finished, Key, diagnostics_line, key_of, parquet_row, schema_of, table_of, verl_row
+from qstar.data.prompts import Prompt
+from qstar.run.formats import Finished, Key, diagnostics_line, key_of, parquet_row, schema_of, table_of, verl_row
 
 FIRST_START = "first start"  # the name of its moment beside the settings
 FORMATS = {"jsonl": ".jsonl", "openai-batch": ".jsonl", "parquet": ".parquet", "verl": ".parquet"}

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qstar.batch import Asked, asked_by
 from qstar.conversation import WRITTEN, column_of, is_turn, kind, read_turns, text_of, turns_in
-from qstar.data import ANSWER_COLUMNS, PEEK_ROWS, Prompt, PromptSource
-from qstar.files import DataError, sha256
-from qstar.records import RecordError, RunFiles
+from qstar.data.batch import Asked, asked_by
+from qstar.data.files import DataError, sha256
+from qstar.data.prompts import ANSWER_COLUMNS, PEEK_ROWS, Prompt, PromptSource
+from qstar.run.records import RecordError, RunFiles
 
-REFERENCE = "reference_messages"  # the assistant's turns at the end, see `qstar.data.Prompt`
+REFERENCE = "reference_messages"  # the assistant's turns at the end, see `qstar.data.prompts.Prompt`
 
 
 @dataclass(frozen=True)

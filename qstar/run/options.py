@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 
-from qstar.answers import DatasetAnswers, RunAnswers, is_run
-from qstar.checkpoints import fingerprint, revision
-from qstar.data import PromptSource, load_prompts
+from qstar.data.answers import DatasetAnswers, RunAnswers, is_run
+from qstar.data.files import title_of
+from qstar.data.prompts import PromptSource, load_prompts
 from qstar.demo import PROMPTS, THETA, T
-from qstar.files import title_of
-from qstar.output import FORMATS, Output, OutputError
-from qstar.parts import Parts
 from qstar.prompting import HINT_TEMPLATE, PromptError, PromptFormat
-from qstar.records import RecordError, RunFiles
 from qstar.rule import FORCED
+from qstar.run.checkpoints import fingerprint, revision
+from qstar.run.output import FORMATS, Output, OutputError
+from qstar.run.parts import Parts
+from qstar.run.records import RecordError, RunFiles
 from qstar.vllm import DUAL_PROMPTS
 from qstar_kernels.types import METHODS, RULE, SAMPLING, SETTINGS, Settings
 

@@ -23,15 +23,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers.utils import logging
 
-from qstar.arguments import Job, data_source, failed
-from qstar.batch import COMPLETIONS
-from qstar.checkpoints import written_since
-from qstar.data import Prompt
-from qstar.decode import DecodeOptions, Request
-from qstar.formats import Finished, Key, sample_line
-from qstar.output import OutputError
+from qstar.data.batch import COMPLETIONS
+from qstar.data.prompts import Prompt
 from qstar.pair import Pair
 from qstar.prompting import PromptError
+from qstar.run.checkpoints import written_since
+from qstar.run.formats import Finished, Key, sample_line
+from qstar.run.options import Job, data_source, failed
+from qstar.run.output import OutputError
+from qstar.sample import DecodeOptions, Request
 from qstar.speculate import Tally
 
 BLOCK_BATCHES = 16  # a block's length in batches: a longer one drains its last batch less often, a resume repeats more

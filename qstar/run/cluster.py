@@ -35,14 +35,23 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 from rich.console import Console
 
-from qstar.arguments import Job, data_source
-from qstar.checkpoints import fingerprint, revision
-from qstar.data import PromptSource
-from qstar.formats import verl_row
+from qstar.data.prompts import PromptSource
 from qstar.generate import Generate, Todo, draft_table, todo, total_samples
-from qstar.output import Output, OutputError
-from qstar.parts import Parts
-from qstar.run import BLOCK_BATCHES, Summary, blocks, load_pair, one_line_if_it_fails, progress_bar, say_resuming, tell
+from qstar.run.checkpoints import fingerprint, revision
+from qstar.run.formats import verl_row
+from qstar.run.options import Job, data_source
+from qstar.run.output import Output, OutputError
+from qstar.run.parts import Parts
+from qstar.run.run import (
+    BLOCK_BATCHES,
+    Summary,
+    blocks,
+    load_pair,
+    one_line_if_it_fails,
+    progress_bar,
+    say_resuming,
+    tell,
+)
 from qstar.speculate import Tally
 
 STARTS = 3  # times a part is begun before its prompts are tried alone, and again after that
