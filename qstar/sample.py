@@ -1,5 +1,6 @@
 """What every backend is asked for, and what it gives: requests, options, samples and their end."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -148,6 +149,11 @@ def special_tokens(tokenizer) -> dict[str, int]:
     """The ids of the tokens that a text does not show where special tokens are left out."""
     special = set(tokenizer.all_special_ids)
     return {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special or i in special}
+
+
+def finite(value: float) -> float | None:
+    """The value as JSON has it: null for −inf."""
+    return float(value) if math.isfinite(value) else None
 
 
 def numbers_of(step: QStarStep) -> Tensor:

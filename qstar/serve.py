@@ -4,11 +4,42 @@ import os
 import sys
 from argparse import Namespace
 
-from qstar.run.options import Parser, failed, prepare_serve, settings_of
+from qstar.backends import not_installed
+from qstar.run.options import HelpFormatter, Parser, add_model_names, add_rule, check_models, failed, settings_of
 from qstar.vllm import SERVER
 
 NAME = "qstar"  # of the model in requests, unless --served-model-name says another
 OWN = ("model", "hf_overrides", "worker_cls", "logits_processors")  # engine options that make the model a pair
+
+
+def make_parser() -> Parser:
+    """The command line before vLLM's own options, in groups."""
+    parser = Parser(
+        prog="python -m qstar.serve",
+        usage="%(prog)s [options] [options of vLLM's server]",
+        description="An OpenAI-compatible server whose model is q* of a pair, by vLLM (pip install 'qstar[vllm]'). "
+        "What a request does not say about q* is as the options here have it. All others are those of `vllm serve`: "
+        "--host, --port, --api-key, --tensor-parallel-size, …",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    add_model_names(parser)
+    add_rule(parser)
+    return parser
+
+
+def prepare(argv: list[str] | None) -> tuple[Parser, Namespace, list[str]]:
+    """Check the command line but for what is vLLM's of it, which comes last; exits with one line if it is wrong."""
+    parser = make_parser()
+    args, of_vllm = parser.parse_known_args(argv)
+    if (missing := not_installed("vllm")) is not None:
+        parser.error(missing)
+    check_models(parser, args)
+    try:
+        settings_of(args)
+    except ValueError as error:
+        parser.error(str(error))
+    return parser, args, of_vllm
 
 
 def server_arguments(parser: Parser, args: Namespace, of_vllm: list[str]) -> Namespace:
@@ -63,7 +94,7 @@ async def serve(arguments: Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Serve until interrupted; 1 with one line on stderr if the server cannot start, 2 for a wrong command line."""
-    parser, args, of_vllm = prepare_serve(argv)
+    parser, args, of_vllm = prepare(argv)
     arguments = server_arguments(parser, args, of_vllm)
     os.environ[SERVER] = "1"
     import uvloop

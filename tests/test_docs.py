@@ -7,11 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from qstar import analyze, conversation, merge, pair, plan, prompting, report, score
+from qstar import analyze, conversation, generate, merge, pair, plan, prompting, report, score, serve
 from qstar.data import answers, batch, files, prompts, rows
 from qstar.experiments import __main__ as experiments
-from qstar.run import run
-from qstar.run.options import make_parser, make_score_parser, make_serve_parser
+from qstar.run import run, scoring
 from qstar_kernels.types import FIELDS
 
 ROOT = Path(__file__).parents[1]
@@ -35,8 +34,7 @@ def test_the_calls_of_generate_in_the_guide_run(demo_pair):
 
 def test_the_guide_names_every_option():
     guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
-    modules = analyze, report, merge, plan, experiments
-    parsers = [make_parser(), make_score_parser(), make_serve_parser(), *(module.make_parser() for module in modules)]
+    parsers = [module.make_parser() for module in (generate, score, serve, analyze, report, merge, plan, experiments)]
     options = {a.option_strings[0] for parser in parsers for a in parser._actions if a.option_strings} - {"-h"}
     assert {o for o in options if f"`{o}`" not in guide and f"`{o} " not in guide} == set()
     others = {"--help", "--x", "--benchmark", "--pair", "--port"}  # the last ones are those of bench/ and of vLLM
@@ -93,7 +91,7 @@ def test_the_guide_names_what_rows_are_read_for():
 def refusals() -> set[str]:
     """The reasons that the code gives for a row, with … for what varies."""
     found = set()
-    for module in (answers, batch, conversation, prompts, pair, prompting, run, score):
+    for module in (answers, batch, conversation, prompts, pair, prompting, run, scoring):
         for node in ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8"))):
             call = node.exc if isinstance(node, ast.Raise) else None
             # the answers of a dataset have no class of errors of their own
@@ -121,7 +119,7 @@ def test_the_guide_links_to_files_that_are_there():
 
 
 def test_help_is_grouped_and_shows_defaults():
-    text = " ".join(make_parser().format_help().split())
+    text = " ".join(generate.make_parser().format_help().split())
     for group in ("models:", "data in:", "prompts:", "rule for α", "sampling:", "decoding:", "data out:"):
         assert group in text
     assert "(default: kl_symmetry)" in text

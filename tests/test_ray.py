@@ -32,9 +32,9 @@ from runs import lines, write_lines
 
 from qstar.demo import PROMPTS, THETA, T
 from qstar.generate import main as generate
+from qstar.generate import prepare
 from qstar.merge import main as merge
 from qstar.run import cluster
-from qstar.run.options import prepare
 from qstar.run.output import FORMATS, OutputError
 from qstar.run.parts import Parts
 from qstar.run.run import BLOCK_BATCHES

@@ -12,8 +12,9 @@ import pyarrow as pa
 
 from qstar.data.batch import COMPLETIONS, RESPONSES
 from qstar.data.prompts import Prompt
-from qstar.sample import Sample
+from qstar.sample import Sample, finite
 from qstar.speculate import Tally
+from qstar.weights import derived
 from qstar_kernels.types import OF_ROW, OF_TOKEN
 
 Key = tuple[int, int]  # prompt_index, sample_index
@@ -42,11 +43,6 @@ def short(values: list[float]) -> list[float | None]:
     return [float(str(x)) if np.isfinite(x) else None for x in np.asarray(values, dtype=np.float32)]
 
 
-def finite(value: float) -> float | None:
-    """The value as JSON has it: null for −inf."""
-    return float(value) if np.isfinite(value) else None
-
-
 def sample_line(done: Finished) -> dict[str, Any]:
     """The line of format `jsonl`."""
     return {
@@ -62,11 +58,9 @@ def sample_line(done: Finished) -> dict[str, Any]:
 
 def diagnostics_line(done: Finished) -> dict[str, Any]:
     """The line of `x.diagnostics.jsonl`; all in nats, per-token arrays under `tokens`."""
-    sample, fields = done.sample, {name: np.asarray(done.sample.fields[name]) for name in OF_TOKEN + OF_ROW}
-    alpha, kl_theta, kl_t = fields["alpha"], fields["kl_theta"], fields["kl_t"]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = fields["ess_theta"] / fields["ess_t"]
-    ratio = ratio[np.isfinite(ratio)]  # a model with mass outside q*'s support has ESS 0
+    sample, fields = done.sample, {name: np.asarray(values) for name, values in done.sample.fields.items()}
+    fields |= derived(fields)
+    alpha, ratio = fields["alpha"], fields["ess_ratio"][~np.isnan(fields["ess_ratio"])]
     return {
         "id": done.id,
         "prompt_index": done.prompt.index,
@@ -76,9 +70,9 @@ def diagnostics_line(done: Finished) -> dict[str, Any]:
         "alpha_std": alpha.std(),
         "alpha_min": alpha.min(),
         "alpha_max": alpha.max(),
-        "kl_theta_mean": kl_theta.mean(),
-        "kl_t_mean": kl_t.mean(),
-        "kl_gap_max": np.abs(kl_theta - kl_t).max(),
+        "kl_theta_mean": fields["kl_theta"].mean(),
+        "kl_t_mean": fields["kl_t"].mean(),
+        "kl_gap_max": fields["kl_gap"].max(),
         "ess_theta_mean": fields["ess_theta"].mean(),
         "ess_t_mean": fields["ess_t"].mean(),
         "ess_ratio_mean": ratio.mean() if len(ratio) else None,

@@ -11,7 +11,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qstar.pair import Pair
-from qstar.run.output import OutputError
 from qstar.sample import DecodeOptions, Ending, Request, Sample
 from qstar.speculate import Tally
 from qstar.vllm import ARCHITECTURE, DUAL_PROMPTS, WORKER, register
@@ -166,7 +165,7 @@ class EngineDecoder:
 
         Raises:
             ValueError: a request has two prompts.
-            OutputError: the engine died.
+            ChildProcessError: the engine died.
         """
         from vllm.exceptions import VLLMValidationError
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -193,7 +192,7 @@ class EngineDecoder:
                     self._fill(sample, numbers.get(numbers_key(name), []))
                     yield sample
         except EngineDeadError as error:
-            raise OutputError(f"the vLLM engine died, what is on disk is kept: {error}") from error
+            raise ChildProcessError(f"the vLLM engine died, what is on disk is kept: {error}") from error
         finally:
             if live:  # the caller wants no more
                 self.engine.abort_request(list(live))

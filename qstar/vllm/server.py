@@ -25,9 +25,8 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling.handlers.exception import exception_handler
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
-from qstar.run.formats import finite
 from qstar.sample import Request as SampleRequest
-from qstar.sample import Sample
+from qstar.sample import Sample, finite
 from qstar.vllm.params import (
     ELSEWHERE,
     FORCED,
