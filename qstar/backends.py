@@ -59,6 +59,20 @@ def load_by_transformers(args: Namespace) -> Pair:
     )
 
 
+def load_by_vllm(args: Namespace) -> Pair:
+    """Both models in one engine, which starts with the first decoder."""
+    from qstar.vllm.engine import EnginePair  # vLLM takes its time to import, and need not be there
+
+    return EnginePair(
+        args.model_theta,
+        args.model_t,
+        dtype=args.dtype,
+        max_num_seqs=args.batch_size,
+        trust_remote_code=args.trust_remote_code,
+        options=args.vllm_options,
+    )
+
+
 BACKENDS = {
     "transformers": Backend(
         load_by_transformers,
@@ -68,7 +82,7 @@ BACKENDS = {
         pins=True,
     ),
     "vllm": Backend(
-        vllm.load,
+        load_by_vllm,
         batch_size=256,
         about="for thousands of prompts: pip install 'qstar[vllm]'",
         engine='arguments of vLLM\'s engine, e.g. {"tensor_parallel_size": 2, "gpu_memory_utilization": 0.8}',

@@ -38,20 +38,6 @@ def refuse(args: Namespace) -> None:
         raise ValueError(f"--theta-template-kwargs and --t-template-kwargs differ: {DUAL_PROMPTS}")
 
 
-def load(args: Namespace):
-    """The pair of a command line as an `EnginePair`, whose engine starts with the first decoder."""
-    from qstar.vllm.engine import EnginePair  # vLLM takes its time to import, and need not be there
-
-    return EnginePair(
-        args.model_theta,
-        args.model_t,
-        dtype=args.dtype,
-        max_num_seqs=args.batch_size,
-        trust_remote_code=args.trust_remote_code,
-        options=args.vllm_options,
-    )
-
-
 def register() -> None:
     """Make the pair known to vLLM in this process (entry point of `vllm.general_plugins`)."""
     from vllm import ModelRegistry
