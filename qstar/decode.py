@@ -18,7 +18,6 @@ from qstar.rule import Rule
 from qstar.sample import Ending, Request, Sample, numbers_of
 from qstar.speculate import DraftLength, Tally, overlap
 from qstar_kernels import dispatch
-from qstar_kernels.types import Settings
 
 OVERLAP_EVERY = 8  # drafting rounds from one measurement of 1 − TV(q*, draft model) to the next
 PREFILL_TOKENS = 16384  # padded prompt tokens that one forward pass takes: bounds the activations, not the results
@@ -51,10 +50,8 @@ class Decoder:
         self.rule = Rule(
             vocab_size, options.settings, options.force_t_first_token, options.force_t_special_tokens, special_ids
         )
-        drawn = options.settings
-        self.of_drafts = Settings(
-            "fixed", temperature=drawn.temperature, top_k=drawn.top_k, top_p=drawn.top_p, min_p=drawn.min_p
-        )
+        # of the draft model alone, which is then both sides
+        self.of_drafts = replace(options.settings, method="fixed", target_top_k=0, target_top_p=1.0)
         self.ending = Ending(eos_ids, tokenizer, options)
         self.end_ids = torch.tensor(sorted(eos_ids | self.ending.stop_ids), dtype=torch.int64)
         self.pad_id = min(eos_ids, default=0)
@@ -171,8 +168,7 @@ class Decoder:
         settings, vocab_size = self.options.settings, self.rule.vocab_size
         logits_t = logits_t.to(logits_theta.device)
         _, log_q = dispatch.step("auto", logits_theta, logits_t, settings, vocab_size, want_log_q=True)
-        alone = replace(settings, method="fixed", target_top_k=0, target_top_p=1.0)
-        _, log_p = dispatch.step("auto", of_drafter, of_drafter, alone, vocab_size, want_log_q=True)
+        _, log_p = dispatch.step("auto", of_drafter, of_drafter, self.of_drafts, vocab_size, want_log_q=True)
         found = overlap(log_p.to(log_q.device), log_q)
         found = found[found.isfinite()]
         self.tally.overlap += found.sum().item()

@@ -70,6 +70,8 @@ PAIRS = (("chosen", "rejected"), ("chosen_messages", "rejected_messages"))
 ANSWER_COLUMNS = tuple(
     "completion response responses chosen chosen_messages answer solution output instances.output".split()
 )
+# Of these, where rows have the short answer that a reward is computed from, in the order it is looked for.
+TRUTH_COLUMNS = ("answer", "solution", "completion", "output")
 # Columns that tell with the prompt's which schema it is.
 TELLING_COLUMNS = ("input", "context", "rejected", *ANSWER_COLUMNS)
 

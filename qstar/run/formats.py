@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from qstar.data.batch import COMPLETIONS, RESPONSES
-from qstar.data.prompts import Prompt
+from qstar.data.prompts import TRUTH_COLUMNS, Prompt
 from qstar.sample import Sample, finite
 from qstar.speculate import Tally
 from qstar.weights import derived
@@ -251,9 +251,7 @@ def verl_row(line: dict[str, Any], data_source: str) -> dict[str, Any]:
     own = {name: line["metadata"][name] for name in OWN if line["metadata"].get(name) is not None}
     own = {name: value for name, value in own.items() if isinstance(value, dict) or name in ("data_source", "ability")}
     metadata = {name: value for name, value in line["metadata"].items() if name not in own}
-    truth = next(
-        (metadata[k] for k in ("answer", "solution", "completion", "output") if metadata.get(k) is not None), ""
-    )
+    truth = next((metadata[name] for name in TRUTH_COLUMNS if metadata.get(name) is not None), "")
     extra = {
         "id": line["id"],
         "index": line["prompt_index"],
