@@ -3,7 +3,6 @@
 Everything is read from `x.jsonl` and `x.diagnostics.jsonl`.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -80,9 +79,8 @@ def show(results: list[dict[str, Any]], console: Console) -> None:
 def make_parser() -> Parser:
     """The command line."""
     parser = Parser(
-        prog="python -m qstar.analyze",
+        "analyze",
         description="What the numbers of generated or scored samples say: statistics, verdicts and warnings.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="x.jsonl that was written with its diagnostics")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")

@@ -8,7 +8,6 @@ from qstar.run.generating import Generate
 from qstar.run.job import Job, make_job, open_prompts
 from qstar.run.options import (
     COUNT,
-    HelpFormatter,
     Parser,
     add_data,
     add_models,
@@ -26,12 +25,10 @@ from qstar.run.run import run_command
 def make_parser() -> Parser:
     """The command line, in groups."""
     parser = Parser(
-        prog="python -m qstar.generate",
+        "generate",
         usage="%(prog)s [options]",
         description="Sample from q* ∝ π_θ^α · π_t^(1−α) between two language models. Without arguments: the demo pair "
         "on its bundled prompts. Every option is explained in docs/guide.md.",
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     add_models(parser)
     group = add_data(parser)

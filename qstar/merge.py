@@ -1,6 +1,5 @@
 """`python -m qstar.merge`: one file of the parts that `--engine ray` wrote, the one a single process writes."""
 
-import argparse
 import json
 import shutil
 import sys
@@ -75,10 +74,8 @@ def join(parts: Parts, kind: str, paths: list[str], target: IO[bytes]) -> None:
 def make_parser() -> Parser:
     """The command line."""
     parser = Parser(
-        prog="python -m qstar.merge",
+        "merge",
         description="One file of the parts that qstar.generate --engine ray wrote.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("folder", help="the run's --output, a path or an URL")
     parser.add_argument("--output", type=Path, required=True, help="the file to write")

@@ -181,11 +181,9 @@ def make_parser() -> Parser:
     """The command line."""
     positive = number(float, 1e-9, "a number above 0")
     parser = Parser(
-        prog="python -m qstar.plan",
+        "plan",
         description="What a pair needs of a GPU and what many GPUs give, as arithmetic; no weights are loaded. "
         "The defaults for the GPU are the data sheet's of an NVIDIA H100 SXM.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--model-theta", required=True, help="π_θ: hub name or folder")
     parser.add_argument("--model-t", required=True, help="π_t; the same name shares the weights")

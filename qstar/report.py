@@ -8,17 +8,15 @@ from rich.console import Console
 from transformers.utils import logging
 
 from qstar.diagnostics.page import ReportError, make_report
-from qstar.run.options import HelpFormatter, Parser, failed
+from qstar.run.options import Parser, failed
 from qstar.run.records import RecordError
 
 
 def make_parser() -> Parser:
     """The command line."""
     parser = Parser(
-        prog="python -m qstar.report",
+        "report",
         description="One HTML file to look at samples with: summary, plots, and every token shaded by its numbers.",
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "files", nargs="+", type=Path, metavar="FILE", help="what qstar.generate wrote, with diagnostics"

@@ -12,7 +12,6 @@ from qstar.run.job import Job, make_job, open_prompts
 from qstar.run.options import (
     COUNT,
     DEST,
-    HelpFormatter,
     Parser,
     add_data,
     add_models,
@@ -33,13 +32,11 @@ RUN_DEFAULTS |= {*DEST.values(), *FORCED}
 def make_parser() -> Parser:
     """The command line, in groups."""
     parser = Parser(
-        prog="python -m qstar.score",
+        "score",
         usage="%(prog)s --dataset FILE [options]",
         description="The numbers that q* gives to answers that are there already: α, KL, ESS and the three "
         "log-probabilities of every token, and importance weights. On the output of qstar.generate the options of that "
         "run are the defaults. Every option is explained in docs/guide.md.",
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     add_models(parser)
     group = add_data(parser)

@@ -5,7 +5,7 @@ import sys
 from argparse import Namespace
 
 from qstar.backends import not_installed
-from qstar.run.options import HelpFormatter, Parser, add_model_names, add_rule, check_models, failed, settings_of
+from qstar.run.options import Parser, add_model_names, add_rule, check_models, failed, settings_of
 from qstar.vllm import SERVER
 
 NAME = "qstar"  # of the model in requests, unless --served-model-name says another
@@ -15,13 +15,11 @@ OWN = ("model", "hf_overrides", "worker_cls", "logits_processors")  # engine opt
 def make_parser() -> Parser:
     """The command line before vLLM's own options, in groups."""
     parser = Parser(
-        prog="python -m qstar.serve",
+        "serve",
         usage="%(prog)s [options] [options of vLLM's server]",
         description="An OpenAI-compatible server whose model is q* of a pair, by vLLM (pip install 'qstar[vllm]'). "
         "What a request does not say about q* is as the options here have it. All others are those of `vllm serve`: "
         "--host, --port, --api-key, --tensor-parallel-size, …",
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     add_model_names(parser)
     add_rule(parser)

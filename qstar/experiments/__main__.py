@@ -12,18 +12,16 @@ import torch
 
 from qstar.demo import THETA, T
 from qstar.run.checkpoints import fingerprint
-from qstar.run.options import COUNT, HelpFormatter, Parser, check_folder, failed
+from qstar.run.options import COUNT, Parser, check_folder, failed
 
 EXPERIMENTS = ("main", "ablation", "scaling", "speculation", "long_run")
 
 
 def make_parser() -> Parser:
     parser = Parser(
-        prog="python -m qstar.experiments",
+        "experiments",
         description="Train a policy on data from q* and from its rivals, on a CPU, and measure what comes of it. "
         "Without arguments: all five experiments on the demo pair. What was found is in qstar/experiments/README.md.",
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "experiments", nargs="*", metavar="EXPERIMENT", help=f"which of {', '.join(EXPERIMENTS)} (default: all)"

@@ -12,8 +12,20 @@ from qstar.prompting import HINT_TEMPLATE
 from qstar_kernels.types import METHODS, RULE, SAMPLING, SETTINGS, Settings
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, where there is one and the text does not say it already."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        has_default = action.default not in (None, []) and action.default is not False
+        return super()._get_help_string(action) if has_default else action.help
+
+
 class Parser(argparse.ArgumentParser):
-    """One line an error, and option names with underscores as well as hyphens."""
+    """That of one of the commands: one line an error, and option names with underscores as well as hyphens."""
+
+    def __init__(self, command: str, description: str, usage: str | None = None):
+        prog = f"python -m qstar.{command}"
+        super().__init__(prog, usage, description, formatter_class=HelpFormatter, allow_abbrev=False)
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else list(args)
@@ -32,14 +44,6 @@ def failed(prog: str, error: object) -> int:
     """Say in one line on stderr why a command has failed; its exit status."""
     print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
     return 1
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, where there is one and the text does not say it already."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        has_default = action.default not in (None, []) and action.default is not False
-        return super()._get_help_string(action) if has_default else action.help
 
 
 def number(kind: type, low: float, text: str):
