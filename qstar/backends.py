@@ -44,19 +44,8 @@ class Backend:
 
 def load_by_transformers(args: Namespace) -> Pair:
     """Both models, and a third one that drafts, in this process."""
-    return Pair.from_pretrained(
-        args.model_theta,
-        args.model_t,
-        draft=args.draft,
-        revision_theta=args.revision_theta,
-        revision_t=args.revision_t,
-        dtype=args.dtype,
-        device=args.device,
-        device_map=args.device_map,
-        attn_implementation=args.attn_implementation,
-        load_in_4bit=args.load_in_4bit,
-        trust_remote_code=args.trust_remote_code,
-    )
+    names = "draft revision_theta revision_t dtype device device_map attn_implementation load_in_4bit trust_remote_code"
+    return Pair.from_pretrained(args.model_theta, args.model_t, **{name: getattr(args, name) for name in names.split()})
 
 
 def load_by_vllm(args: Namespace) -> Pair:

@@ -4,41 +4,30 @@ import importlib.util
 import sys
 
 from qstar.backends import BACKENDS, check_backend
+from qstar.run import options
 from qstar.run.generating import Generate
 from qstar.run.job import Job, make_job, open_prompts
-from qstar.run.options import (
-    COUNT,
-    Parser,
-    add_data,
-    add_models,
-    add_output,
-    add_prompts,
-    add_rule,
-    check_folder,
-    json_object,
-    number,
-)
 from qstar.run.output import FORMATS
 from qstar.run.run import run_command
 
 
-def make_parser() -> Parser:
+def make_parser() -> options.Parser:
     """The command line, in groups."""
-    parser = Parser(
+    parser = options.Parser(
         "generate",
         usage="%(prog)s [options]",
         description="Sample from q* ∝ π_θ^α · π_t^(1−α) between two language models. Without arguments: the demo pair "
         "on its bundled prompts. Every option is explained in docs/guide.md.",
     )
-    add_models(parser)
-    group = add_data(parser)
-    group.add_argument("--samples-per-prompt", type=COUNT, default=1, help="samples of each prompt")
-    add_prompts(parser)
-    add_rule(parser)
+    options.add_models(parser)
+    group = options.add_data(parser)
+    group.add_argument("--samples-per-prompt", type=options.COUNT, default=1, help="samples of each prompt")
+    options.add_prompts(parser)
+    options.add_rule(parser)
 
     group = parser.add_argument_group("decoding")
     group.add_argument("--seed", type=int, default=0, help="seed of the run; each sample's own follows from it")
-    group.add_argument("--max-new-tokens", type=COUNT, default=256, help="token limit of a sample")
+    group.add_argument("--max-new-tokens", type=options.COUNT, default=256, help="token limit of a sample")
     group.add_argument(
         "--stop",
         action="append",
@@ -48,7 +37,7 @@ def make_parser() -> Parser:
     )
     group.add_argument(
         "--stop-token-ids",
-        type=number(int, 0, "a token's id"),
+        type=options.number(int, 0, "a token's id"),
         nargs="+",
         metavar="ID",
         help="tokens that end a sample",
@@ -66,13 +55,17 @@ def make_parser() -> Parser:
         help=f"what runs the models: {', '.join(f'{name} ({backend.about})' for name, backend in BACKENDS.items())}",
     )
     sizes = ", ".join(f"{backend.batch_size} with {name}" for name, backend in BACKENDS.items())
-    group.add_argument("--batch-size", type=COUNT, help=f"sequences decoded together (default: {sizes})")
+    group.add_argument("--batch-size", type=options.COUNT, help=f"sequences decoded together (default: {sizes})")
     for name, backend in BACKENDS.items():
         if backend.engine is not None:
-            group.add_argument(f"--{name}-options", type=json_object, default={}, metavar="JSON", help=backend.engine)
+            group.add_argument(
+                f"--{name}-options", type=options.json_object, default={}, metavar="JSON", help=backend.engine
+            )
     group.add_argument(
         "--speculate",
-        type=lambda value: value if value == "auto" else number(int, 0, "auto or a whole number of at least 0")(value),
+        type=lambda value: (
+            value if value == "auto" else options.number(int, 0, "auto or a whole number of at least 0")(value)
+        ),
         default=0,
         metavar="K",
         help="tokens to draft before both models decide on them in one pass, or auto; the samples stay the same",
@@ -88,11 +81,11 @@ def make_parser() -> Parser:
         "--engine", default="process", choices=["process", "ray"], help="ray: a Ray cluster writes parts into a folder"
     )
     group.add_argument(
-        "--num-workers", type=COUNT, help="pairs at work at once (default: as many as there is room for)"
+        "--num-workers", type=options.COUNT, help="pairs at work at once (default: as many as there is room for)"
     )
     group.add_argument(
         "--gpus-per-worker",
-        type=number(float, 0, "a number of at least 0"),
+        type=options.number(float, 0, "a number of at least 0"),
         help="of each worker; 0.5 puts two on a GPU",
     )
     group.add_argument(
@@ -101,7 +94,7 @@ def make_parser() -> Parser:
         "this machine by itself)",
     )
 
-    group = add_output(parser)
+    group = options.add_output(parser)
     group.add_argument("--output-format", default="jsonl", choices=list(FORMATS), help="what to write")
     group.add_argument(
         "--save-diagnostics", action="store_true", help="write x.diagnostics.jsonl: every token's numbers"
@@ -116,7 +109,7 @@ def prepare(argv: list[str] | None) -> Job:
     if any(not stop for stop in args.stop):
         parser.error("--stop must not be empty")
     if args.draft not in ("theta", "t"):
-        check_folder(parser, "draft", args.draft)
+        options.check_folder(parser, "draft", args.draft)
     if args.engine == "ray" and importlib.util.find_spec("ray") is None:
         parser.error("--engine ray needs Ray: pip install 'qstar[ray]'")
     for name in ("num_workers", "gpus_per_worker", "ray_address"):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -79,6 +79,13 @@ class DecodeOptions:
     force_t_special_tokens: bool = False
     stop_token_ids: tuple[int, ...] = ()
     keep_special_tokens: bool = False
+
+    @classmethod
+    def of(cls, **options) -> "DecodeOptions":
+        """From its own fields but `settings`, and those of `Settings`, side by side."""
+        own = {f.name: options.pop(f.name) for f in fields(cls) if f.name in options}
+        own = {name: tuple(value) if name.startswith("stop") else value for name, value in own.items()}
+        return cls(Settings(**options), **own)
 
 
 class Ending:

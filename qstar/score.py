@@ -8,53 +8,43 @@ import sys
 
 from qstar.data.answers import DatasetAnswers
 from qstar.rule import FORCED
+from qstar.run import options
 from qstar.run.job import Job, make_job, open_prompts
-from qstar.run.options import (
-    COUNT,
-    DEST,
-    Parser,
-    add_data,
-    add_models,
-    add_output,
-    add_prompts,
-    add_rule,
-    number,
-)
 from qstar.run.records import RecordError, RunAnswers, RunFiles, is_run
 from qstar.run.run import run_command
 from qstar.run.scoring import Score
 
 # What scoring takes over from the run that made the samples: who, and which q*
 RUN_DEFAULTS = {"model_theta", "model_t", "dtype", "load_in_4bit", "trust_remote_code", "use_request_parameters"}
-RUN_DEFAULTS |= {*DEST.values(), *FORCED}
+RUN_DEFAULTS |= {*options.DEST.values(), *FORCED}
 
 
-def make_parser() -> Parser:
+def make_parser() -> options.Parser:
     """The command line, in groups."""
-    parser = Parser(
+    parser = options.Parser(
         "score",
         usage="%(prog)s --dataset FILE [options]",
         description="The numbers that q* gives to answers that are there already: α, KL, ESS and the three "
         "log-probabilities of every token, and importance weights. On the output of qstar.generate the options of that "
         "run are the defaults. Every option is explained in docs/guide.md.",
     )
-    add_models(parser)
-    group = add_data(parser)
+    options.add_models(parser)
+    group = options.add_data(parser)
     group.add_argument(
         "--response-field", metavar="COLUMN", help="column that holds the answer, where it is not recognised"
     )
     group.add_argument("--no-eos", action="store_true", help="do not end answers of a dataset with the EOS token")
-    add_prompts(parser)
-    add_rule(parser)
+    options.add_prompts(parser)
+    options.add_rule(parser)
     group = parser.add_argument_group("scoring")
-    group.add_argument("--batch-size", type=COUNT, default=16, help="sequences that are scored together")
+    group.add_argument("--batch-size", type=options.COUNT, default=16, help="sequences that are scored together")
     group.add_argument(
         "--clip",
-        type=number(float, 0, "a number of at least 0"),
+        type=options.number(float, 0, "a number of at least 0"),
         default=10.0,
         help="bound of the clipped importance weights",
     )
-    add_output(parser)
+    options.add_output(parser)
     parser.set_defaults(backend="transformers", draft="theta")
     return parser
 

@@ -185,42 +185,21 @@ def usage(sample: Sample) -> dict[str, int]:
     return {"prompt_tokens": used, "completion_tokens": drawn, "total_tokens": used + drawn}
 
 
-NOTHING = pa.null()
+NOTHING, TEXT, WHOLE = pa.null(), pa.string(), pa.int64()
 LONG = pa.decimal128(19)  # whole numbers among them that float64 has not
-MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+MESSAGES = pa.list_(pa.struct({"role": TEXT, "content": TEXT}))
+OF_SAMPLE = {"sample_index": WHOLE, "finish_reason": TEXT, "num_tokens": WHOLE, "metadata": TEXT}
 SCHEMAS = {
-    "parquet": pa.schema(
-        [
-            ("id", pa.string()),
-            ("prompt_index", pa.int64()),
-            ("sample_index", pa.int64()),
-            ("messages", MESSAGES),
-            ("finish_reason", pa.string()),
-            ("num_tokens", pa.int64()),
-            ("metadata", pa.string()),
-        ]
-    ),
+    "parquet": pa.schema({"id": TEXT, "prompt_index": WHOLE, "sample_index": WHOLE, "messages": MESSAGES} | OF_SAMPLE),
     "verl": pa.schema(
-        [
-            ("data_source", pa.string()),
-            ("prompt", MESSAGES),
-            ("response", pa.string()),
-            ("ability", pa.string()),
-            ("reward_model", pa.struct([("style", pa.string()), ("ground_truth", pa.string())])),
-            (
-                "extra_info",
-                pa.struct(
-                    [
-                        ("id", pa.string()),
-                        ("index", pa.int64()),
-                        ("sample_index", pa.int64()),
-                        ("finish_reason", pa.string()),
-                        ("num_tokens", pa.int64()),
-                        ("metadata", pa.string()),
-                    ]
-                ),
-            ),
-        ]
+        {
+            "data_source": TEXT,
+            "prompt": MESSAGES,
+            "response": TEXT,
+            "ability": TEXT,
+            "reward_model": pa.struct({"style": TEXT, "ground_truth": TEXT}),
+            "extra_info": pa.struct({"id": TEXT, "index": WHOLE} | OF_SAMPLE),
+        }
     ),
 }
 
