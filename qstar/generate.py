@@ -106,22 +106,20 @@ def prepare(argv: list[str] | None) -> Job:
     """Check the command line and open its dataset; exits with one line if something is wrong."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    if any(not stop for stop in args.stop):
-        parser.error("--stop must not be empty")
-    if args.draft not in ("theta", "t"):
-        options.check_folder(parser, "draft", args.draft)
-    if args.engine == "ray" and importlib.util.find_spec("ray") is None:
-        parser.error("--engine ray needs Ray: pip install 'qstar[ray]'")
-    for name in ("num_workers", "gpus_per_worker", "ray_address"):
-        if args.engine != "ray" and getattr(args, name) is not None:
-            parser.error(f"--{name.replace('_', '-')} goes with --engine ray")
-    try:
+    with parser.refusing():
+        if any(not stop for stop in args.stop):
+            raise ValueError("--stop must not be empty")
+        if args.draft not in ("theta", "t"):
+            options.check_folder("draft", args.draft)
+        if args.engine == "ray" and importlib.util.find_spec("ray") is None:
+            raise ValueError("--engine ray needs Ray: pip install 'qstar[ray]'")
+        for name in ("num_workers", "gpus_per_worker", "ray_address"):
+            if args.engine != "ray" and getattr(args, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} goes with --engine ray")
         check_backend(args)
-    except ValueError as error:
-        parser.error(str(error))
-    if args.batch_size is None:
-        args.batch_size = BACKENDS[args.backend].batch_size
-    return make_job(parser, args, lambda: open_prompts(args), args.output_format, args.save_diagnostics)
+        if args.batch_size is None:
+            args.batch_size = BACKENDS[args.backend].batch_size
+        return make_job(args, lambda: open_prompts(args), args.output_format, args.save_diagnostics)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -53,22 +53,23 @@ def prepare(argv: list[str] | None) -> Job:
     """Check the command line and open its dataset; exits with one line if something is wrong."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    if args.dataset is None:
-        parser.error("--dataset is missing: the file with the prompts and answers to score")
-    if len(args.dataset) > 1 or not is_run(args.dataset[0]):
-        return make_job(parser, args, lambda: DatasetAnswers(open_prompts(args), args.response_field))
-    files = RunFiles(args.dataset[0])
-    try:
-        next(iter(files))
-    except RecordError as error:
-        parser.error(f"--dataset: {error}")
-    of_run = {name.removeprefix("--").replace("-", "_"): value for name, value in files.settings.items()}
-    parser.set_defaults(**{name: value for name, value in of_run.items() if name in RUN_DEFAULTS})
-    args = parser.parse_args(argv)
-    for name in ("prompt_field", "response_field", "t_hint_field"):
-        if getattr(args, name) is not None:
-            parser.error(f"--{name.replace('_', '-')}: the prompts and answers of a run are its own tokens")
-    return make_job(parser, args, lambda: RunAnswers(files, args.num_samples, bool(args.use_request_parameters)))
+    with parser.refusing():
+        if args.dataset is None:
+            raise ValueError("--dataset is missing: the file with the prompts and answers to score")
+        if len(args.dataset) > 1 or not is_run(args.dataset[0]):
+            return make_job(args, lambda: DatasetAnswers(open_prompts(args), args.response_field))
+        files = RunFiles(args.dataset[0])
+        try:
+            next(iter(files))
+        except RecordError as error:
+            raise ValueError(f"--dataset: {error}") from None
+        of_run = {name.removeprefix("--").replace("-", "_"): value for name, value in files.settings.items()}
+        parser.set_defaults(**{name: value for name, value in of_run.items() if name in RUN_DEFAULTS})
+        args = parser.parse_args(argv)
+        for name in ("prompt_field", "response_field", "t_hint_field"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')}: the prompts and answers of a run are its own tokens")
+        return make_job(args, lambda: RunAnswers(files, args.num_samples, bool(args.use_request_parameters)))
 
 
 def main(argv: list[str] | None = None) -> int:

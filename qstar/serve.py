@@ -32,11 +32,9 @@ def prepare(argv: list[str] | None) -> tuple[Parser, Namespace, list[str]]:
     args, of_vllm = parser.parse_known_args(argv)
     if (missing := not_installed("vllm")) is not None:
         parser.error(missing)
-    check_models(parser, args)
-    try:
+    with parser.refusing():
+        check_models(args)
         settings_of(args)
-    except ValueError as error:
-        parser.error(str(error))
     return parser, args, of_vllm
 
 

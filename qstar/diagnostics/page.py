@@ -27,6 +27,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn
 from transformers import AutoTokenizer
 
 from qstar.diagnostics.statistics import Numbers, analysis, plotted, read_numbers
+from qstar.run.output import replacing
 from qstar.run.records import NULL, Record, RunFiles
 from qstar.weights import WEIGHT, derived
 from qstar_kernels.types import FIELDS, OF_ROW, OF_TOKEN
@@ -387,7 +388,6 @@ def make_report(paths: list[Path], output: Path, tokenizer: str | None, console:
             loaded[source] = load_tokenizer(source)
         texts.append(loaded[source])
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(f"{output}.tmp")
     columns = (SpinnerColumn(), TextColumn("samples"), TextColumn("{task.completed:,}"))
     with (
         TemporaryFile() as spool,
@@ -404,13 +404,9 @@ def make_report(paths: list[Path], output: Path, tokenizer: str | None, console:
                 files.ids.append(reveal(str(record.id)))
                 files.statistics.append(sample_statistics(n))
                 progress.advance(task)
-        try:
-            with temporary.open("wb") as file:
-                for piece in page(files, chunks):
-                    file.write(piece.encode("utf-8"))
-            temporary.replace(output)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(output) as file:
+            for piece in page(files, chunks):
+                file.write(piece.encode("utf-8"))
     for note in (note for of_file in numbers for note in of_file.notes):
         console.print(f"note: {note}", markup=False, highlight=False)
     tokens = sum(len(of_file.tokens["alpha"]) for of_file in numbers)

@@ -52,8 +52,9 @@ def main(argv: list[str] | None = None) -> int:
         if importlib.util.find_spec(package) is None:
             parser.error(f"the experiments need {package}: pip install 'qstar[experiments]'")
     theta, t = args.model_theta or str(THETA), args.model_t or str(T)
-    check_folder(parser, "model-theta", theta)
-    check_folder(parser, "model-t", t)
+    with parser.refusing():
+        check_folder("model-theta", theta)
+        check_folder("model-t", t)
     if args.output.exists() and not args.output.is_dir():
         parser.error(f"--output {args.output} is a file; give a folder")
 

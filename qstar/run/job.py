@@ -19,7 +19,7 @@ from qstar.data.prompts import PromptSource, load_prompts
 from qstar.demo import PROMPTS
 from qstar.prompting import PromptError, PromptFormat
 from qstar.run.checkpoints import fingerprint, revision
-from qstar.run.options import Parser, check_models, settings_of
+from qstar.run.options import check_models, settings_of
 from qstar.run.output import FORMATS, Output, OutputError
 from qstar.run.parts import Parts
 from qstar.run.records import RunAnswers
@@ -62,37 +62,39 @@ def data_source(args: argparse.Namespace) -> str:
 
 
 def make_job(
-    parser: Parser,
     args: argparse.Namespace,
     open_data: Callable[[], PromptSource | DatasetAnswers | RunAnswers],
     output_format: str = "jsonl",
     save_diagnostics: bool = True,
 ) -> Job:
-    """What both commands check and open."""
-    check_models(parser, args)
+    """What both commands check and open.
+
+    Raises:
+        ValueError, OSError: something is wrong, in one line.
+    """
+    check_models(args)
     if args.device is not None and args.device_map is not None:
-        parser.error("--device and --device-map exclude each other")
+        raise ValueError("--device and --device-map exclude each other")
     if args.device is not None and args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {args.device}: this machine or this build of torch has no CUDA; try --device cpu")
+        raise ValueError(f"--device {args.device}: this machine or this build of torch has no CUDA; try --device cpu")
     if args.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
-        parser.error("--load-in-4bit needs bitsandbytes: pip install 'qstar[4bit]'")
+        raise ValueError("--load-in-4bit needs bitsandbytes: pip install 'qstar[4bit]'")
     on_ray = getattr(args, "engine", None) == "ray"
     suffix = "" if on_ray else FORMATS[output_format]
     args.output = args.output or f"qstar-out/{datetime.now():%Y%m%d-%H%M%S}{suffix}"
     if not on_ray and (Path(args.output).is_dir() or "://" in args.output):
         what = "an URL" if "://" in args.output else "a folder"
         parts = ", or write parts with --engine ray" if hasattr(args, "engine") else ""
-        parser.error(f"--output {args.output} is {what}; give a file on this machine{parts}")
+        raise ValueError(f"--output {args.output} is {what}; give a file on this machine{parts}")
     if on_ray and Path(args.output).is_file():
-        parser.error(f"--output {args.output} is a file; --engine ray writes parts into a folder")
-    try:
-        settings = settings_of(args)
-        format_theta, format_t = (prompt_format(args, side) for side in ("theta", "t"))
-        data = open_data()
-    except ValueError as error:
-        parser.error(str(error))
+        raise ValueError(f"--output {args.output} is a file; --engine ray writes parts into a folder")
+    settings = settings_of(args)
+    format_theta, format_t = (prompt_format(args, side) for side in ("theta", "t"))
+    data = open_data()
     if args.t_hint_field is not None and args.t_hint_field not in data.columns:
-        parser.error(f"--t-hint-field {args.t_hint_field!r} is no column; the columns are {', '.join(data.columns)}")
+        raise ValueError(
+            f"--t-hint-field {args.t_hint_field!r} is no column; the columns are {', '.join(data.columns)}"
+        )
     settings_of_run = run_settings(args, data)
     if on_ray:
         # a part is so many batches long
@@ -107,10 +109,7 @@ def make_job(
         before = output.before()
     # the samples of a run are scored by the models that drew them
     drawn = data.files.settings if isinstance(data, RunAnswers) else {}
-    try:
-        output.settings |= weights_of_run(args, before or drawn)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+    output.settings |= weights_of_run(args, before or drawn)
     args.revision_theta, args.revision_t = (revision(output.settings[f"weights of {side}"]) for side in ("theta", "t"))
     return Job(args, settings, format_theta, format_t, data, output)
 

@@ -3,6 +3,8 @@
 import argparse
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+    @contextmanager
+    def refusing(self) -> Iterator[None]:
+        """What is raised for a wrong command line is said as its error."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            self.error(str(error))
 
 
 def failed(prog: str, error: object) -> int:
@@ -143,18 +153,11 @@ def add_rule(parser: Parser) -> None:
                 choices=METHODS if setting.name == "method" else None,
                 help=setting.metadata["help"],
             )
-    group.add_argument(
-        "--force-t-first-token",
-        "--force-target-for-first-token",
-        action="store_true",
-        help="draw the first token from π_t",
-    )
-    group.add_argument(
-        "--force-t-special-tokens",
-        "--force-target-for-special-tokens",
-        action="store_true",
-        help="give special tokens π_t's probability",
-    )
+    for tokens, what in (
+        ("first-token", "draw the first token from π_t"),
+        ("special-tokens", "give special tokens π_t's probability"),
+    ):
+        group.add_argument(f"--force-t-{tokens}", f"--force-target-for-{tokens}", action="store_true", help=what)
 
 
 def add_output(parser: Parser):
@@ -176,15 +179,15 @@ def json_object(value: str) -> dict[str, Any]:
     return parsed
 
 
-def check_models(parser: Parser, args: argparse.Namespace) -> None:
-    """Both models are named, or neither: then they are the demo pair's."""
+def check_models(args: argparse.Namespace) -> None:
+    """Both models are named, or neither: then they are the demo pair's. Raises ValueError otherwise."""
     if (args.model_theta is None) != (args.model_t is None):
         missing = "--model-t" if args.model_t is None else "--model-theta"
-        parser.error(f"{missing} is missing; for one model with two prompts give its name to both")
+        raise ValueError(f"{missing} is missing; for one model with two prompts give its name to both")
     if args.model_theta is None:
         args.model_theta, args.model_t = str(THETA), str(T)
-    check_folder(parser, "model-theta", args.model_theta)
-    check_folder(parser, "model-t", args.model_t)
+    check_folder("model-theta", args.model_theta)
+    check_folder("model-t", args.model_t)
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
@@ -196,10 +199,10 @@ def settings_of(args: argparse.Namespace) -> Settings:
     return Settings(**{name: getattr(args, dest) for name, dest in DEST.items()})
 
 
-def check_folder(parser: Parser, option: str, model: str) -> None:
-    """A name that must be a folder is one, and a folder holds a model."""
+def check_folder(option: str, model: str) -> None:
+    """A name that must be a folder is one, and a folder holds a model. Raises ValueError otherwise."""
     folder = Path(model).expanduser()
     if not folder.is_dir() and (folder.is_absolute() or model.startswith((".", "~"))):
-        parser.error(f"--{option} {folder} does not exist; give a model's folder or a hub name")
+        raise ValueError(f"--{option} {folder} does not exist; give a model's folder or a hub name")
     if folder.is_dir() and not (folder / "config.json").is_file():
-        parser.error(f"--{option} {folder} has no config.json; give a model's folder or a hub name")
+        raise ValueError(f"--{option} {folder} has no config.json; give a model's folder or a hub name")
