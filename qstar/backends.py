@@ -50,16 +50,9 @@ def load_by_transformers(args: Namespace) -> Pair:
 
 def load_by_vllm(args: Namespace) -> Pair:
     """Both models in one engine, which starts with the first decoder."""
-    from qstar.vllm.engine import EnginePair  # vLLM takes its time to import, and need not be there
+    from qstar.vllm.engine import load  # vLLM takes its time to import, and need not be there
 
-    return EnginePair(
-        args.model_theta,
-        args.model_t,
-        dtype=args.dtype,
-        max_num_seqs=args.batch_size,
-        trust_remote_code=args.trust_remote_code,
-        options=args.vllm_options,
-    )
+    return load(args)
 
 
 BACKENDS = {

@@ -5,12 +5,14 @@ It writes what `qstar.generate --save-diagnostics` writes, `x.jsonl` and `x.diag
 """
 
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 from qstar.data.answers import DatasetAnswers
 from qstar.rule import FORCED
 from qstar.run import options
 from qstar.run.job import Job, make_job, open_prompts
-from qstar.run.records import RecordError, RunAnswers, RunFiles, is_run
+from qstar.run.records import RecordError, RunAnswers, RunFiles
 from qstar.run.run import run_command
 from qstar.run.scoring import Score
 
@@ -56,9 +58,11 @@ def prepare(argv: list[str] | None) -> Job:
     with parser.refusing():
         if args.dataset is None:
             raise ValueError("--dataset is missing: the file with the prompts and answers to score")
-        if len(args.dataset) > 1 or not is_run(args.dataset[0]):
+        files = None
+        with suppress(RecordError):  # it is one of the files that a run wrote, together with its diagnostics
+            files = RunFiles(args.dataset[0]) if len(args.dataset) == 1 and Path(args.dataset[0]).is_file() else None
+        if files is None:
             return make_job(args, lambda: DatasetAnswers(open_prompts(args), args.response_field))
-        files = RunFiles(args.dataset[0])
         try:
             next(iter(files))
         except RecordError as error:

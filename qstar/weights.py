@@ -5,7 +5,6 @@ its logarithm is a sum, and its variance grows with the length: truncate, or wei
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,17 +13,8 @@ from torch import Tensor
 LEVELS = ("sequence", "token", "geometric")
 WEIGHT = {"theta": "π_θ/q*", "t": "π_t/q*"}  # whose weight, as it is shown
 FAR_APART_KL = 0.5  # nats a token: above it q* lies where both models find little
-
-
-class Band(NamedTuple):
-    """Where a quantity of tokens, a field or one of `derived`, is as it should be."""
-
-    quantity: str
-    low: float
-    high: float
-
-
-BANDS = {"ESS ratio": Band("ess_ratio", 0.9, 1.1), "|ΔKL|": Band("kl_gap", 0.0, 0.05), "α": Band("alpha", 0.2, 0.8)}
+# Where a quantity of tokens, a field or one of `derived`, is as it should be: its name, low and high
+BANDS = {"ESS ratio": ("ess_ratio", 0.9, 1.1), "|ΔKL|": ("kl_gap", 0.0, 0.05), "α": ("alpha", 0.2, 0.8)}
 
 
 def derived(fields: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -113,9 +113,7 @@ def load_tokenizer(name: str) -> TokenTexts:
 
 
 def token_numbers(record: Record, name: str, vocab_size: int) -> dict[str, np.ndarray]:
-    """The tokens' numbers, float64 [tokens] each: `id` (int64), `FIELDS`, and what follows from them in nats.
-
-    That is what is `derived` of them, and their `disagreement`. null stands for what `qstar.run.records.NULL` says.
+    """The tokens' numbers, float64 [tokens] each: `id` (int64), `FIELDS`, what is `derived` of them, `disagreement`.
 
     Raises:
         ReportError: they are not numbers, or the ids belong to another tokenizer.

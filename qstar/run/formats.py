@@ -13,7 +13,6 @@ import pyarrow as pa
 from qstar.data.batch import COMPLETIONS, RESPONSES
 from qstar.data.prompts import TRUTH_COLUMNS, Prompt
 from qstar.sample import Sample, finite
-from qstar.speculate import Tally
 from qstar.weights import derived
 from qstar_kernels.types import OF_ROW, OF_TOKEN
 
@@ -60,7 +59,8 @@ def diagnostics_line(done: Finished) -> dict[str, Any]:
     """The line of `x.diagnostics.jsonl`; all in nats, per-token arrays under `tokens`."""
     sample, fields = done.sample, {name: np.asarray(values) for name, values in done.sample.fields.items()}
     fields |= derived(fields)
-    alpha, ratio = fields["alpha"], fields["ess_ratio"][~np.isnan(fields["ess_ratio"])]
+    alpha, ratio, tally = fields["alpha"], fields["ess_ratio"][~np.isnan(fields["ess_ratio"])], sample.tally
+    drafts = {"verify_passes": tally.passes, "drafted": tally.drafted, "accepted": tally.accepted}
     return {
         "id": done.id,
         "prompt_index": done.prompt.index,
@@ -78,18 +78,13 @@ def diagnostics_line(done: Finished) -> dict[str, Any]:
         "ess_ratio_mean": ratio.mean() if len(ratio) else None,
         "ess_ratio_std": ratio.std() if len(ratio) else None,
         **{f"{name}_sum": finite(fields[name].sum()) for name in OF_TOKEN},
-        **(drafts(sample.tally) if sample.tally.drafted else {}),
+        **(drafts if tally.drafted else {}),
         "prompt_ids_theta": sample.request.ids_theta,
         "prompt_ids_t": sample.request.ids_t,
         "tokens": {"id": sample.token_ids}
         | {name: short(sample.fields[name]) for name in OF_TOKEN + OF_ROW}
         | {"status": sample.status},
     }
-
-
-def drafts(tally: Tally) -> dict[str, Any]:
-    """What speculative decoding did for a sample."""
-    return {"verify_passes": tally.passes, "drafted": tally.drafted, "accepted": tally.accepted}
 
 
 def openai_line(done: Finished, tokenizer, model: str, single: bool) -> dict[str, Any]:

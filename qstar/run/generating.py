@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -16,7 +16,6 @@ from qstar.run.formats import Finished, Key, openai_line, sample_line
 from qstar.run.job import Job
 from qstar.run.run import Run
 from qstar.run.summary import draft_table
-from qstar.sample import DecodeOptions
 
 
 @dataclass(frozen=True)
@@ -46,16 +45,6 @@ def total_samples(job: Job) -> int | None:
 
 class Generate(Run):
     """Draws `samples_per_prompt` samples of every prompt."""
-
-    def options(self) -> DecodeOptions:
-        args = self.job.args
-        return replace(
-            super().options(),
-            stop=tuple(args.stop),
-            speculate=args.speculate,
-            stop_token_ids=tuple(args.stop_token_ids or ()),
-            keep_special_tokens=bool(args.keep_special_tokens),
-        )
 
     def items(self) -> Iterator[Todo]:
         return todo(self.job.prompts, self.job.args.samples_per_prompt)

@@ -25,6 +25,8 @@ from qstar.run.parts import Parts
 from qstar.run.records import RunAnswers
 from qstar_kernels.types import Settings
 
+Data = PromptSource | DatasetAnswers | RunAnswers
+
 
 @dataclass(frozen=True)
 class Job:
@@ -34,7 +36,7 @@ class Job:
     settings: Settings
     format_theta: PromptFormat
     format_t: PromptFormat
-    prompts: PromptSource | DatasetAnswers | RunAnswers
+    prompts: Data
     output: Output | Parts
 
     def of_run(self) -> "Job":
@@ -62,10 +64,7 @@ def data_source(args: argparse.Namespace) -> str:
 
 
 def make_job(
-    args: argparse.Namespace,
-    open_data: Callable[[], PromptSource | DatasetAnswers | RunAnswers],
-    output_format: str = "jsonl",
-    save_diagnostics: bool = True,
+    args: argparse.Namespace, open_data: Callable[[], Data], output_format: str = "jsonl", save_diagnostics: bool = True
 ) -> Job:
     """What both commands check and open.
 
@@ -97,10 +96,8 @@ def make_job(
         )
     settings_of_run = run_settings(args, data)
     if on_ray:
-        # a part is so many batches long
-        output = Parts(
-            args.output, output_format, save_diagnostics, settings_of_run | {"--batch-size": args.batch_size}
-        )
+        settings_of_run["--batch-size"] = args.batch_size  # a part is so many batches long
+        output = Parts(args.output, output_format, save_diagnostics, settings_of_run)
     else:
         settings_of_run["output file"] = Path(args.output).name
         output = Output(Path(args.output), output_format, save_diagnostics, settings_of_run)
@@ -130,7 +127,7 @@ def prompt_format(args: argparse.Namespace, side: str) -> PromptFormat:
         raise ValueError(f"--{side}-template-kwargs: {error}") from None
 
 
-def run_settings(args: argparse.Namespace, data: PromptSource | DatasetAnswers | RunAnswers) -> dict[str, Any]:
+def run_settings(args: argparse.Namespace, data: Data) -> dict[str, Any]:
     """Everything the output depends on, by the names of the command line."""
     # where it runs, how much at once and where it writes is no part of what it writes
     free = {"output", "device", "device_map", "batch_size", "backend", "speculate", "draft", "clip"}

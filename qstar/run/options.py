@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -60,10 +60,9 @@ def number(kind: type, low: float, text: str):
     """An argparse type: a number of at least `low`."""
 
     def parse(value: str):
-        try:
+        parsed = None
+        with suppress(ValueError):
             parsed = kind(value)
-        except ValueError:
-            parsed = None
         if parsed is None or not parsed >= low:
             raise argparse.ArgumentTypeError(f"{value!r} must be {text}")
         return parsed
@@ -170,10 +169,9 @@ def add_output(parser: Parser):
 
 def json_object(value: str) -> dict[str, Any]:
     """An argparse type: a JSON object."""
-    try:
+    parsed = None
+    with suppress(ValueError):
         parsed = json.loads(value)
-    except ValueError:
-        parsed = None
     if not isinstance(parsed, dict):
         raise argparse.ArgumentTypeError(f"{value!r} must be a JSON object")
     return parsed

@@ -166,7 +166,8 @@ class Output:
         if self.journal == self.path or not self.done:
             return
         row = parquet_row if self.format == "parquet" else lambda line: verl_row(line, data_source)
-        offsets = sorted((key, start) for key, start in line_starts(self.journal))
+        keys, ends = zip(*complete_lines(self.journal), strict=True)
+        offsets = sorted(zip(keys, (0, *ends[:-1]), strict=True))  # where each line starts, in the order of the prompts
         with (
             explained(Path(f"{self.path}.tmp"), "all samples are safe in the journal"),
             self.journal.open("rb") as file,
@@ -248,14 +249,6 @@ def complete_lines(path: Path) -> Iterator[tuple[Key, int]]:
                 yield key_of(json.loads(line)), end
             except (ValueError, KeyError, TypeError, AttributeError):
                 broken = number
-
-
-def line_starts(path: Path) -> Iterator[tuple[Key, int]]:
-    """The sample of each complete line and the offset of its start."""
-    start = 0
-    for key, end in complete_lines(path):
-        yield key, start
-        start = end
 
 
 def json_line(line: dict[str, Any]) -> bytes:

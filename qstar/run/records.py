@@ -182,11 +182,3 @@ class RunAnswers:
                 )
         except RecordError as error:
             raise DataError(str(error)) from error
-
-
-def is_run(dataset: str) -> bool:
-    """Whether a file is one of those that a run wrote, together with its diagnostics."""
-    try:
-        return Path(dataset).is_file() and RunFiles(dataset) is not None
-    except RecordError:
-        return False

@@ -11,7 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import islice
 from typing import Any
 
@@ -45,20 +45,13 @@ class Run(ABC):
         for side, (prompt_format, tokenizer) in self.formats.items():
             if unread := prompt_format.unread(tokenizer, prompt_format.template_kwargs):
                 raise ValueError(f"--{side}-template-kwargs: the chat template of {side} does not read {unread[0]!r}")
-        self.of_run = self.options()
+        # which q* it is, how much of it at once, and where it ends, as far as the command has options for it
+        said = {f.name: getattr(job.args, f.name, None) for f in fields(DecodeOptions)} | {"settings": job.settings}
+        said = {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
+        self.of_run = DecodeOptions(**{name: value for name, value in said.items() if value is not None})
         self.decoders = {self.of_run: pair.decoder(self.of_run)}
         self.summary, self.failed_prompts = Summary(), set()
         self.summary.note(pair.notes)
-
-    def options(self) -> DecodeOptions:
-        """Which q* it is, and how much of it at once."""
-        args = self.job.args
-        return DecodeOptions(
-            self.job.settings,
-            args.batch_size,
-            force_t_first_token=args.force_t_first_token,
-            force_t_special_tokens=args.force_t_special_tokens,
-        )
 
     def decoder(self, prompt: Prompt) -> Any:
         """The decoder for a prompt: the run's, or one with what the row itself asks for.

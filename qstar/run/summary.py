@@ -15,7 +15,7 @@ from qstar.speculate import Tally
 from qstar.weights import BANDS, FAR_APART_KL, derived
 
 SHOWN = 3  # samples that are shown at the end
-SHOWN_MEANS = ("kl", *(band.quantity for band in BANDS.values()))
+SHOWN_MEANS = ("kl", *(quantity for quantity, _, _ in BANDS.values()))
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """A vLLM engine that holds a pair, behind the interface of the transformers backend."""
 
 import os
+from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import count, islice
@@ -103,6 +104,18 @@ class EnginePair(Pair):
         if self.engine is None:
             self.start()
         return EngineDecoder(self, options)
+
+
+def load(args: Namespace) -> EnginePair:
+    """The pair of a command line."""
+    return EnginePair(
+        args.model_theta,
+        args.model_t,
+        dtype=args.dtype,
+        max_num_seqs=args.batch_size,
+        trust_remote_code=args.trust_remote_code,
+        options=args.vllm_options,
+    )
 
 
 def engine_options(pair: Pair, dtype: str = "auto", rule: dict[str, Any] | None = None) -> dict[str, Any]:
