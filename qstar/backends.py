@@ -75,10 +75,10 @@ BACKENDS = {
 }
 
 
-def not_installed(name: str) -> str | None:
-    """What to install before a backend can be used; None if it is there."""
-    package = BACKENDS[name].package
-    return None if find_spec(package) else f"{package} is not installed; pip install 'qstar[{name}]'"
+def check_installed(name: str) -> None:
+    """Refuse a backend that is not there. Raises ValueError."""
+    if find_spec(BACKENDS[name].package) is None:
+        raise ValueError(f"{BACKENDS[name].package} is not installed; pip install 'qstar[{name}]'")
 
 
 def check_backend(args: Namespace) -> None:
@@ -87,8 +87,7 @@ def check_backend(args: Namespace) -> None:
     Raises:
         ValueError: it is not installed, an option is of another backend, or it says no itself.
     """
-    if (missing := not_installed(args.backend)) is not None:
-        raise ValueError(f"--backend {args.backend}: {missing}")
+    check_installed(args.backend)
     for name, other in BACKENDS.items():
         of_engine = () if other.engine is None else (f"{name}_options",)
         for option in (*other.own, *of_engine) if name != args.backend else ():

@@ -4,7 +4,7 @@ import os
 import sys
 from argparse import Namespace
 
-from qstar.backends import not_installed
+from qstar.backends import check_installed
 from qstar.run.options import Parser, add_model_names, add_rule, check_models, failed, settings_of
 from qstar.vllm import SERVER
 
@@ -30,9 +30,8 @@ def prepare(argv: list[str] | None) -> tuple[Parser, Namespace, list[str]]:
     """Check the command line but for what is vLLM's of it, which comes last; exits with one line if it is wrong."""
     parser = make_parser()
     args, of_vllm = parser.parse_known_args(argv)
-    if (missing := not_installed("vllm")) is not None:
-        parser.error(missing)
     with parser.refusing():
+        check_installed("vllm")
         check_models(args)
         settings_of(args)
     return parser, args, of_vllm

@@ -214,7 +214,9 @@ def check_settings(path: Path | str, before: dict[str, Any], now: dict[str, Any]
     """
     for name in [*now, *(before.keys() - now.keys() - {FIRST_START})]:
         unknown = name.startswith("weights of ") and ":" not in str(before.get(name))
-        if unknown or before.get(name) != now.get(name):
+        # what one of the two did not know yet says nothing, as an empty object does
+        was, is_now = (None if settings.get(name) == {} else settings.get(name) for settings in (before, now))
+        if unknown or was != is_now:
             if unknown:
                 raise OutputError(
                     f"{path} was started when not every tensor of the {name} was looked at, or its commit not known, "
