@@ -67,8 +67,10 @@ class Sample:
 class DecodeOptions:
     """How sequences are drawn, when they end and what of them is text.
 
-    `speculate` is the number of drafts a round, or `auto`. `stop` and `stop_token_ids` end a sequence and are no part
-    of its text; a special token in `stop` is matched by its id. `keep_special_tokens` leaves the others in the text.
+    `batch_size` rows are decoded together, with `speculate` drafts a round, or `auto`. `force_t_first_token` draws the
+    first token from π_t, `force_t_special_tokens` gives special tokens π_t's probability. `stop` and `stop_token_ids`
+    end a sequence and are no part of its text; a special token in `stop` is matched by its id. `keep_special_tokens`
+    leaves the others in the text.
     """
 
     settings: Settings = field(default_factory=Settings)

@@ -66,11 +66,7 @@ def data_source(args: argparse.Namespace) -> str:
 def make_job(
     args: argparse.Namespace, open_data: Callable[[], Data], output_format: str = "jsonl", save_diagnostics: bool = True
 ) -> Job:
-    """What both commands check and open.
-
-    Raises:
-        ValueError, OSError: something is wrong, in one line.
-    """
+    """What both commands check and open; raises ValueError or OSError with one line where something is wrong."""
     check_models(args)
     if args.device is not None and args.device_map is not None:
         raise ValueError("--device and --device-map exclude each other")
