@@ -13,7 +13,10 @@ setup(
     license="MIT",
     license_files=["LICENSE", "qstar/demo/LICENSE-data.txt"],
     packages=find_packages(include=["qstar", "qstar.*", "qstar_kernels", "qstar_kernels.*"]),
-    package_data={"qstar": ["report.html.jinja"], "qstar.demo": ["*.jsonl", "*.md", "*.txt", "theta/*", "t/*"]},
+    package_data={
+        "qstar.diagnostics": ["page.html.jinja"],
+        "qstar.demo": ["*.jsonl", "*.md", "*.txt", "theta/*", "t/*"],
+    },
     ext_modules=[
         Extension(
             "qstar_kernels.cpu._rows",

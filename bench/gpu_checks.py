@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import triton
@@ -20,11 +20,19 @@ from qstar_kernels.types import Settings
 from tests.interpreter import poisoned
 from tests.rows import NEAR_TIES, check_near_ties, check_step, equal_bits, stacked, table, unusable, zipf_pair
 
-if TYPE_CHECKING:
-    from bench.gpu import Run
-
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 Item = tuple[str, Callable[[], Any]]
+
+
+class Look(Protocol):
+    """What an item is told of the run (`bench.gpu.Run`) that it is part of."""
+
+    device: torch.device
+    quick: bool
+    budget: float
+    on_gpu: bool
+
+    def elapsed(self) -> float: ...
 
 
 def draw(theta: Tensor, t: Tensor, **kwargs) -> QStarStep:
@@ -158,7 +166,7 @@ def every_call(quick: bool) -> Iterator[Call]:
         yield Case("", 4097, settings=settings).call(rows=BATCHES[0])
 
 
-def compile_ahead(run: "Run", architecture: str, seconds: float | None = None) -> dict[str, float]:
+def compile_ahead(run: Look, architecture: str, seconds: float | None = None) -> dict[str, float]:
     """Compile on all cores into Triton's cache, where the calls find it; what is not ready in time they compile."""
     launches = list(distinct(every_call(run.quick), architecture).of.values())
     results = workers().map(failure, [(*launch, architecture) for launch in launches], seconds)
@@ -172,7 +180,7 @@ def compile_ahead(run: "Run", architecture: str, seconds: float | None = None) -
     return {"kernels": done, "of": len(launches), "seconds": run.elapsed()}
 
 
-def compilation(run: "Run") -> Iterator[Item]:
+def compilation(run: Look) -> Iterator[Item]:
     if run.on_gpu:
         yield "ahead", partial(compile_ahead, run, architecture(), 0.3 * run.budget)
 
@@ -184,7 +192,7 @@ def architecture() -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability())
 
 
-def correctness(run: "Run") -> Iterator[Item]:
+def correctness(run: Look) -> Iterator[Item]:
     def check(case: Case) -> dict[str, float]:
         theta, t, names = case.rows()
         return checked(theta.to(run.device), t.to(run.device), names, **case.settings)
@@ -222,14 +230,14 @@ def correctness(run: "Run") -> Iterator[Item]:
     yield "rows without a token", no_token
 
 
-def ties(run: "Run") -> Iterator[Item]:
+def ties(run: Look) -> Iterator[Item]:
     chosen = [NEAR_TIES[5], NEAR_TIES[3]] if run.quick else NEAR_TIES  # the two that are soonest found
     for vocab_size, seed, noise, settings in chosen:
         case = vocab_size, seed, noise, settings
         yield f"V {vocab_size}, {said(settings)}", partial(check_near_ties, "auto", case, run.device)
 
 
-def bits(run: "Run") -> Iterator[Item]:
+def bits(run: Look) -> Iterator[Item]:
     settings_of_all = ({}, {"top_p": 0.9}, {"method": "ess_balance"}, {"temperature": 0.0})
     theta, t = (x.to(run.device, BF16) for x in llm_like(32, shapes(run.quick)[0][1], 1.0, run.device))
     seeds = torch.arange(32, device=run.device)
@@ -317,7 +325,7 @@ def prepared() -> int:
     return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
 
 
-def steadiness(run: "Run") -> Iterator[Item]:
+def steadiness(run: Look) -> Iterator[Item]:
     theta, t = (x.to(run.device) for x in zipf_pair(BATCHES[0], 4097, 1.0))
     index = torch.arange(BATCHES[0], device=run.device)
 

@@ -5,30 +5,27 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.competitors import ordinary_sampling, research_step, two_log_softmax
-from bench.gpu_checks import BF16, Item, Option, checked, options, shapes
+from bench.gpu_checks import BF16, Item, Look, Option, checked, options, shapes
 from bench.rows import check_exact, llm_like
 from bench.timing import captured, in_turns, timer
 from qstar_kernels import qstar_sample
 from qstar_kernels.gpu import launch
 from qstar_kernels.types import Settings
 
-if TYPE_CHECKING:
-    from bench.gpu import Run
 
-
-def like_models(run: "Run", rows: int, vocab_size: int, noise: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+def like_models(run: Look, rows: int, vocab_size: int, noise: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     """bfloat16 logits of both models [rows, vocab_size], and the rows' numbers."""
     theta, t = (x.to(BF16) for x in llm_like(rows, vocab_size, noise, run.device))
     return theta, t, torch.arange(rows, device=run.device)
 
 
-def steps(run: "Run") -> Iterator[Item]:
+def steps(run: Look) -> Iterator[Item]:
     def times(rows: int, vocab_size: int) -> dict[str, float]:
         theta, t, index = like_models(run, rows, vocab_size)
         check_exact(theta, t, index)
@@ -49,7 +46,7 @@ def steps(run: "Run") -> Iterator[Item]:
         yield f"[{rows}, {vocab_size}]", partial(times, rows, vocab_size)
 
 
-def other_settings(run: "Run") -> Iterator[Item]:
+def other_settings(run: Look) -> Iterator[Item]:
     vocab_size = shapes(run.quick)[0][1]
 
     def time_of(option: Option) -> float:
@@ -65,7 +62,7 @@ def other_settings(run: "Run") -> Iterator[Item]:
 REPEATS = 20  # of a kernel within one timing: alone, the shortest take less than the events
 
 
-def kernels(run: "Run") -> Iterator[Item]:
+def kernels(run: Look) -> Iterator[Item]:
     vocab_size = shapes(run.quick)[0][1]
 
     def times(rows: int, **settings) -> list[tuple[str, float]]:
@@ -85,7 +82,7 @@ def kernels(run: "Run") -> Iterator[Item]:
         yield "1, `top_p=0.9`", partial(times, 1, top_p=0.9)
 
 
-def host(run: "Run") -> Iterator[Item]:
+def host(run: Look) -> Iterator[Item]:
     def seconds(function: Callable[[], object], calls: int = 50) -> float:
         function()
         torch.cuda.synchronize()
@@ -154,7 +151,7 @@ def llamas(device: torch.device, quick: bool) -> Models:
     return Models(theta, t, vocab_size)
 
 
-def loop(run: "Run") -> Iterator[Item]:
+def loop(run: Look) -> Iterator[Item]:
     def clock(function: Callable[[], Any]) -> tuple[float, Any]:
         if run.on_gpu:
             torch.cuda.synchronize()
@@ -166,7 +163,7 @@ def loop(run: "Run") -> Iterator[Item]:
 
     def times(make: Callable[..., Models], batch: int) -> dict[str, float]:
         from bench.loops import own_loop, plain_loop, split_times
-        from qstar.decode import Request
+        from qstar.sample import Request
 
         models, new_tokens = make(run.device, run.quick), 8 if run.quick else 32
         generator = torch.Generator().manual_seed(0)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from bench.competitors import research_step
-from qstar.decode import DecodeOptions, Decoder, Request, Sample
+from qstar.decode import Decoder
 from qstar.pair import Pair
 from qstar.rule import Rule
+from qstar.sample import DecodeOptions, Request, Sample
 
 
 def padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -5,8 +5,9 @@ import resource
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qstar.decode import DecodeOptions, Decoder, Request, Sample
+from qstar.decode import Decoder
 from qstar.forced import Scorer
+from qstar.sample import DecodeOptions, Request, Sample
 
 
 def score_peak(tokens: int, vocab_size: int = 32000) -> int:

@@ -10,8 +10,8 @@ import torch
 from bench.loops import own_loop, padded, plain_loop, split_times
 from bench.timing import side_by_side
 from qstar import Pair, PromptFormat
-from qstar.decode import Request
 from qstar.demo import PROMPTS, THETA, T
+from qstar.sample import Request
 from qstar_kernels.types import Settings
 
 NEW_TOKENS = {"demo": 32, "given": 16}

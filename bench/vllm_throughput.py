@@ -18,11 +18,11 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from qstar import Pair
-from qstar.data import load_prompts
-from qstar.decode import DecodeOptions, Request
+from qstar.data.prompts import load_prompts
 from qstar.demo import PROMPTS, THETA, T
 from qstar.pair import sample_seed
 from qstar.prompting import PromptFormat
+from qstar.sample import DecodeOptions, Request
 from qstar.vllm.engine import EnginePair, engine_options
 
 IN_FLIGHT = 64

@@ -5,13 +5,13 @@
     python examples/dpo.py samples.jsonl ./policy ./trained
 """
 
-import argparse
 import json
 from collections import defaultdict
 from pathlib import Path
 
 from datasets import Dataset
 from reward import reward
+from shared import arguments, trained
 from trl import DPOConfig, DPOTrainer
 
 
@@ -32,26 +32,10 @@ def preference_pairs(path: str) -> Dataset:
 
 
 def main(argv: list[str] | None = None) -> DPOTrainer:
-    parser = argparse.ArgumentParser(description="Direct preference optimisation on pairs of samples of q*.")
-    parser.add_argument("samples", help="x.jsonl of qstar.generate with several samples a prompt")
-    parser.add_argument("model", help="the policy to train: a folder or a hub name")
-    parser.add_argument("output", help="folder for the trained model")
-    parser.add_argument("--learning-rate", type=float, default=1e-6)
-    parser.add_argument("--epochs", type=float, default=1)
-    args = parser.parse_args(argv)
-    config = DPOConfig(
-        args.output,
-        learning_rate=args.learning_rate,
-        num_train_epochs=args.epochs,
-        per_device_train_batch_size=16,
-        model_init_kwargs={"dtype": "float32"},
-        bf16=False,
-        report_to="none",
-    )
-    trainer = DPOTrainer(args.model, args=config, train_dataset=preference_pairs(args.samples))
-    trainer.train()
-    trainer.save_model()
-    return trainer
+    description = "Direct preference optimisation on pairs of samples of q*."
+    samples = "x.jsonl of qstar.generate with several samples a prompt"
+    args, config = arguments(argv, description, samples, learning_rate=1e-6)
+    return trained(DPOTrainer(args.model, args=DPOConfig(**config), train_dataset=preference_pairs(args.samples)))
 
 
 if __name__ == "__main__":

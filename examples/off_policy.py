@@ -14,7 +14,7 @@ import torch
 from reward import reward
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qstar.records import Record, RunFiles
+from qstar.run.records import Record, RunFiles
 from qstar.weights import effective_sample_size, log_weights, weights
 
 

@@ -4,11 +4,11 @@ python -m qstar.generate --model-theta ./policy --model-t ./teacher --dataset tr
 python examples/sft.py samples.jsonl ./policy ./trained
 """
 
-import argparse
 import json
 from typing import Any
 
 from datasets import Features, Json, List, Value, load_dataset
+from shared import arguments, trained
 from trl import SFTConfig, SFTTrainer
 
 from qstar.conversation import read_tools
@@ -34,28 +34,11 @@ def as_sampled(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> SFTTrainer:
-    parser = argparse.ArgumentParser(description="Supervised fine-tuning on samples of q*.")
-    parser.add_argument("samples", help="x.jsonl of qstar.generate")
-    parser.add_argument("model", help="the policy to train: a folder or a hub name")
-    parser.add_argument("output", help="folder for the trained model")
-    parser.add_argument("--learning-rate", type=float, default=2e-5)
-    parser.add_argument("--epochs", type=float, default=1)
-    args = parser.parse_args(argv)
-    config = SFTConfig(
-        args.output,
-        learning_rate=args.learning_rate,
-        num_train_epochs=args.epochs,
-        per_device_train_batch_size=16,
-        model_init_kwargs={"dtype": "float32"},
-        bf16=False,
-        report_to="none",
-    )
+    description, samples = "Supervised fine-tuning on samples of q*.", "x.jsonl of qstar.generate"
+    args, config = arguments(argv, description, samples, learning_rate=2e-5)
     data = load_dataset("json", data_files=args.samples, split="train", features=FEATURES)
     data = data.map(as_sampled, features=Features({**FEATURES, "tools": Value("string")}))
-    trainer = SFTTrainer(args.model, args=config, train_dataset=data)
-    trainer.train()
-    trainer.save_model()
-    return trainer
+    return trained(SFTTrainer(args.model, args=SFTConfig(**config), train_dataset=data))
 
 
 if __name__ == "__main__":

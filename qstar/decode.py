@@ -7,169 +7,20 @@ drafts change anything but rounding.
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from qstar.cache import Side
 from qstar.rule import Rule
+from qstar.sample import Ending, Request, Sample, numbers_of
 from qstar.speculate import DraftLength, Tally, overlap
-from qstar_kernels import QStarStep, Status, dispatch
-from qstar_kernels.types import OF_ROW, OF_TOKEN, Settings
+from qstar_kernels import dispatch
 
-FIELDS = OF_TOKEN + OF_ROW  # in the order of the files
 OVERLAP_EVERY = 8  # drafting rounds from one measurement of 1 − TV(q*, draft model) to the next
 PREFILL_TOKENS = 16384  # padded prompt tokens that one forward pass takes: bounds the activations, not the results
-
-
-@dataclass(frozen=True)
-class Request:
-    """One sequence to generate: both prompts in token ids, its 64-bit seed, and the token limit it has room for."""
-
-    key: Any
-    ids_theta: list[int]
-    ids_t: list[int]
-    seed: int
-    max_new_tokens: int
-
-
-@dataclass
-class Sample:
-    """A finished sequence.
-
-    `finish_reason` is `eos` (of either model), `stop` (a stop string or token), `length`, or `error` with the reason in
-    `error`. `token_ids` holds every drawn token, EOS included; `text` leaves out special tokens, unless they are kept,
-    and ends before the EOS, the stop token or the stop string.
-    `fields` has one number a token for each of `FIELDS` (see `qstar_kernels.QStarStep`), `status` one code a token;
-    `tally` says what came of the drafts.
-    """
-
-    request: Request
-    token_ids: list[int] = field(default_factory=list)
-    text: str = ""
-    finish_reason: str = ""
-    error: str | None = None
-    fields: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in FIELDS})
-    status: list[int] = field(default_factory=list)
-    tally: Tally = field(default_factory=Tally)
-
-    def add(self, status: float, values: Iterable[float]) -> bool:
-        """Add the numbers of the next token, or the reason why it has none; whether it has."""
-        if status != Status.OK:
-            name = Status(int(status)).name.lower().replace("_", " ")
-            self.error = f"token {len(self.status)} has no distribution: {name} (status {int(status)})"
-            return False
-        self.status.append(int(status))
-        for name, value in zip(FIELDS, values, strict=True):
-            self.fields[name].append(value)
-        return True
-
-    def draw(self, token: float, status: float, values: Iterable[float]) -> bool:
-        """Add the next token with its numbers, or the reason why there is none; whether there is."""
-        drawn = self.add(status, values)
-        if drawn:
-            self.token_ids.append(int(token))
-        return drawn
-
-
-def numbers_of(step: QStarStep, rows: int) -> list[list[list[float]]]:
-    """Token, status and `FIELDS` of a step over `rows` times K rows of logits, as numbers [rows][K][2 + F].
-
-    One transfer from the device; token ids are exact in float64.
-    """
-    numbers = torch.stack([getattr(step, name).double() for name in ("token", "status", *FIELDS)])  # [2 + F, rows · K]
-    return numbers.T.unflatten(0, (rows, -1)).tolist()
-
-
-@dataclass(frozen=True)
-class DecodeOptions:
-    """How sequences are drawn, when they end and what of them is text.
-
-    `speculate` is the number of drafts a round, or `auto`. `stop` and `stop_token_ids` end a sequence and are no part
-    of its text; a special token in `stop` is matched by its id. `keep_special_tokens` leaves the others in the text.
-    """
-
-    settings: Settings = field(default_factory=Settings)
-    batch_size: int = 16
-    stop: tuple[str, ...] = ()
-    speculate: int | str = 0
-    force_t_first_token: bool = False
-    force_t_special_tokens: bool = False
-    stop_token_ids: tuple[int, ...] = ()
-    keep_special_tokens: bool = False
-
-
-class Ending:
-    """When a sequence ends, and the text that it then has.
-
-    Args:
-        eos_ids: ids that end a sequence, of both models.
-        tokenizer: turns ids into text; None leaves the text empty.
-        options: `stop`, `stop_token_ids` and `keep_special_tokens` of them.
-
-    Attributes:
-        stop_ids: ids that end a sequence beside EOS: those given, and the special tokens of `stop`.
-        stop: the strings of `stop` that end a sequence.
-
-    Raises:
-        ValueError: a stop string has a special token among other text, or a stop id is beyond the vocabulary.
-    """
-
-    def __init__(self, eos_ids: set[int], tokenizer, options: DecodeOptions):
-        self.eos_ids, self.tokenizer, self.keep_special_tokens = eos_ids, tokenizer, options.keep_special_tokens
-        special = special_tokens(tokenizer) if options.stop and tokenizer else {}
-        self.stop_ids = set(options.stop_token_ids) | {special[stop] for stop in options.stop if stop in special}
-        self.stop = tuple(stop for stop in options.stop if stop not in special)
-        for stop in self.stop:
-            if among := next((token for token in special if token in stop), None):
-                raise ValueError(
-                    f"stop {stop!r} has the special token {among!r} among other text; give the token alone"
-                )
-        if tokenizer and options.stop_token_ids:
-            largest = max(tokenizer.get_vocab().values())
-            if max(options.stop_token_ids) > largest:
-                raise ValueError(f"stop token {max(options.stop_token_ids)} is beyond the vocabulary, up to {largest}")
-        # every token is at least one byte of text or none (special), so a window of the stop's bytes and a few more
-        # always covers a stop string that the newest token completes
-        self.window = max((len(s.encode()) for s in self.stop), default=0) + 16
-
-    def finish(self, sample: Sample) -> None:
-        """Set the finish reason and the text if the newest token ends the sequence."""
-        ids, by_token, stopped = sample.token_ids, False, False
-        if sample.error is not None:
-            sample.finish_reason = "error"
-        elif by_token := ids[-1] in self.eos_ids:
-            sample.finish_reason = "eos"
-        elif by_token := ids[-1] in self.stop_ids:
-            sample.finish_reason = "stop"
-        elif self.stops(ids):
-            sample.finish_reason, stopped = "stop", True
-        elif len(ids) >= sample.request.max_new_tokens:
-            sample.finish_reason = "length"
-        else:
-            return
-        sample.text = self._text(ids[:-1] if by_token else ids)
-        if stopped:
-            sample.text = sample.text[: min(self._stops_in(sample.text), default=len(sample.text))]
-
-    def stops(self, ids: list[int]) -> bool:
-        """Whether the newest token completes a stop string."""
-        return bool(self.stop and self._stops_in(self._text(ids[-self.window :])))
-
-    def _text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=not self.keep_special_tokens) if self.tokenizer else ""
-
-    def _stops_in(self, text: str) -> list[int]:
-        return [text.index(stop) for stop in self.stop if stop in text]
-
-
-def special_tokens(tokenizer) -> dict[str, int]:
-    """The ids of the tokens that a text does not show where special tokens are left out."""
-    special = set(tokenizer.all_special_ids)
-    return {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special or i in special}
 
 
 class Decoder:
@@ -199,10 +50,8 @@ class Decoder:
         self.rule = Rule(
             vocab_size, options.settings, options.force_t_first_token, options.force_t_special_tokens, special_ids
         )
-        drawn = options.settings
-        self.of_drafts = Settings(
-            "fixed", temperature=drawn.temperature, top_k=drawn.top_k, top_p=drawn.top_p, min_p=drawn.min_p
-        )
+        # of the draft model alone, which is then both sides
+        self.of_drafts = replace(options.settings, method="fixed", target_top_k=0, target_top_p=1.0)
         self.ending = Ending(eos_ids, tokenizer, options)
         self.end_ids = torch.tensor(sorted(eos_ids | self.ending.stop_ids), dtype=torch.int64)
         self.pad_id = min(eos_ids, default=0)
@@ -319,8 +168,7 @@ class Decoder:
         settings, vocab_size = self.options.settings, self.rule.vocab_size
         logits_t = logits_t.to(logits_theta.device)
         _, log_q = dispatch.step("auto", logits_theta, logits_t, settings, vocab_size, want_log_q=True)
-        alone = replace(settings, method="fixed", target_top_k=0, target_top_p=1.0)
-        _, log_p = dispatch.step("auto", of_drafter, of_drafter, alone, vocab_size, want_log_q=True)
+        _, log_p = dispatch.step("auto", of_drafter, of_drafter, self.of_drafts, vocab_size, want_log_q=True)
         found = overlap(log_p.to(log_q.device), log_q)
         found = found[found.isfinite()]
         self.tally.overlap += found.sum().item()
@@ -360,7 +208,7 @@ class Decoder:
         step = self.rule.step(
             logits_theta, logits_t, first=drafted is None, **self._noise(samples, logits_theta, count=count)
         )
-        numbers = numbers_of(step, len(samples))
+        numbers = numbers_of(step).unflatten(0, (len(samples), -1)).tolist()  # [B][K][2 + F], one transfer
         for i, sample in enumerate(samples):
             for column, (token, status, *values) in enumerate(numbers[i]):
                 sample.draw(token, status, values)

@@ -25,8 +25,9 @@ from transformers.generation import (
 )
 
 from qstar.cache import Side
-from qstar.decode import DecodeOptions, Decoder, Ending, Request, Sample
+from qstar.decode import Decoder
 from qstar.probe import check_model
+from qstar.sample import DecodeOptions, Ending, Request, Sample
 from qstar_kernels import Status, dispatch
 from qstar_kernels.types import SETTINGS, Settings
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from qstar.cache import Side
-from qstar.decode import Decoder, Sample, numbers_of
+from qstar.decode import Decoder
+from qstar.sample import Sample, numbers_of
 
 CHUNK_TOKENS = 2048  # that one forward pass takes, of all rows together: enough to keep the weights busy
 CHUNK_LOGITS = 1 << 25  # logits of one model that are held at once: 128 MiB in float32
@@ -67,8 +68,9 @@ class Scorer:
             first=start == 0,
             tokens=padded.flatten(),
         )
-        for sample, ids, numbers in zip(live, tokens, numbers_of(step, len(live)), strict=True):
-            for _, (_, status, *values) in zip(ids, numbers, strict=False):
+        numbers = numbers_of(step).unflatten(0, (len(live), -1)).tolist()
+        for sample, ids, of_sample in zip(live, tokens, numbers, strict=True):
+            for _, (_, status, *values) in zip(ids, of_sample, strict=False):
                 if not sample.add(status, values):
                     sample.finish_reason = "error"
                     break

@@ -1,142 +1,132 @@
 """`python -m qstar.generate`: prompts in, samples from q* on disk."""
 
+import importlib.util
 import sys
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from itertools import chain
-from typing import Any
 
-from rich.table import Table
-
-from qstar.arguments import Job, prepare
-from qstar.conversation import answered, as_text
-from qstar.data import Prompt
-from qstar.decode import DecodeOptions
-from qstar.formats import Finished, Key, openai_line, sample_line
-from qstar.pair import sample_seed
-from qstar.prompting import PromptError
-from qstar.run import Run, run_command
-from qstar.speculate import Tally
+from qstar.backends import BACKENDS, check_backend
+from qstar.run import options
+from qstar.run.generating import Generate
+from qstar.run.job import Job, make_job, open_prompts
+from qstar.run.output import FORMATS
+from qstar.run.run import run_command
 
 
-def draft_table(tally: Tally, draft: str) -> Table:
-    """How often each place of the drafts was right."""
-    title = f"drafts by {draft}: {tally.tokens / tally.passes:.2f} tokens a verifying pass"
-    if tally.overlap_rows:
-        title += f", 1 − TV(q*, {draft}) {tally.overlap / tally.overlap_rows:.3f}"
-    table = Table(title=title, title_justify="left")
-    for column in ("place in the draft", "drafted", "right"):
-        table.add_column(column, justify="right")
-    for place, (drafted, accepted) in enumerate(zip(tally.drafted, tally.accepted, strict=True), 1):
-        table.add_row(str(place), str(drafted), f"{accepted / drafted:.1%}")
-    return table
+def make_parser() -> options.Parser:
+    """The command line, in groups."""
+    parser = options.Parser(
+        "generate",
+        usage="%(prog)s [options]",
+        description="Sample from q* ∝ π_θ^α · π_t^(1−α) between two language models. Without arguments: the demo pair "
+        "on its bundled prompts. Every option is explained in docs/guide.md.",
+    )
+    options.add_models(parser)
+    group = options.add_data(parser)
+    group.add_argument("--samples-per-prompt", type=options.COUNT, default=1, help="samples of each prompt")
+    options.add_prompts(parser)
+    options.add_rule(parser)
+
+    group = parser.add_argument_group("decoding")
+    group.add_argument("--seed", type=int, default=0, help="seed of the run; each sample's own follows from it")
+    group.add_argument("--max-new-tokens", type=options.COUNT, default=256, help="token limit of a sample")
+    group.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="text, or a special token, that ends a sample; may be repeated",
+    )
+    group.add_argument(
+        "--stop-token-ids",
+        type=options.number(int, 0, "a token's id"),
+        nargs="+",
+        metavar="ID",
+        help="tokens that end a sample",
+    )
+    group.add_argument(
+        "--keep-special-tokens",
+        action="store_true",
+        default=None,
+        help="leave special tokens in the text, but for the one that ends it",
+    )
+    group.add_argument(
+        "--backend",
+        default="transformers",
+        choices=list(BACKENDS),
+        help=f"what runs the models: {', '.join(f'{name} ({backend.about})' for name, backend in BACKENDS.items())}",
+    )
+    sizes = ", ".join(f"{backend.batch_size} with {name}" for name, backend in BACKENDS.items())
+    group.add_argument("--batch-size", type=options.COUNT, help=f"sequences decoded together (default: {sizes})")
+    for name, backend in BACKENDS.items():
+        if backend.engine is not None:
+            group.add_argument(
+                f"--{name}-options", type=options.json_object, default={}, metavar="JSON", help=backend.engine
+            )
+    group.add_argument(
+        "--speculate",
+        type=lambda value: (
+            value if value == "auto" else options.number(int, 0, "auto or a whole number of at least 0")(value)
+        ),
+        default=0,
+        metavar="K",
+        help="tokens to draft before both models decide on them in one pass, or auto; the samples stay the same",
+    )
+    group.add_argument(
+        "--draft",
+        default="theta",
+        help="who drafts: theta, t, or the name or folder of a third model of that vocabulary",
+    )
+
+    group = parser.add_argument_group("many workers (pip install 'qstar[ray]')")
+    group.add_argument(
+        "--engine", default="process", choices=["process", "ray"], help="ray: a Ray cluster writes parts into a folder"
+    )
+    group.add_argument(
+        "--num-workers", type=options.COUNT, help="pairs at work at once (default: as many as there is room for)"
+    )
+    group.add_argument(
+        "--gpus-per-worker",
+        type=options.number(float, 0, "a number of at least 0"),
+        help="of each worker; 0.5 puts two on a GPU",
+    )
+    group.add_argument(
+        "--ray-address",
+        help="of the cluster: HOST:PORT, or auto for the one this machine is a node of (default: RAY_ADDRESS, or "
+        "this machine by itself)",
+    )
+
+    group = options.add_output(parser)
+    group.add_argument("--output-format", default="jsonl", choices=list(FORMATS), help="what to write")
+    group.add_argument(
+        "--save-diagnostics", action="store_true", help="write x.diagnostics.jsonl: every token's numbers"
+    )
+    return parser
 
 
-@dataclass(frozen=True)
-class Todo:
-    """One sample to draw."""
-
-    prompt: Prompt
-    sample_index: int
-
-    @property
-    def key(self) -> Key:
-        return self.prompt.index, self.sample_index
-
-
-def todo(prompts: Iterable[Prompt], samples_per_prompt: int) -> Iterator[Todo]:
-    """All samples of a run, prompt by prompt: so many of each, or as many as the row itself asks for."""
-    return (Todo(prompt, j) for prompt in prompts for j in range(prompt.asked.samples or samples_per_prompt))
-
-
-def total_samples(job: Job) -> int | None:
-    """How many samples a run will have, where that is known."""
-    if job.args.use_request_parameters:
-        return None
-    prompts = job.args.num_samples or job.prompts.count()
-    return prompts and prompts * job.args.samples_per_prompt
-
-
-class Generate(Run):
-    """Draws `samples_per_prompt` samples of every prompt."""
-
-    def options(self) -> DecodeOptions:
-        args = self.job.args
-        return replace(
-            super().options(),
-            stop=tuple(args.stop),
-            speculate=args.speculate,
-            stop_token_ids=tuple(args.stop_token_ids or ()),
-            keep_special_tokens=bool(args.keep_special_tokens),
-        )
-
-    def items(self) -> Iterator[Todo]:
-        return todo(self.job.prompts, self.job.args.samples_per_prompt)
-
-    def total(self) -> int | None:
-        return total_samples(self.job)
-
-    def seed(self, item: Todo, turn: int) -> int:
-        """Of a sample: a request's own seed gives the same samples wherever the request stands."""
-        own = item.prompt.asked.seed
-        if own is not None:
-            return sample_seed(own, 0, item.sample_index, turn)
-        return sample_seed(self.job.args.seed, item.prompt.index, item.sample_index, turn)
-
-    def finished(self, block: list[Todo]) -> Iterator[tuple[Key, Finished | None]]:
-        """Decode a block. A conversation with later turns goes round again until the last one is answered."""
-        turn, pending = 0, [(item, item.prompt.messages) for item in block]
-        while pending:
-            requests, conversations = defaultdict(list), {}
-            for item, messages in pending:
-                prompt, j = item.prompt, item.sample_index
-                if prompt.error is not None:
-                    self.fail(prompt, None, prompt.error)
-                    yield item.key, None
-                    continue
-                try:
-                    decoder, limit = self.decoder(prompt), prompt.asked.max_new_tokens or self.job.args.max_new_tokens
-                    request = self.request(item.key, prompt, messages, self.seed(item, turn), limit)
-                except PromptError as error:
-                    self.fail(prompt, None if turn == 0 else j, str(error))
-                    yield item.key, None
-                    continue
-                conversations[item.key] = item, messages
-                requests[decoder].append(request)
-            if turn == 0 and self.output.done >= conversations.keys():
-                return  # only prompts that fail again are missing
-            pending = []
-            for sample in chain.from_iterable(decoder.run(of_it) for decoder, of_it in requests.items()):
-                item, messages = conversations[sample.request.key]
-                prompt, j = item.prompt, item.sample_index
-                messages = answered(messages, sample.text)
-                if sample.error is not None:
-                    self.fail(prompt, j, sample.error)
-                    yield item.key, None
-                elif turn < len(prompt.later_turns):
-                    pending.append((item, [*messages, {"role": "user", "content": prompt.later_turns[turn]}]))
-                else:
-                    yield item.key, Finished(prompt, j, as_text(messages), sample)
-            turn += 1
-
-    def line(self, done: Finished) -> dict[str, Any]:
-        if self.job.args.output_format != "openai-batch":
-            return sample_line(done)
-        model = f"qstar({self.job.args.model_theta},{self.job.args.model_t})"
-        samples = done.prompt.asked.samples or self.job.args.samples_per_prompt
-        return openai_line(done, self.pair.tokenizer_theta, model, samples == 1)
-
-    def tables(self) -> Iterator[Table]:
-        if self.tally.drafted:
-            yield draft_table(self.tally, self.job.args.draft)
+def prepare(argv: list[str] | None) -> Job:
+    """Check the command line and open its dataset; exits with one line if something is wrong."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    with parser.refusing():
+        if any(not stop for stop in args.stop):
+            raise ValueError("--stop must not be empty")
+        if args.draft not in ("theta", "t"):
+            options.check_folder("draft", args.draft)
+        if args.engine == "ray" and importlib.util.find_spec("ray") is None:
+            raise ValueError("--engine ray needs Ray: pip install 'qstar[ray]'")
+        for name in ("num_workers", "gpus_per_worker", "ray_address"):
+            if args.engine != "ray" and getattr(args, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} goes with --engine ray")
+        check_backend(args)
+        if args.batch_size is None:
+            args.batch_size = BACKENDS[args.backend].batch_size
+        return make_job(args, lambda: open_prompts(args), args.output_format, args.save_diagnostics)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; 0 if every sample is on disk, 1 if something failed, 2 for a wrong command line."""
     job = prepare(argv)
     if job.args.engine == "ray":
-        from qstar.cluster import generate_on_ray  # an extra
+        from qstar.run.cluster import generate_on_ray  # an extra
 
         return generate_on_ray(job)
     return run_command("qstar.generate", job, Generate)

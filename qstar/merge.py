@@ -1,6 +1,5 @@
 """`python -m qstar.merge`: one file of the parts that `--engine ray` wrote, the one a single process writes."""
 
-import argparse
 import json
 import shutil
 import sys
@@ -10,10 +9,10 @@ from typing import IO
 
 import pyarrow.parquet as pq
 
-from qstar.arguments import Parser, failed
-from qstar.formats import SCHEMAS
-from qstar.output import FORMATS, OutputError, explained, replacing, write_atomically, write_parquet
-from qstar.parts import Parts
+from qstar.run.formats import SCHEMAS
+from qstar.run.options import Parser, failed
+from qstar.run.output import FORMATS, OutputError, explained, replacing, write_atomically, write_parquet
+from qstar.run.parts import Parts
 
 
 def merge(url: str, output: Path) -> tuple[int, list[Path]]:
@@ -75,10 +74,8 @@ def join(parts: Parts, kind: str, paths: list[str], target: IO[bytes]) -> None:
 def make_parser() -> Parser:
     """The command line."""
     parser = Parser(
-        prog="python -m qstar.merge",
+        "merge",
         description="One file of the parts that qstar.generate --engine ray wrote.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("folder", help="the run's --output, a path or an URL")
     parser.add_argument("--output", type=Path, required=True, help="the file to write")

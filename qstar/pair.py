@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qstar.decode import FIELDS, DecodeOptions, Decoder, Request, Sample
+from qstar.decode import Decoder
 from qstar.probe import check_model
 from qstar.prompting import PromptError, PromptFormat
-from qstar_kernels.types import Settings
+from qstar.sample import DecodeOptions, Request, Sample
+from qstar_kernels.types import FIELDS
 
 
 def sample_seed(seed: int, prompt_index: int, sample_index: int, turn: int = 0) -> int:
@@ -257,17 +258,10 @@ class Pair:
         max_new_tokens: int = 256,
         seed: int = 0,
         seeds: Sequence[int] | None = None,
-        batch_size: int = 16,
-        stop: Sequence[str] = (),
-        stop_token_ids: Sequence[int] = (),
-        keep_special_tokens: bool = False,
         t_hints: Sequence[str | None] | None = None,
         format_theta: PromptFormat | None = None,
         format_t: PromptFormat | None = None,
-        force_t_first_token: bool = False,
-        force_t_special_tokens: bool = False,
-        speculate: int | str = 0,
-        **settings,
+        **options,
     ) -> Iterator[Sample]:
         """Samples as they finish; `sample.request.key` is (prompt index, sample index).
 
@@ -278,31 +272,15 @@ class Pair:
             max_new_tokens: token limit of a sample; the context of the smaller model limits it too.
             seed: the run's seed; each sample's own is a hash of it, the prompt's index and the sample's index.
             seeds: one seed a prompt in place of `seed`, so that a prompt's samples do not depend on its place.
-            batch_size: rows that are decoded together.
-            stop: strings, or special tokens, that end a sample.
-            stop_token_ids: tokens that end a sample.
-            keep_special_tokens: leave special tokens in the text, but for the one that ends it.
             t_hints: text that only π_t sees, one for each prompt (None for no hint).
             format_theta, format_t: how each side sees the prompts.
-            force_t_first_token: draw the first token from π_t.
-            force_t_special_tokens: give special tokens π_t's probability.
-            speculate: tokens to draft before both models decide on them together, or `auto`; the text stays the same.
-            **settings: `method`, `alpha`, `temperature`, `top_p`, … of `qstar_kernels.qstar_sample`.
+            **options: how to draw: fields of `qstar.sample.DecodeOptions` (`batch_size`, `stop`, `speculate`, …), and
+                settings of `qstar_kernels.qstar_sample` (`method`, `alpha`, `temperature`, `top_p`, …).
 
         Raises:
             ValueError: a setting is outside its range, or a prompt cannot be encoded (`PromptError`).
         """
         format_theta, format_t = format_theta or PromptFormat(), format_t or PromptFormat()
-        options = DecodeOptions(
-            Settings(**settings),
-            batch_size,
-            tuple(stop),
-            speculate,
-            force_t_first_token,
-            force_t_special_tokens,
-            tuple(stop_token_ids),
-            keep_special_tokens,
-        )
 
         def conversation(prompt: str | list[dict[str, str]]) -> list[dict[str, str]]:
             return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -321,7 +299,7 @@ class Pair:
             for i, prompt in enumerate(prompts)
             for j in range(samples_per_prompt)
         )
-        yield from self.decoder(options).run(requests)
+        yield from self.decoder(DecodeOptions.of(**options)).run(requests)
 
     def generate(self, prompts: Iterable[str | list[dict[str, str]]], **options) -> GenerateOutput:
         """All samples at once, in the order of the prompts; arguments and errors as `stream`."""

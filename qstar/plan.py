@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qstar.arguments import COUNT, Parser, failed, number
+from qstar.run.options import COUNT, Parser, failed, number
 
 USABLE = 0.9  # of a GPU's memory; the rest is for activations, fragments and the driver
 FLEETS = (1, 8, 64, 1000)
@@ -181,11 +181,9 @@ def make_parser() -> Parser:
     """The command line."""
     positive = number(float, 1e-9, "a number above 0")
     parser = Parser(
-        prog="python -m qstar.plan",
+        "plan",
         description="What a pair needs of a GPU and what many GPUs give, as arithmetic; no weights are loaded. "
         "The defaults for the GPU are the data sheet's of an NVIDIA H100 SXM.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--model-theta", required=True, help="π_θ: hub name or folder")
     parser.add_argument("--model-t", required=True, help="π_t; the same name shares the weights")

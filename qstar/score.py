@@ -5,182 +5,80 @@ It writes what `qstar.generate --save-diagnostics` writes, `x.jsonl` and `x.diag
 """
 
 import sys
-from collections import defaultdict
-from collections.abc import Iterator
-from itertools import chain, takewhile
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-import torch
-from rich.table import Table
+from qstar.data.answers import DatasetAnswers
+from qstar.rule import FORCED
+from qstar.run import options
+from qstar.run.job import Job, make_job, open_prompts
+from qstar.run.records import RecordError, RunAnswers, RunFiles
+from qstar.run.run import run_command
+from qstar.run.scoring import Score
 
-from qstar.analyze import WEIGHT
-from qstar.answers import Answer, RunAnswers
-from qstar.arguments import prepare_score
-from qstar.conversation import answered, as_text
-from qstar.decode import Request, Sample
-from qstar.forced import Scorer
-from qstar.formats import Finished, Key, finite
-from qstar.output import explained, json_line, replacing
-from qstar.prompting import PromptError
-from qstar.records import RunFiles
-from qstar.run import Run, run_command
-from qstar.weights import effective_sample_size, weights
+# What scoring takes over from the run that made the samples: who, and which q*
+RUN_DEFAULTS = {"model_theta", "model_t", "dtype", "load_in_4bit", "trust_remote_code", "use_request_parameters"}
+RUN_DEFAULTS |= {*options.DEST.values(), *FORCED}
 
 
-class Score(Run):
-    """Scores every answer of a dataset, or of a run."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.log_weights: dict[str, torch.Tensor] = {}
-        self.say_other_weights()
-
-    def say_other_weights(self) -> None:
-        """Warn where the models that drew the samples of a run have other weights by now."""
-        drawn = self.job.prompts.files.settings if isinstance(self.job.prompts, RunAnswers) else {}
-        for side in WEIGHT:
-            known = drawn.get(f"weights of {side}")
-            same = drawn.get(f"--model-{side}") == getattr(self.job.args, f"model_{side}")
-            if same and known not in (None, self.output.settings[f"weights of {side}"]):
-                self.console.print(
-                    f"[bold]Warning:[/] the weights of {side} are not those that the samples were drawn with; they are "
-                    "scored by those that are there now."
-                )
-
-    def items(self) -> Iterator[Answer]:
-        return iter(self.job.prompts)
-
-    def finished(self, block: list[Answer]) -> Iterator[tuple[Key, Finished | None]]:
-        samples = []
-        for answer in block:
-            try:
-                samples.append(self.to_score(answer))
-            except PromptError as error:
-                self.fail(answer.prompt, answer.sample_index, str(error))
-                yield answer.key, None
-        if self.output.done >= {sample.request.key for sample in samples}:
-            return  # only answers that fail again are missing
-        of_key = {answer.key: answer for answer in block}
-        of_decoder = defaultdict(list)
-        for sample in samples:
-            of_decoder[self.decoder(of_key[sample.request.key].prompt)].append(sample)
-        for sample in chain.from_iterable(Scorer(decoder).run(those) for decoder, those in of_decoder.items()):
-            answer = of_key[sample.request.key]
-            if sample.error is not None:
-                self.fail(answer.prompt, answer.sample_index, sample.error)
-                yield answer.key, None
-            else:
-                before = answer.prompt.messages
-                messages = answered(before, answer.text) if answer.message is None else [*before, answer.message]
-                yield answer.key, Finished(answer.prompt, answer.sample_index, as_text(messages), sample)
-
-    def to_score(self, answer: Answer) -> Sample:
-        """The answer's tokens behind its prompts.
-
-        Raises:
-            PromptError: there is no answer, or it has no room behind its prompt.
-        """
-        if answer.error is not None:
-            raise PromptError(answer.error)
-        args, pair, ids, reason = self.job.args, self.pair, answer.ids, answer.finish_reason or "eos"
-        if ids is not None:
-            request = Request(answer.key, answer.ids_theta, answer.ids_t, 0, len(ids))
-            if max(ids + request.ids_theta + request.ids_t) >= pair.vocab_size:
-                raise PromptError(
-                    f"a token is beyond the pair's vocabulary of {pair.vocab_size}: other models wrote it"
-                )
-        else:
-            ids, end = self.encoded(answer)
-            if reason == "eos" and not args.no_eos and end is not None:
-                ids = [*ids, end]
-            elif reason == "eos":
-                reason = "length"
-            request = self.request(answer.key, answer.prompt, answer.prompt.messages, 0, len(ids))
-        longest = max(len(request.ids_theta), len(request.ids_t))
-        if not ids or longest + len(ids) > pair.context:
-            raise PromptError(
-                f"the prompt has {longest} tokens, the answer {len(ids)}, and the smaller context of the pair is "
-                f"{pair.context}"
-            )
-        return Sample(request, list(ids), answer.text, reason)
-
-    def encoded(self, answer: Answer) -> tuple[list[int], int | None]:
-        """The answer's token ids as π_θ would have written them, and the EOS that ends them.
-
-        Raises:
-            PromptError: it has calls or thoughts that the template of π_θ does not write.
-        """
-        (prompt_format, tokenizer), prompt = self.formats["theta"], answer.prompt
-        if answer.message is None:
-            return tokenizer(answer.text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id
-        ids = prompt_format.encode_turn(
-            tokenizer, prompt.messages, answer.message, prompt.tools, prompt.template_kwargs
-        )
-        # what a template has behind the end of a turn belongs to the next one
-        turn = list(takewhile(lambda token: token not in self.pair.eos_ids, ids))
-        return turn, ids[len(turn)] if len(turn) < len(ids) else tokenizer.eos_token_id
-
-    def report(self, seconds: float, before: int) -> None:
-        if self.output.done:
-            self.write_weights()
-        super().report(seconds, before)
-        if self.output.done:
-            if outside := len(self.output.done) - len(self.log_weights["theta"]):
-                self.console.print(f"[bold]{outside} samples[/] have a token outside q*'s support, and so no weight")
-            self.console.print(f"weights: {self.weights_file}")
-
-    @property
-    def weights_file(self) -> Path:
-        return Path(str(self.output.diagnostics_file).replace(".diagnostics.jsonl", ".weights.jsonl"))
-
-    def write_weights(self) -> None:
-        """Write the importance weights π/q* of all samples; null where a token is outside q*'s support, which leaves a
-        sample without a weight."""
-        files = RunFiles(self.output.path)
-        of_records = [[log_weight(record.diagnostics, side) for side in WEIGHT] for record in files]
-        for side, log_w in zip(WEIGHT, torch.tensor(of_records, dtype=torch.float64).unbind(1), strict=True):
-            self.log_weights[side] = log_w[log_w < torch.inf]
-        columns = {}
-        for side, log_w in self.log_weights.items():
-            columns[f"log_weight_{side}"] = log_w
-            columns[f"clipped_weight_{side}"] = weights(log_w, high=self.job.args.clip)
-            columns[f"normalised_weight_{side}"] = weights(log_w, normalise=True)
-        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-        with explained(self.weights_file), replacing(self.weights_file) as file:
-            for record in files:
-                numbers = record.diagnostics
-                line = {name: numbers[name] for name in ("id", "prompt_index", "sample_index", "num_tokens")}
-                values = next(rows) if numbers["logq_sum"] is not None else [-torch.inf] * len(columns)
-                file.write(json_line(line | dict(zip(columns, map(finite, values), strict=True))))
-
-    def tables(self) -> Iterator[Table]:
-        if not self.log_weights:
-            return
-        count, clip = len(self.output.done), self.job.args.clip
-        table = Table(title=f"importance weights of {count} samples, clipped at {clip:g}", title_justify="left")
-        for column in ("", "mean log weight", "clipped", "effective samples", "of all"):
-            table.add_column(column, justify="right" if column else "left")
-        for side, log_w in self.log_weights.items():
-            if len(log_w):
-                ess, clipped = effective_sample_size(log_w), (log_w.exp() > clip).double().mean().item()
-                table.add_row(
-                    WEIGHT[side], f"{log_w.mean().item():.3f}", f"{clipped:.1%}", f"{ess:.1f}", f"{ess / count:.1%}"
-                )
-        yield table
+def make_parser() -> options.Parser:
+    """The command line, in groups."""
+    parser = options.Parser(
+        "score",
+        usage="%(prog)s --dataset FILE [options]",
+        description="The numbers that q* gives to answers that are there already: α, KL, ESS and the three "
+        "log-probabilities of every token, and importance weights. On the output of qstar.generate the options of that "
+        "run are the defaults. Every option is explained in docs/guide.md.",
+    )
+    options.add_models(parser)
+    group = options.add_data(parser)
+    group.add_argument(
+        "--response-field", metavar="COLUMN", help="column that holds the answer, where it is not recognised"
+    )
+    group.add_argument("--no-eos", action="store_true", help="do not end answers of a dataset with the EOS token")
+    options.add_prompts(parser)
+    options.add_rule(parser)
+    group = parser.add_argument_group("scoring")
+    group.add_argument("--batch-size", type=options.COUNT, default=16, help="sequences that are scored together")
+    group.add_argument(
+        "--clip",
+        type=options.number(float, 0, "a number of at least 0"),
+        default=10.0,
+        help="bound of the clipped importance weights",
+    )
+    options.add_output(parser)
+    parser.set_defaults(backend="transformers", draft="theta")
+    return parser
 
 
-def log_weight(numbers: dict[str, Any], side: str) -> float:
-    """log π/q* of a sample by its line of the diagnostics: ∞ where q* has no such sample."""
-    if numbers["logq_sum"] is None:
-        return torch.inf
-    logp = numbers[f"logp_{side}_sum"]
-    return -torch.inf if logp is None else logp - numbers["logq_sum"]
+def prepare(argv: list[str] | None) -> Job:
+    """Check the command line and open its dataset; exits with one line if something is wrong."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    with parser.refusing():
+        if args.dataset is None:
+            raise ValueError("--dataset is missing: the file with the prompts and answers to score")
+        files = None
+        with suppress(RecordError):  # it is one of the files that a run wrote, together with its diagnostics
+            files = RunFiles(args.dataset[0]) if len(args.dataset) == 1 and Path(args.dataset[0]).is_file() else None
+        if files is None:
+            return make_job(args, lambda: DatasetAnswers(open_prompts(args), args.response_field))
+        try:
+            next(iter(files))
+        except RecordError as error:
+            raise ValueError(f"--dataset: {error}") from None
+        of_run = {name.removeprefix("--").replace("-", "_"): value for name, value in files.settings.items()}
+        parser.set_defaults(**{name: value for name, value in of_run.items() if name in RUN_DEFAULTS})
+        args = parser.parse_args(argv)
+        for name in ("prompt_field", "response_field", "t_hint_field"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')}: the prompts and answers of a run are its own tokens")
+        return make_job(args, lambda: RunAnswers(files, args.num_samples, bool(args.use_request_parameters)))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; 0 if every answer is scored, 1 if something failed, 2 for a wrong command line."""
-    return run_command("qstar.score", prepare_score(argv), Score)
+    return run_command("qstar.score", prepare(argv), Score)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,37 @@ import os
 import sys
 from argparse import Namespace
 
-from qstar.arguments import Parser, failed, prepare_serve, settings_of
+from qstar.backends import check_installed
+from qstar.run.options import Parser, add_model_names, add_rule, check_models, failed, settings_of
 from qstar.vllm import SERVER
 
 NAME = "qstar"  # of the model in requests, unless --served-model-name says another
 OWN = ("model", "hf_overrides", "worker_cls", "logits_processors")  # engine options that make the model a pair
+
+
+def make_parser() -> Parser:
+    """The command line before vLLM's own options, in groups."""
+    parser = Parser(
+        "serve",
+        usage="%(prog)s [options] [options of vLLM's server]",
+        description="An OpenAI-compatible server whose model is q* of a pair, by vLLM (pip install 'qstar[vllm]'). "
+        "What a request does not say about q* is as the options here have it. All others are those of `vllm serve`: "
+        "--host, --port, --api-key, --tensor-parallel-size, …",
+    )
+    add_model_names(parser)
+    add_rule(parser)
+    return parser
+
+
+def prepare(argv: list[str] | None) -> tuple[Parser, Namespace, list[str]]:
+    """Check the command line but for what is vLLM's of it, which comes last; exits with one line if it is wrong."""
+    parser = make_parser()
+    args, of_vllm = parser.parse_known_args(argv)
+    with parser.refusing():
+        check_installed("vllm")
+        check_models(args)
+        settings_of(args)
+    return parser, args, of_vllm
 
 
 def server_arguments(parser: Parser, args: Namespace, of_vllm: list[str]) -> Namespace:
@@ -63,7 +89,7 @@ async def serve(arguments: Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Serve until interrupted; 1 with one line on stderr if the server cannot start, 2 for a wrong command line."""
-    parser, args, of_vllm = prepare_serve(argv)
+    parser, args, of_vllm = prepare(argv)
     arguments = server_arguments(parser, args, of_vllm)
     os.environ[SERVER] = "1"
     import uvloop

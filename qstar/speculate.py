@@ -11,8 +11,6 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from qstar_kernels.noise import GROUP_SIZE
-
 MAX_DRAFT = 15
 PROBE_EVERY = 16  # rounds without drafts after which one token is drafted, to see whether it pays by now
 PRIOR_ACCEPTANCE, PRIOR_DRAFTS = 0.8, 4  # what a sequence is believed to accept before it has been tried
@@ -138,31 +136,3 @@ class DraftLength:
 def overlap(log_p: Tensor, log_q: Tensor) -> Tensor:
     """1 − TV(p, q) = Σ min(p, q) of rows [B, V] of log-probabilities: [B]. No coupling accepts more."""
     return torch.minimum(log_p, log_q).exp().sum(-1)
-
-
-def coupled_acceptance(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Probability [B] that the two-level draw takes the same token from p and q, log-probabilities [B, V], with one
-    noise (theory/speculative.md, «How often the drafts are right»)."""
-    groups = -(-log_p.shape[1] // GROUP_SIZE)
-    padding = (0, groups * GROUP_SIZE - log_p.shape[1])
-    p, q = (
-        torch.nn.functional.pad(x.double(), padding, value=-torch.inf).unflatten(1, (groups, GROUP_SIZE))
-        for x in (log_p, log_q)
-    )  # [B, groups, GROUP_SIZE]
-    of_groups = same_winner(p.logsumexp(-1), q.logsumexp(-1))  # [B, groups]
-    return (of_groups * same_winner(p, q).sum(-1)).sum(-1)
-
-
-def same_winner(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Probability that i wins the Gumbel-max draw from p and from q, not normalised, with one noise: for each i.
-
-    It is 1 / Σ_j max(p_j / p_i, q_j / q_i). With the j in order of p_j / q_j the first of the two is the greater from i
-    on, so that sorting and two cumulative sums give all i at once.
-    """
-    p, q = log_p.softmax(-1).nan_to_num(), log_q.softmax(-1).nan_to_num()
-    order = (log_p - log_q).nan_to_num(nan=0.0).argsort(-1)
-    p, q = p.gather(-1, order), q.gather(-1, order)
-    p_from = p.flip(-1).cumsum(-1).flip(-1)
-    q_before = q.cumsum(-1) - q
-    wins = 1 / (p_from / p + q_before / q)
-    return torch.zeros_like(wins).scatter(-1, order, wins.nan_to_num())

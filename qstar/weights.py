@@ -1,13 +1,37 @@
-"""Importance weights of samples from q*, and what they leave of a data set (theory/proof.md, «ESS»).
+"""What the numbers of tokens say together: their bands, and importance weights of samples (theory/proof.md, «ESS»).
 
 A mean under a model π is the mean under q* weighted by π/q*. The weight of a sample is a product over its tokens, so
 its logarithm is a sum, and its variance grows with the length: truncate, or weigh tokens, where sequences are long.
 """
 
+from collections.abc import Mapping
+
+import numpy as np
 import torch
 from torch import Tensor
 
 LEVELS = ("sequence", "token", "geometric")
+WEIGHT = {"theta": "π_θ/q*", "t": "π_t/q*"}  # whose weight, as it is shown
+FAR_APART_KL = 0.5  # nats a token: above it q* lies where both models find little
+# Where a quantity of tokens, a field or one of `derived`, is as it should be: its name, low and high
+BANDS = {"ESS ratio": ("ess_ratio", 0.9, 1.1), "|ΔKL|": ("kl_gap", 0.0, 0.05), "α": ("alpha", 0.2, 0.8)}
+
+
+def derived(fields: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What follows from the fields of tokens (`qstar_kernels.QStarStep`), [T] each and of their type.
+
+    Returns:
+        `kl`, the larger of the two KLs, and `kl_gap`, their distance, in nats; `ess_ratio`, ESS_θ/ESS_t, NaN where
+        ESS_t is 0, as π_t has mass outside q*'s support; `log_weight_theta` and `log_weight_t`, log π − log q*.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = fields["ess_theta"] / fields["ess_t"]
+        return {
+            "kl": np.maximum(fields["kl_theta"], fields["kl_t"]),
+            "kl_gap": np.abs(fields["kl_theta"] - fields["kl_t"]),
+            "ess_ratio": np.where(np.isfinite(ratio), ratio, np.nan).astype(ratio.dtype),
+            **{f"log_weight_{side}": fields[f"logp_{side}"] - fields["logq"] for side in WEIGHT},
+        }
 
 
 def log_weights(logp: Tensor, logq: Tensor, mask: Tensor | None = None, level: str = "sequence") -> Tensor:

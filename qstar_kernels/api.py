@@ -16,19 +16,9 @@ def qstar_sample(
     *,
     seeds: Tensor,
     positions: Tensor,
-    method: str = "kl_symmetry",
-    alpha: float = 0.5,
-    alpha_min: float = 0.0,
-    alpha_max: float = 1.0,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    target_top_k: int = 0,
-    target_top_p: float = 1.0,
     vocab_size: int | None = None,
-    tol: float = 1e-5,
     impl: str = "auto",
+    **settings,
 ) -> QStarStep:
     """Draw one token a row from q* ∝ π_θ^α π_t^(1−α), with its log-probabilities and the diagnostics of the row.
 
@@ -41,19 +31,20 @@ def qstar_sample(
             float32 and float64. Any other number is a logit, −1e4 too; from 1e15 up it is refused as +inf is.
         seeds: int64 [B], the seed of each sequence.
         positions: int64 [B], index of the token that is being drawn, the same token never twice for one seed.
-        method: the rule for α: `kl_symmetry` (KL(q*‖π_θ) = KL(q*‖π_t), the minimax point), `ess_balance`,
-            `reverse_kl_symmetry`, `entropy`, or `fixed` with `alpha`.
-        alpha_min, alpha_max: α is clamped to this range after the solve.
-        temperature: divides both rows before they are mixed, 1e-6 to 1e6; 0 takes the most probable token that is left
-            of q* at temperature 1.
-        target_top_k, target_top_p: restrict q* to the tokens that π_t's top-k and top-p keep, after the α solve.
-        top_k, top_p, min_p: truncate q* after that, in this order; the token that crosses `top_p` is kept, and so are
-            ties of the last token kept.
         vocab_size: cut both rows to this length (models padded differently for one tokenizer).
-        tol: bound on |KL(q*‖π_θ) − KL(q*‖π_t)| in nats that `kl_symmetry` is solved to.
         impl: `auto` (`triton` on a GPU, `cpu` on a CPU), or one of `triton`, `cpu` (compiled C) and `reference` (plain
             PyTorch in float64, which `auto` takes for float64 logits on a GPU, on other devices, and in place of `cpu`
             where no C compiler was found at installation).
+        **settings: the fields of `qstar_kernels.types.Settings`, with its defaults:
+            method: the rule for α: `kl_symmetry` (KL(q*‖π_θ) = KL(q*‖π_t), the minimax point), `ess_balance`,
+                `reverse_kl_symmetry`, `entropy`, or `fixed` with `alpha`.
+            alpha_min, alpha_max: α is clamped to this range after the solve.
+            temperature: divides both rows before they are mixed, 1e-6 to 1e6; 0 takes the most probable token that is
+                left of q* at temperature 1.
+            target_top_k, target_top_p: restrict q* to the tokens that π_t's top-k and top-p keep, after the α solve.
+            top_k, top_p, min_p: truncate q* after that, in this order; the token that crosses `top_p` is kept, and so
+                are ties of the last token kept.
+            tol: bound on |KL(q*‖π_θ) − KL(q*‖π_t)| in nats that `kl_symmetry` is solved to.
 
     Returns:
         `QStarStep` with every field set. A row that cannot be sampled from has `status` ≠ 0, token −1 and NaN numbers.
@@ -63,11 +54,10 @@ def qstar_sample(
 
     Raises:
         ValueError: shapes, vocabularies or settings that do not fit; the message says what would.
+        TypeError: there is no setting of that name.
     """
-    settings = Settings(
-        method, alpha, alpha_min, alpha_max, temperature, top_k, top_p, min_p, target_top_k, target_top_p, tol
-    )
-    return dispatch.step(impl, logits_theta, logits_t, settings, vocab_size, seeds=seeds, positions=positions)[0]
+    index = {"seeds": seeds, "positions": positions}
+    return dispatch.step(impl, logits_theta, logits_t, Settings(**settings), vocab_size, **index)[0]
 
 
 def qstar_logprobs(
@@ -77,7 +67,7 @@ def qstar_logprobs(
 
     Args:
         logits_theta, logits_t, vocab_size, impl: as in `qstar_sample`.
-        **settings: `method` to `tol` of `qstar_sample`, with the same defaults.
+        **settings: as in `qstar_sample`.
 
     Returns:
         log q [B, V] in nats, normalised, −inf where cut, NaN where `status` ≠ 0; and `QStarStep` without a token.
@@ -103,7 +93,7 @@ def qstar_stats(
     Args:
         logits_theta, logits_t, vocab_size, impl: as in `qstar_sample`.
         tokens: int64 [B]; a token outside [0, V), such as padding of −1, gets NaN log-probabilities.
-        **settings: `method` to `tol` of `qstar_sample`, with the same defaults.
+        **settings: as in `qstar_sample`.
 
     Returns:
         `QStarStep`; its `token` is `tokens`.

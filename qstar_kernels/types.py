@@ -117,7 +117,7 @@ class Settings:
 
     @property
     def truncates(self) -> bool:
-        return bool(self.top_k or self.top_p < 1 or self.min_p or self.target_top_k or self.target_top_p < 1)
+        return any(getattr(self, name) != everything for name, everything in TRUNCATIONS)
 
     def values(self) -> list[str | float | int]:
         """In the order of the fields."""
@@ -125,6 +125,10 @@ class Settings:
 
 
 SETTINGS = tuple(f.name for f in fields(Settings))
+# By their defaults they keep all tokens
+TRUNCATIONS = [
+    (f.name, f.default) for f in fields(Settings) if f.metadata["group"] == SAMPLING and f.name != "temperature"
+]
 NUMBERS, COUNTS = (
     [(f.name, *f.metadata["range"]) for f in fields(Settings) if f.type is kind] for kind in (float, int)
 )

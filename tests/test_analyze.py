@@ -10,7 +10,7 @@ from runs import lines, write_lines
 
 from qstar.analyze import main
 from qstar.generate import main as generate
-from qstar.records import RecordError, RunFiles
+from qstar.run.records import RecordError, RunFiles
 from qstar_kernels.types import FIELDS
 
 # two samples of two tokens and one of one, everything a round number

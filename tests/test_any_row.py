@@ -9,12 +9,11 @@ from chats import ASKED, CALLED, TOOLS, assistant, tool, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qstar import data
-from qstar.answers import DatasetAnswers
-from qstar.batch import CHAT, COMPLETIONS, ENDPOINTS, RESPONSES
 from qstar.conversation import CALLS, MEDIA, PARTS, ROLES
-from qstar.data import DataError, load_prompts
-from qstar.rows import Part, Rows
+from qstar.data.answers import DatasetAnswers
+from qstar.data.batch import CHAT, COMPLETIONS, ENDPOINTS, RESPONSES
+from qstar.data.prompts import DataError, load_prompts
+from qstar.data.rows import Part, Rows
 
 CALL = {"name": "add", "arguments": "{}"}
 THOUGHT = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "hm"}], "content": []}
@@ -69,7 +68,7 @@ def test_a_row_of_anything_is_a_prompt_or_an_error(changes, continued, uses_para
         inner[last] = value
         rows += [changed, row]
     opened = Rows([Part("x", lambda: iter(rows))], None), [], ""
-    with mock.patch.object(data, "open_rows", return_value=opened), suppress(DataError):
+    with mock.patch("qstar.data.prompts.open_rows", return_value=opened), suppress(DataError):
         source = load_prompts("x", continue_final_message=continued, use_request_parameters=uses_parameters)
         prompts = list(source)
         assert len(prompts) == len(rows)

@@ -6,8 +6,8 @@ import pytest
 from chats import ADD, ASKED, PARTS, TEXT, TOOLS, assistant, call, in_parts, system, tool, user
 from runs import lines, write_lines
 
-from qstar.batch import CHAT, COMPLETIONS, ENDPOINTS, NEUTRAL, RESPONSES, USED, endpoint_of
-from qstar.data import DataError, load_prompts
+from qstar.data.batch import CHAT, COMPLETIONS, ENDPOINTS, NEUTRAL, RESPONSES, USED, endpoint_of
+from qstar.data.prompts import DataError, load_prompts
 from qstar.generate import main as generate
 from qstar.score import main as score
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qstar import checkpoints
-from qstar.checkpoints import fingerprint
 from qstar.demo import THETA
+from qstar.run import checkpoints
+from qstar.run.checkpoints import fingerprint
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from chats import (
 from runs import lines, write_lines
 
 from qstar.conversation import RowError, read_turn
-from qstar.data import load_prompts
+from qstar.data.prompts import load_prompts
 from qstar.demo import THETA
 from qstar.generate import main as generate
 from qstar.prompting import PromptError, PromptFormat, content_forms

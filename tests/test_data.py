@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qstar.data import PEEK_ROWS, DataError, Prompt, load_prompts
+from qstar.data.prompts import PEEK_ROWS, DataError, Prompt, load_prompts
 
 FIXTURES = Path(__file__).parent / "fixtures" / "data"
 SHARED = Path(__file__).parents[2] / "shared" / "data"

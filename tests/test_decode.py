@@ -20,10 +20,10 @@ from transformers import (
 )
 
 from qstar import Pair, PromptError, PromptFormat
-from qstar.decode import FIELDS
 from qstar.demo import PROMPTS, THETA, T
 from qstar.pair import sample_seed
 from qstar_kernels import qstar_sample, qstar_stats
+from qstar_kernels.types import FIELDS
 
 QUESTIONS = [json.loads(line)["question"] for line in PROMPTS.read_text().splitlines()]
 MIXED = ["Hi.", *QUESTIONS[:9], "Tell me about " + "very " * 60 + "old books."]  # prompts of 7 to 75 tokens

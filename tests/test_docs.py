@@ -7,25 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from qstar import (
-    analyze,
-    answers,
-    batch,
-    conversation,
-    data,
-    files,
-    merge,
-    pair,
-    plan,
-    prompting,
-    report,
-    rows,
-    run,
-    score,
-)  # fmt: skip
-from qstar.arguments import make_parser, make_score_parser, make_serve_parser
-from qstar.decode import FIELDS
+from qstar import analyze, conversation, generate, merge, pair, plan, prompting, report, score, serve
+from qstar.data import answers, batch, files, prompts, rows
 from qstar.experiments import __main__ as experiments
+from qstar.run import run, scoring
+from qstar_kernels.types import FIELDS
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,8 +34,7 @@ def test_the_calls_of_generate_in_the_guide_run(demo_pair):
 
 def test_the_guide_names_every_option():
     guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
-    modules = analyze, report, merge, plan, experiments
-    parsers = [make_parser(), make_score_parser(), make_serve_parser(), *(module.make_parser() for module in modules)]
+    parsers = [module.make_parser() for module in (generate, score, serve, analyze, report, merge, plan, experiments)]
     options = {a.option_strings[0] for parser in parsers for a in parser._actions if a.option_strings} - {"-h"}
     assert {o for o in options if f"`{o}`" not in guide and f"`{o} " not in guide} == set()
     others = {"--help", "--x", "--benchmark", "--pair", "--port"}  # the last ones are those of bench/ and of vLLM
@@ -73,23 +58,23 @@ def test_the_guide_names_every_kind_of_file():
     assert named == {*files.TEXT_EXTENSIONS, *files.TABLE_EXTENSIONS, *files.PACKED, files.ARCHIVE}
     assert f"more than {rows.DEEPEST} levels" in guide
     assert guide.count(f"{rows.DOUBT:,} characters") == 2
-    assert f"the first {data.PEEK_ROWS} rows" in guide
+    assert f"the first {prompts.PEEK_ROWS} rows" in guide
 
 
 def test_the_guide_has_the_schemas_in_their_order():
     table = schemas_in_the_guide().split("| the prompt |")[1].split("\n\n")[0]
     named = [name for line in table.splitlines()[2:] for name in re.findall(r"`([^`]+)`", line.split("|")[1])]
     requests = ["custom_id", *(f"body.{name}" for name in batch.ENDPOINTS.values())]
-    columns = [name for name, _ in data.PROMPT_COLUMNS]
+    columns = [name for name, _ in prompts.PROMPT_COLUMNS]
     after = columns.index("prompt") + 1
-    assert named == requests + columns[:after] + list(sum(data.PAIRS, ())) + columns[after:]
+    assert named == requests + columns[:after] + list(sum(prompts.PAIRS, ())) + columns[after:]
 
 
 def test_the_guide_names_what_rows_are_read_for():
     guide = schemas_in_the_guide()
-    columns = (*data.SYSTEM_COLUMNS, *data.TEMPLATE_COLUMNS, *(name for name, _ in data.PROMPT_COLUMNS))
+    columns = (*prompts.SYSTEM_COLUMNS, *prompts.TEMPLATE_COLUMNS, *(name for name, _ in prompts.PROMPT_COLUMNS))
     turns = (*conversation.ROLE_KEYS, *conversation.CONTENT_KEYS, *conversation.BESIDE_CONTENT)
-    names = {*columns, *turns, *conversation.ROLES, *conversation.REASONING_PARTS, *sum(data.PAIRS, ()), "history"}
+    names = {*columns, *turns, *conversation.ROLES, *conversation.REASONING_PARTS, *sum(prompts.PAIRS, ()), "history"}
     names |= {*conversation.MEDIA, *batch.ENDPOINTS, *batch.ITEMS, *batch.USED, *batch.NEUTRAL}
     assert {name for name in names if f"`{name}`" not in guide} == set()
     roles = dict.fromkeys(conversation.ROLES.values(), ())
@@ -106,7 +91,7 @@ def test_the_guide_names_what_rows_are_read_for():
 def refusals() -> set[str]:
     """The reasons that the code gives for a row, with … for what varies."""
     found = set()
-    for module in (answers, batch, conversation, data, pair, prompting, run, score):
+    for module in (answers, batch, conversation, prompts, pair, prompting, run, scoring):
         for node in ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8"))):
             call = node.exc if isinstance(node, ast.Raise) else None
             # the answers of a dataset have no class of errors of their own
@@ -125,7 +110,7 @@ def test_the_guide_names_what_rows_are_refused_for():
 def test_the_guide_links_to_files_that_are_there():
     for page in (
         ROOT / "docs" / "guide.md",
-        ROOT / "README.md",
+        *ROOT.glob("*.md"),
         *ROOT.glob("theory/*.md"),
         *ROOT.glob("qstar/*/README.md"),
     ):
@@ -134,7 +119,7 @@ def test_the_guide_links_to_files_that_are_there():
 
 
 def test_help_is_grouped_and_shows_defaults():
-    text = " ".join(make_parser().format_help().split())
+    text = " ".join(generate.make_parser().format_help().split())
     for group in ("models:", "data in:", "prompts:", "rule for α", "sampling:", "decoding:", "data out:"):
         assert group in text
     assert "(default: kl_symmetry)" in text

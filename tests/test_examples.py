@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from qstar.demo import THETA
 from qstar.generate import main as generate
-from qstar.output import FORMATS
-from qstar.records import RunFiles
+from qstar.run.output import FORMATS
+from qstar.run.records import RunFiles
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -15,35 +15,17 @@ import torch
 from runs import run_through_kills
 
 from qstar import Pair
-from qstar.decode import DecodeOptions, Sample
 from qstar.demo import THETA
-from qstar.experiments import report, results, studies, training
+from qstar.experiments import report, results, training
 from qstar.experiments.__main__ import EXPERIMENTS, main
 from qstar.experiments.data import RULES, ArithmeticRule, draw, held_out, kept_right, preferences, problems, right
-from qstar.experiments.studies import Sizes, tokens_needed
+from qstar.experiments.studies import tokens_needed
 from qstar.forced import Scorer
+from qstar.sample import DecodeOptions, Sample
 from qstar.weights import effective_sample_size
 from qstar_kernels.types import Settings
 
 FOLDER = Path(__file__).parents[1] / "qstar" / "experiments"
-TINY = Sizes(
-    main_tokens=60,
-    ablation_tokens=40,
-    held_out=2,
-    curve_points=1,
-    budget_steps=(1, 2),
-    small_widths=(16,),
-    small_problems=16,
-    small_tokens=40,
-    vocabularies=(100, 1000),
-    repeats=1,
-    speculation_problems=2,
-    enlargements=(1, 2),
-    drafts=(1, 2),
-    distances=(0.5, 1.0),
-    rounds=2,
-    round_tokens=40,
-)
 
 
 def seeded() -> int:
@@ -59,8 +41,7 @@ def some(rule: str, count: int = 300) -> tuple[Pair, list, list[Sample]]:
     return pair, *draw(pair, RULES[rule], 0, count)
 
 
-def test_all_experiments_and_again(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(studies, "QUICK", TINY)
+def test_all_experiments_and_again(tmp_path, capsys):
     assert main(["--quick", "--output", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     for name in EXPERIMENTS:

@@ -23,9 +23,9 @@ from chats import user
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qstar.data import DataError, load_prompts
-from qstar.files import ARCHIVE, CODECS, PACKED, TABLE_EXTENSIONS, title_of
-from qstar.rows import DEEPEST, DOUBT
+from qstar.data.files import ARCHIVE, CODECS, PACKED, TABLE_EXTENSIONS, title_of
+from qstar.data.prompts import DataError, load_prompts
+from qstar.data.rows import DEEPEST, DOUBT
 
 CASES = Path(__file__).parents[2] / "shared" / "cases"
 

@@ -19,12 +19,13 @@ from runs import SHARED_DATA, lines, run_through_kills, write_lines
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import qstar.checkpoints
 import qstar.decode
 import qstar.pair
+import qstar.run.checkpoints
+import qstar.sample
 from qstar.demo import PROMPTS, THETA, T
 from qstar.generate import main
-from qstar.output import Output, OutputError, check_settings
+from qstar.run.output import Output, OutputError, check_settings
 from qstar.score import main as score
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
@@ -371,7 +372,7 @@ def test_errors_survive_a_start_that_fails(tmp_path, monkeypatch):
         patch.setattr(
             qstar.pair.Pair,
             "request",
-            lambda self, key, messages, *rest, **more: qstar.decode.Request(key, [2], [2], 0, 3),
+            lambda self, key, messages, *rest, **more: qstar.sample.Request(key, [2], [2], 0, 3),
         )
         assert run(tmp_path, "--dataset", str(data)) == 0
     assert not (tmp_path / "x.errors.jsonl").exists()
@@ -476,7 +477,7 @@ def test_an_earlier_version_looked_at_less(tmp_path, capsys, before):
 
 def test_large_weights_written_meanwhile_are_pointed_out(tmp_path, policy, capsys, monkeypatch):
     """Of a large model a sample is compared; a copy may not be refused, nor taken for granted."""
-    monkeypatch.setattr(qstar.checkpoints, "WHOLE", 1 << 20)
+    monkeypatch.setattr(qstar.run.checkpoints, "WHOLE", 1 << 20)
     argv = ["--num-samples", "2", "--model-theta", str(policy), "--model-t", str(policy)]
     assert run(tmp_path, *argv) == 0
     assert run(tmp_path, *argv) == 0

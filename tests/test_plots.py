@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from qstar import plots
+from qstar.diagnostics import plots
 
 
 def fields(tokens: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -13,17 +13,15 @@ def fields(tokens: int, seed: int = 0) -> dict[str, np.ndarray]:
     kl = rng.exponential(0.1, tokens)
     return {
         "alpha": rng.beta(8, 8, tokens),
-        "kl_theta": kl,
-        "kl_t": kl * 0.999,
-        "ess_theta": rng.uniform(0.5, 1, tokens),
-        "ess_t": rng.uniform(0.5, 1, tokens),
+        "kl": kl,
+        "ess_ratio": rng.uniform(0.5, 1, tokens) / rng.uniform(0.5, 1, tokens),
         "position": np.arange(tokens) % 50,
     }
 
 
 def test_a_distribution_is_of_all_tokens():
     values = fields(1000)
-    values["ess_t"][:3] = 0  # ratios that are not finite, and are said to be missing
+    values["ess_ratio"][:3] = np.nan  # are said to be missing
     for quantity in plots.LABELS:
         ax = plots.distribution({"x": values}, quantity).axes[0]
         assert ax.patches[0].get_data().values.sum() == pytest.approx(1)
@@ -36,7 +34,7 @@ def test_a_distribution_is_of_all_tokens():
 def test_positions_have_their_means_and_counts():
     values = fields(120)  # two samples of 50 tokens and one of 20
     ax_alpha, ax_kl, ax_count = plots.along_position({"x": values}).axes
-    for ax, name in ((ax_alpha, "alpha"), (ax_kl, "kl_theta")):
+    for ax, name in ((ax_alpha, "alpha"), (ax_kl, "kl")):
         x, y = ax.lines[0].get_data()
         assert list(x) == [i + 0.5 for i in range(50)]
         assert y == pytest.approx([values[name][i::50].mean() for i in range(50)])
@@ -70,7 +68,7 @@ def test_png_of_any_names_and_sizes():
 
 
 def test_nothing_finite_is_still_a_figure():
-    values = {name: np.full(5, np.nan) for name in ("alpha", "kl_theta", "kl_t", "ess_theta", "ess_t")}
+    values = {name: np.full(5, np.nan) for name in plots.LABELS}
     values["position"] = np.arange(5)
     for quantity in plots.LABELS:
         assert "5 tokens" in plots.distribution({"x": values}, quantity).axes[0].get_title(loc="left")

@@ -30,14 +30,14 @@ import pytest
 from rich.console import Console
 from runs import lines, write_lines
 
-from qstar import cluster
-from qstar.arguments import prepare
 from qstar.demo import PROMPTS, THETA, T
 from qstar.generate import main as generate
+from qstar.generate import prepare
 from qstar.merge import main as merge
-from qstar.output import FORMATS, OutputError
-from qstar.parts import Parts
-from qstar.run import BLOCK_BATCHES
+from qstar.run import cluster
+from qstar.run.output import FORMATS, OutputError
+from qstar.run.parts import Parts
+from qstar.run.run import BLOCK_BATCHES
 
 ROOT, INF = Path(__file__).parents[1], math.inf
 # Ray's workers are nice by default, and would starve beside whatever else runs

@@ -14,9 +14,10 @@ from transformers import AutoTokenizer
 
 import qstar.generate
 import qstar.pair
-from qstar.decode import FIELDS
 from qstar.demo import THETA
-from qstar.report import STATISTICS, TokenTexts, main, reveal
+from qstar.diagnostics.page import STATISTICS, TokenTexts, reveal
+from qstar.report import main
+from qstar_kernels.types import FIELDS
 
 CHROMIUM = shutil.which("chromium")
 ARGUMENTS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking

@@ -11,11 +11,11 @@ from transformers import AutoTokenizer
 
 import qstar.cache
 from qstar import Pair
-from qstar.decode import DecodeOptions, Sample
 from qstar.demo import THETA
 from qstar.drop_in import QStarLogitsProcessor, qstar_generate
 from qstar.forced import Scorer
 from qstar.rope import Ropes
+from qstar.sample import DecodeOptions, Sample
 
 OPTIONS = {
     "max_new_tokens": 24,

@@ -17,14 +17,14 @@ from transformers import GPT2Config
 import qstar.cache
 import qstar.forced
 from qstar import Pair
-from qstar.decode import FIELDS, DecodeOptions, Request, Sample
 from qstar.demo import PROMPTS, THETA, T
 from qstar.forced import Scorer
 from qstar.generate import main as generate
+from qstar.sample import DecodeOptions, Request, Sample
 from qstar.score import main as score
 from qstar.weights import effective_sample_size, log_weights, top_share, weights
 from qstar_kernels import qstar_stats
-from qstar_kernels.types import Settings
+from qstar_kernels.types import FIELDS, Settings
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
 

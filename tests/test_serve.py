@@ -25,10 +25,10 @@ from openai import AsyncOpenAI, BadRequestError, OpenAI, OpenAIError
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
-from qstar.decode import FIELDS
 from qstar.demo import PROMPTS
 from qstar.prompting import PromptFormat
 from qstar.serve import main
+from qstar_kernels.types import FIELDS
 
 QUESTIONS = [json.loads(line)["question"] for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
 LONG = " ".join(QUESTIONS[:7])  # several steps of the server's 64 tokens

@@ -11,11 +11,12 @@ from test_decode import CONFIGS, MIXED, QUESTIONS, random_model
 from transformers import AutoTokenizer, GPT2Config, LlamaConfig
 
 from qstar import Pair, PromptFormat
-from qstar.decode import FIELDS
 from qstar.demo import THETA
 from qstar.generate import main
-from qstar.speculate import MAX_DRAFT, DraftLength, Tally, coupled_acceptance, overlap
+from qstar.speculate import MAX_DRAFT, DraftLength, Tally, overlap
 from qstar_kernels import qstar_logprobs, qstar_sample
+from qstar_kernels.noise import GROUP_SIZE
+from qstar_kernels.types import FIELDS
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +145,34 @@ def test_the_end_of_the_context(tokenizer):
     config = GPT2Config(vocab_size=2048, n_embd=32, n_layer=2, n_head=2, n_positions=48)
     theta, t = random_model(config, seed=1), random_model(copy.deepcopy(config), seed=2)
     check_same(Pair(theta, t, tokenizer, tokenizer), [QUESTIONS[0], "Hi."], speculate=(8,), max_new_tokens=100)
+
+
+def coupled_acceptance(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """Probability [B] that the two-level draw takes the same token from p and q, log-probabilities [B, V], with one
+    noise (theory/speculative.md, «How often the drafts are right»)."""
+    groups = -(-log_p.shape[1] // GROUP_SIZE)
+    padding = (0, groups * GROUP_SIZE - log_p.shape[1])
+    p, q = (
+        torch.nn.functional.pad(x.double(), padding, value=-torch.inf).unflatten(1, (groups, GROUP_SIZE))
+        for x in (log_p, log_q)
+    )  # [B, groups, GROUP_SIZE]
+    of_groups = same_winner(p.logsumexp(-1), q.logsumexp(-1))  # [B, groups]
+    return (of_groups * same_winner(p, q).sum(-1)).sum(-1)
+
+
+def same_winner(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """Probability that i wins the Gumbel-max draw from p and from q, not normalised, with one noise: for each i.
+
+    It is 1 / Σ_j max(p_j / p_i, q_j / q_i). With the j in order of p_j / q_j the first of the two is the greater from i
+    on, so that sorting and two cumulative sums give all i at once.
+    """
+    p, q = log_p.softmax(-1).nan_to_num(), log_q.softmax(-1).nan_to_num()
+    order = (log_p - log_q).nan_to_num(nan=0.0).argsort(-1)
+    p, q = p.gather(-1, order), q.gather(-1, order)
+    p_from = p.flip(-1).cumsum(-1).flip(-1)
+    q_before = q.cumsum(-1) - q
+    wins = 1 / (p_from / p + q_before / q)
+    return torch.zeros_like(wins).scatter(-1, order, wins.nan_to_num())
 
 
 def test_acceptance_is_what_the_rows_predict(demo_pair):

@@ -9,11 +9,11 @@ import pytest
 from runs import lines, write_lines
 
 from qstar.demo import THETA
-from qstar.formats import SCHEMAS, schema_of, table_of, verl_row
 from qstar.generate import main as generate
 from qstar.merge import merge
-from qstar.output import OutputError
-from qstar.parts import Parts
+from qstar.run.formats import SCHEMAS, schema_of, table_of, verl_row
+from qstar.run.output import OutputError
+from qstar.run.parts import Parts
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
 

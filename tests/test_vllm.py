@@ -32,15 +32,15 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 import qstar.vllm.engine
 from qstar import Pair
-from qstar.decode import FIELDS, DecodeOptions, Request
 from qstar.demo import PROMPTS, THETA, T
 from qstar.generate import main
 from qstar.pair import sample_seed
+from qstar.sample import DecodeOptions, Request
 from qstar.vllm.engine import EnginePair
 from qstar.vllm.params import ELSEWHERE, UNSUPPORTED, PairParams, numbers_key, place, rule
 from qstar.vllm.worker import FORGOTTEN, PairSampler
 from qstar_kernels import METHODS, qstar_logprobs
-from qstar_kernels.types import Settings
+from qstar_kernels.types import FIELDS, Settings
 
 SEED = int(os.environ.get("QSTAR_TEST_SEED", "0"))
 QUESTIONS = [json.loads(line)["question"] for line in PROMPTS.read_text(encoding="utf-8").splitlines()]

@@ -16,13 +16,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import qstar.cache
 from qstar import Pair
-from qstar.decode import DecodeOptions, Sample
 from qstar.demo import THETA
 from qstar.drop_in import QStarLogitsProcessor, qstar_generate
 from qstar.forced import Scorer
 from qstar.generate import main
 from qstar.probe import check_model
 from qstar.rope import Ropes
+from qstar.sample import DecodeOptions, Sample
 
 ROOT = Path(__file__).parents[1]
 GUIDE, README = ROOT / "docs" / "guide.md", ROOT / "README.md"

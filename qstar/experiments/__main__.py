@@ -10,20 +10,18 @@ from pathlib import Path
 
 import torch
 
-from qstar.arguments import COUNT, HelpFormatter, Parser, check_folder, failed
-from qstar.checkpoints import fingerprint
 from qstar.demo import THETA, T
+from qstar.run.checkpoints import fingerprint
+from qstar.run.options import COUNT, Parser, check_folder, failed
 
 EXPERIMENTS = ("main", "ablation", "scaling", "speculation", "long_run")
 
 
 def make_parser() -> Parser:
     parser = Parser(
-        prog="python -m qstar.experiments",
+        "experiments",
         description="Train a policy on data from q* and from its rivals, on a CPU, and measure what comes of it. "
         "Without arguments: all five experiments on the demo pair. What was found is in qstar/experiments/README.md.",
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "experiments", nargs="*", metavar="EXPERIMENT", help=f"which of {', '.join(EXPERIMENTS)} (default: all)"
@@ -54,8 +52,9 @@ def main(argv: list[str] | None = None) -> int:
         if importlib.util.find_spec(package) is None:
             parser.error(f"the experiments need {package}: pip install 'qstar[experiments]'")
     theta, t = args.model_theta or str(THETA), args.model_t or str(T)
-    check_folder(parser, "model-theta", theta)
-    check_folder(parser, "model-t", t)
+    with parser.refusing():
+        check_folder("model-theta", theta)
+        check_folder("model-t", t)
     if args.output.exists() and not args.output.is_dir():
         parser.error(f"--output {args.output} is a file; give a folder")
 
@@ -69,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     from qstar import Pair
     from qstar.experiments import report, results, training
     from qstar.experiments.studies import QUICK, Sizes, Studies
-    from qstar.output import OutputError
+    from qstar.run.output import OutputError
 
     disable_progress_bar()
     logging.disable_progress_bar()

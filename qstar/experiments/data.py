@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from qstar import Pair
-from qstar.decode import DecodeOptions, Decoder, Sample
+from qstar.decode import Decoder
 from qstar.demo.problems import Problem, is_right, make_problem
 from qstar.pair import sample_seed
 from qstar.prompting import PromptFormat
 from qstar.rule import Rule
+from qstar.sample import DecodeOptions, Sample
 from qstar_kernels import QStarStep, qstar_sample
 from qstar_kernels.types import Settings
 

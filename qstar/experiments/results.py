@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from qstar.output import explained, json_line, replacing
+from qstar.run.output import explained, json_line, replacing
 
 PACKAGES = ("torch", "transformers", "trl", "numpy")
 

@@ -12,11 +12,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qstar import Pair
-from qstar.decode import Sample
 from qstar.demo.problems import Problem
 from qstar.experiments.data import PLAIN, RULES, answers, decoder_of, draw, held_out, kept_right, preferences, problems
 from qstar.experiments.pairs import enlarged, moved, shapes
 from qstar.experiments.training import Measure, dpo, ess_of, row, rows_of, sft, train
+from qstar.sample import Sample
 from qstar_kernels import qstar_sample
 
 GOAL = 2 / 3  # of the held-out KL at first: what the tokens needed are counted to
@@ -48,22 +48,22 @@ class Sizes:
 
 
 QUICK = Sizes(
-    main_tokens=400,
-    ablation_tokens=300,
-    held_out=8,
-    curve_points=2,
-    budget_steps=(1, 3),
-    small_widths=(32,),
-    small_problems=64,
-    small_tokens=200,
-    vocabularies=(2048, 8192),
-    repeats=3,
-    speculation_problems=4,
+    main_tokens=60,
+    ablation_tokens=40,
+    held_out=2,
+    curve_points=1,
+    budget_steps=(1, 2),
+    small_widths=(16,),
+    small_problems=16,
+    small_tokens=40,
+    vocabularies=(100, 1000),
+    repeats=1,
+    speculation_problems=2,
     enlargements=(1, 2),
-    drafts=(1, 4),
+    drafts=(1, 2),
     distances=(0.5, 1.0),
     rounds=2,
-    round_tokens=200,
+    round_tokens=40,
 )
 
 

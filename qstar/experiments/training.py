@@ -17,8 +17,8 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from qstar import Pair
-from qstar.decode import Sample
 from qstar.experiments.data import RULES, answers, held_out, right
+from qstar.sample import Sample
 from qstar.weights import effective_sample_size, log_weights, weights
 
 BATCH_SIZE = 16  # answers in a step

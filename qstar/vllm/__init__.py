@@ -10,11 +10,32 @@ import multiprocessing
 import os
 import signal
 import threading
+from argparse import Namespace
 
 ARCHITECTURE = "QStarPairForCausalLM"
 WORKER = "qstar.vllm.worker.PairWorker"
 DUAL_PROMPTS = "with --backend vllm both models see one prompt; use --backend transformers for prompts that differ"
 SERVER = "QSTAR_SERVER"  # set in the environment of a server and so of its engine
+# arguments of vLLM's engine that say where it runs and how much at once
+PLACEMENT = frozenset(
+    "block_size cpu_offload_gb distributed_executor_backend enable_chunked_prefill enable_prefix_caching enforce_eager "
+    "gpu_memory_utilization kv_cache_memory_bytes max_num_batched_tokens max_num_seqs num_gpu_blocks_override "
+    "tensor_parallel_size".split()
+)
+
+
+def refuse(args: Namespace) -> None:
+    """Refuse the command line of a pair whose models see different prompts.
+
+    Raises:
+        ValueError: they would.
+    """
+    if args.t_hint_field is not None:
+        raise ValueError(f"--t-hint-field: {DUAL_PROMPTS}")
+    if args.theta_system_prompt != args.t_system_prompt:
+        raise ValueError(f"--theta-system-prompt and --t-system-prompt differ: {DUAL_PROMPTS}")
+    if (args.theta_template_kwargs or {}) != (args.t_template_kwargs or {}):
+        raise ValueError(f"--theta-template-kwargs and --t-template-kwargs differ: {DUAL_PROMPTS}")
 
 
 def register() -> None:

@@ -1,6 +1,7 @@
 """A vLLM engine that holds a pair, behind the interface of the transformers backend."""
 
 import os
+from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import count, islice
@@ -10,9 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from qstar.decode import DecodeOptions, Ending, Request, Sample
-from qstar.output import OutputError
 from qstar.pair import Pair
+from qstar.sample import DecodeOptions, Ending, Request, Sample
 from qstar.speculate import Tally
 from qstar.vllm import ARCHITECTURE, DUAL_PROMPTS, WORKER, register
 from qstar.vllm.params import PREFIX, numbers_key, of_any_rank, rule_fields
@@ -106,6 +106,18 @@ class EnginePair(Pair):
         return EngineDecoder(self, options)
 
 
+def load(args: Namespace) -> EnginePair:
+    """The pair of a command line."""
+    return EnginePair(
+        args.model_theta,
+        args.model_t,
+        dtype=args.dtype,
+        max_num_seqs=args.batch_size,
+        trust_remote_code=args.trust_remote_code,
+        options=args.vllm_options,
+    )
+
+
 def engine_options(pair: Pair, dtype: str = "auto", rule: dict[str, Any] | None = None) -> dict[str, Any]:
     """Arguments of `vllm.EngineArgs` that make its model the pair.
 
@@ -166,7 +178,7 @@ class EngineDecoder:
 
         Raises:
             ValueError: a request has two prompts.
-            OutputError: the engine died.
+            ChildProcessError: the engine died.
         """
         from vllm.exceptions import VLLMValidationError
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -193,7 +205,7 @@ class EngineDecoder:
                     self._fill(sample, numbers.get(numbers_key(name), []))
                     yield sample
         except EngineDeadError as error:
-            raise OutputError(f"the vLLM engine died, what is on disk is kept: {error}") from error
+            raise ChildProcessError(f"the vLLM engine died, what is on disk is kept: {error}") from error
         finally:
             if live:  # the caller wants no more
                 self.engine.abort_request(list(live))

@@ -25,9 +25,8 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling.handlers.exception import exception_handler
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
-from qstar.decode import FIELDS, Sample
-from qstar.decode import Request as SampleRequest
-from qstar.formats import finite
+from qstar.sample import Request as SampleRequest
+from qstar.sample import Sample, finite
 from qstar.vllm.params import (
     ELSEWHERE,
     FORCED,
@@ -39,6 +38,7 @@ from qstar.vllm.params import (
     of_any_rank,
     rule,
 )
+from qstar_kernels.types import FIELDS
 
 HANDLERS = {  # by their place in the state of vLLM's application
     "openai_serving_chat": "create_chat_completion",

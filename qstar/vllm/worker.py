@@ -13,8 +13,8 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample.sampler import Sampler
 
-from qstar.decode import FIELDS
 from qstar.rule import Rule
+from qstar.sample import numbers_of
 from qstar.vllm.params import Asked
 from qstar_kernels import QStarStep, Status
 
@@ -103,8 +103,7 @@ class PairSampler(Sampler):
 
     def keep(self, step: QStarStep, rows: list[ROW]) -> None:
         """Keep the numbers of a step for the requests that want them."""
-        numbers = torch.stack([getattr(step, name).double() for name in ("token", "status", *FIELDS)], -1)
-        for (asked, position), of_row in zip(rows, numbers.unbind(), strict=True):
+        for (asked, position), of_row in zip(rows, numbers_of(step).unbind(), strict=True):
             if asked.key is not None:
                 kept = self.numbers.setdefault(asked.key, [])
                 kept[position:] = [of_row]  # a prompt's chunk before the last draws a token too, and it is dropped

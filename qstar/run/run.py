@@ -9,114 +9,31 @@ import json
 import sys
 import time
 from abc import ABC, abstractmethod
-from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import fields, replace
 from itertools import islice
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from transformers.utils import logging
 
-from qstar.arguments import Job, data_source, failed
-from qstar.batch import COMPLETIONS
-from qstar.checkpoints import written_since
-from qstar.data import Prompt
-from qstar.decode import DecodeOptions, Request
-from qstar.formats import Finished, Key, sample_line
-from qstar.output import OutputError
+from qstar.backends import load_pair
+from qstar.data.batch import COMPLETIONS
+from qstar.data.prompts import Prompt
 from qstar.pair import Pair
 from qstar.prompting import PromptError
+from qstar.run.checkpoints import written_since
+from qstar.run.formats import Finished, Key, sample_line
+from qstar.run.job import Job, data_source
+from qstar.run.options import failed
+from qstar.run.output import OutputError
+from qstar.run.summary import Summary, progress_bar, tell
+from qstar.sample import DecodeOptions, Request
 from qstar.speculate import Tally
 
 BLOCK_BATCHES = 16  # a block's length in batches: a longer one drains its last batch less often, a resume repeats more
-SHOWN = 3  # samples that the report shows
-FAR_APART_KL = 0.5  # nats a token: above it q* lies where both models find little
-BANDS = {"ESS ratio": (0.9, 1.1), "|ΔKL|": (0.0, 0.05), "α": (0.2, 0.8)}
-
-
-@dataclass
-class Summary:
-    """Running figures over the tokens of a run, its first samples (row, number, id, question and answer of each), and
-    notes for the user.
-
-    JSON has all of it, so that other processes can send theirs.
-    """
-
-    samples: int = 0
-    tokens: int = 0
-    alpha: float = 0.0
-    kl: float = 0.0
-    gap: float = 0.0
-    ratio: float = 0.0
-    ratio_tokens: int = 0
-    inside: dict[str, int] = field(default_factory=lambda: dict.fromkeys(BANDS, 0))
-    first: list[list[Any]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def note(self, notes: Iterable[str]) -> None:
-        """Add what the user is to be told, once."""
-        self.notes = sorted({*self.notes, *notes})
-
-    def add(self, done: Finished) -> None:
-        fields = done.sample.fields
-        self.samples += 1
-        self.tokens += len(done.sample.token_ids)
-        for alpha, kl, kl_t, ess_theta, ess_t in zip(
-            *(fields[name] for name in ("alpha", "kl_theta", "kl_t", "ess_theta", "ess_t")), strict=True
-        ):
-            self.alpha += alpha
-            self.kl += max(kl, kl_t)
-            self.gap += abs(kl - kl_t)
-            seen = {"|ΔKL|": abs(kl - kl_t), "α": alpha}
-            if ess_t > 0:
-                seen["ESS ratio"] = ess_theta / ess_t
-                self.ratio += ess_theta / ess_t
-                self.ratio_tokens += 1
-            for name, value in seen.items():
-                low, high = BANDS[name]
-                self.inside[name] += low <= value <= high
-        answer = done.messages[-1]["content"]
-        question = next((m["content"] for m in reversed(done.messages) if m["role"] == "user"), "")
-        # by prompt, not by who finished first: those are the short ones
-        self.first = sorted([*self.first, [*done.key, done.id, question, answer]])[:SHOWN]
-
-    def merge(self, other: "Summary") -> None:
-        """Add another part of the run."""
-        for name, value in vars(other).items():
-            if isinstance(value, (int, float)):
-                setattr(self, name, getattr(self, name) + value)
-        for name in BANDS:
-            self.inside[name] += other.inside[name]
-        self.first = sorted([*self.first, *other.first])[:SHOWN]
-        self.note(other.notes)
-
-    @property
-    def mean_kl(self) -> float:
-        return self.kl / max(1, self.tokens)
-
-    def figures(self, seconds: float) -> str:
-        """The progress bar's figures after so many seconds."""
-        alpha = self.alpha / max(1, self.tokens)
-        return f"{self.tokens / seconds:.0f} tokens/s  α {alpha:.3f}  KL {self.mean_kl:.4f}"
-
-    def table(self) -> Table:
-        table = Table(title=f"q* over {self.tokens} tokens of this run", title_justify="left")
-        for column in ("", "mean a token", "band", "tokens inside"):
-            table.add_column(column, justify="right" if column else "left")
-        n = max(1, self.tokens)
-        means = {"ESS ratio": self.ratio / max(1, self.ratio_tokens), "|ΔKL|": self.gap / n, "α": self.alpha / n}
-        for name, mean in means.items():
-            low, high = BANDS[name]
-            band = f"< {high:g}" if low == 0 else f"{low:g} to {high:g}"
-            table.add_row(name, f"{mean:.4g}", band, f"{self.inside[name] / n:.1%}")
-        table.add_row("KL (nats)", f"{self.mean_kl:.4g}", f"< {FAR_APART_KL:g}", "")
-        return table
 
 
 class Run(ABC):
@@ -128,20 +45,13 @@ class Run(ABC):
         for side, (prompt_format, tokenizer) in self.formats.items():
             if unread := prompt_format.unread(tokenizer, prompt_format.template_kwargs):
                 raise ValueError(f"--{side}-template-kwargs: the chat template of {side} does not read {unread[0]!r}")
-        self.of_run = self.options()
+        # which q* it is, how much of it at once, and where it ends, as far as the command has options for it
+        said = {f.name: getattr(job.args, f.name, None) for f in fields(DecodeOptions)} | {"settings": job.settings}
+        said = {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
+        self.of_run = DecodeOptions(**{name: value for name, value in said.items() if value is not None})
         self.decoders = {self.of_run: pair.decoder(self.of_run)}
         self.summary, self.failed_prompts = Summary(), set()
         self.summary.note(pair.notes)
-
-    def options(self) -> DecodeOptions:
-        """Which q* it is, and how much of it at once."""
-        args = self.job.args
-        return DecodeOptions(
-            self.job.settings,
-            args.batch_size,
-            force_t_first_token=args.force_t_first_token,
-            force_t_special_tokens=args.force_t_special_tokens,
-        )
 
     def decoder(self, prompt: Prompt) -> Any:
         """The decoder for a prompt: the run's, or one with what the row itself asks for.
@@ -193,6 +103,14 @@ class Run(ABC):
             while order and order[0] in early:
                 if (done := early.pop(order.popleft())) is not None:
                     yield done
+
+    def write(self, block: list[Any]) -> Iterator[Finished]:
+        """Do a block and put what is not on disk yet there, sample by sample."""
+        for done in self.in_order(block):
+            if done.key not in self.output.done:
+                self.output.write(done, self.line(done))
+            self.summary.add(done)
+            yield done
 
     def request(
         self, key: Key, prompt: Prompt, messages: list[dict[str, Any]], seed: int, max_new_tokens: int
@@ -247,12 +165,9 @@ class Run(ABC):
             for block in blocks(self.items(), BLOCK_BATCHES * self.job.args.batch_size):
                 if all(item.key in self.output.done for item in block):
                     continue
-                for done in self.in_order(block):
-                    if done.key not in self.output.done:
-                        self.output.write(done, self.line(done))
-                        progress.advance(task)
-                    self.summary.add(done)
-                    progress.update(task, figures=self.summary.figures(time.time() - start))
+                for _ in self.write(block):
+                    figures = self.summary.figures(time.time() - start)
+                    progress.update(task, completed=len(self.output.done), figures=figures)
             progress.update(task, total=len(self.output.done))
         self.output.finish(data_source(self.job.args))
         self.report(time.time() - start, before)
@@ -282,65 +197,6 @@ def say_resuming(console: Console, job: Job, done: str) -> None:
                 "fingerprint is the same, which of so large a model is one of samples: if they are not a copy of what "
                 "was there, choose another --output."
             )
-
-
-def progress_bar(console: Console) -> Progress:
-    """A bar over the samples of a run; its task has a field `figures`."""
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(TextColumn("samples"), *columns, console=console)
-
-
-def tell(console: Console, summary: Summary, tables: Iterable[Table]) -> None:
-    """Print the summary, with a warning where the pair is far apart, the other tables, and the first samples."""
-    if summary.tokens:
-        console.print(summary.table())
-    if summary.mean_kl > FAR_APART_KL:
-        console.print(
-            f"[bold]Warning:[/] the pair is far apart ({summary.mean_kl:.2f} nats a token): q* spreads onto "
-            "tokens that both models find unlikely. See «When the pair is far apart» in docs/guide.md."
-        )
-    for note in summary.notes:
-        console.print(f"[bold]Warning:[/] {escape(note)}")  # a token may look like markup
-    for table in tables:
-        console.print(table)
-    for *_, name, question, answer in summary.first:
-        console.print(f"\n[bold]{name}[/]", highlight=False)
-        console.print(f"user: {question}\nq*: {answer}", markup=False, highlight=False)
-
-
-def load_pair(args: Namespace) -> Pair:
-    """The pair that a command line names, on the backend that it names."""
-    logging.disable_progress_bar()
-    if args.backend == "vllm":
-        from qstar.vllm.engine import EnginePair  # vLLM takes its time to import, and need not be there
-
-        return EnginePair(
-            args.model_theta,
-            args.model_t,
-            dtype=args.dtype,
-            max_num_seqs=args.batch_size,
-            trust_remote_code=args.trust_remote_code,
-            options=args.vllm_options,
-        )
-    return Pair.from_pretrained(
-        args.model_theta,
-        args.model_t,
-        draft=args.draft,
-        revision_theta=args.revision_theta,
-        revision_t=args.revision_t,
-        dtype=args.dtype,
-        device=args.device,
-        device_map=args.device_map,
-        attn_implementation=args.attn_implementation,
-        load_in_4bit=args.load_in_4bit,
-        trust_remote_code=args.trust_remote_code,
-    )
 
 
 def blocks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

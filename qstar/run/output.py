@@ -19,8 +19,8 @@ from typing import IO, Any
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-from qstar.data import Prompt
-from qstar.formats import Finished, Key, diagnostics_line, key_of, parquet_row, schema_of, table_of, verl_row
+from qstar.data.prompts import Prompt
+from qstar.run.formats import Finished, Key, diagnostics_line, key_of, parquet_row, schema_of, table_of, verl_row
 
 FIRST_START = "first start"  # the name of its moment beside the settings
 FORMATS = {"jsonl": ".jsonl", "openai-batch": ".jsonl", "parquet": ".parquet", "verl": ".parquet"}
@@ -166,7 +166,8 @@ class Output:
         if self.journal == self.path or not self.done:
             return
         row = parquet_row if self.format == "parquet" else lambda line: verl_row(line, data_source)
-        offsets = sorted((key, start) for key, start in line_starts(self.journal))
+        keys, ends = zip(*complete_lines(self.journal), strict=True)
+        offsets = sorted(zip(keys, (0, *ends[:-1]), strict=True))  # where each line starts, in the order of the prompts
         with (
             explained(Path(f"{self.path}.tmp"), "all samples are safe in the journal"),
             self.journal.open("rb") as file,
@@ -213,7 +214,9 @@ def check_settings(path: Path | str, before: dict[str, Any], now: dict[str, Any]
     """
     for name in [*now, *(before.keys() - now.keys() - {FIRST_START})]:
         unknown = name.startswith("weights of ") and ":" not in str(before.get(name))
-        if unknown or before.get(name) != now.get(name):
+        # what one of the two did not know yet says nothing, as an empty object does
+        was, is_now = (None if settings.get(name) == {} else settings.get(name) for settings in (before, now))
+        if unknown or was != is_now:
             if unknown:
                 raise OutputError(
                     f"{path} was started when not every tensor of the {name} was looked at, or its commit not known, "
@@ -248,14 +251,6 @@ def complete_lines(path: Path) -> Iterator[tuple[Key, int]]:
                 yield key_of(json.loads(line)), end
             except (ValueError, KeyError, TypeError, AttributeError):
                 broken = number
-
-
-def line_starts(path: Path) -> Iterator[tuple[Key, int]]:
-    """The sample of each complete line and the offset of its start."""
-    start = 0
-    for key, end in complete_lines(path):
-        yield key, start
-        start = end
 
 
 def json_line(line: dict[str, Any]) -> bytes:

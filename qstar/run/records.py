@@ -11,11 +11,16 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from qstar.decode import FIELDS
-from qstar.formats import key_of
+from qstar.data.answers import Answer
+from qstar.data.batch import Asked, asked_by
+from qstar.data.files import DataError, sha256
+from qstar.data.prompts import Prompt
+from qstar.run.formats import key_of
+from qstar_kernels.types import FIELDS
 
 # What null stands for where JSON has no number; nothing else is ever null
 NULL = {"logq": -math.inf, "logp_theta": -math.inf, "logp_t": -math.inf, "kl_theta": math.inf, "kl_t": math.inf}
@@ -43,7 +48,7 @@ class Record:
 
     @property
     def tokens(self) -> dict[str, list]:
-        """Arrays with one entry a token: `id` and each of `qstar.decode.FIELDS` (null stands for `NULL`)."""
+        """Arrays with one entry a token: `id` and each of `qstar_kernels.types.FIELDS` (null stands for `NULL`)."""
         return self.diagnostics["tokens"]
 
 
@@ -128,3 +133,52 @@ class RunFiles:
                         f"line {number} of {path} is not what qstar.generate or qstar.score writes"
                     ) from None
                 yield line
+
+
+@dataclass(frozen=True)
+class RunAnswers:
+    """The samples that a run wrote, with their tokens: nothing is encoded again.
+
+    `uses_parameters`: the requests that they answer had their own settings.
+    """
+
+    files: RunFiles
+    limit: int | None = None
+    uses_parameters: bool = False
+
+    @property
+    def description(self) -> str:
+        return f"samples of a run, with the tokens in {self.files.diagnostics}"
+
+    @property
+    def columns(self) -> list[str]:
+        return []
+
+    @property
+    def fingerprint(self) -> str:
+        return " ".join(sha256([file]) for file in (self.files.samples, self.files.diagnostics))
+
+    def count(self) -> int | None:
+        return None
+
+    def __iter__(self) -> Iterator[Answer]:
+        try:
+            for record in islice(self.files, self.limit):
+                line, numbers = record.line, record.diagnostics
+                number = line["id"].removesuffix(f"-{line['sample_index']}")
+                metadata = line.get("metadata") or {}
+                body = metadata.get("body")
+                if self.uses_parameters and not isinstance(body, dict):
+                    raise RecordError(f"sample {line['id']!r} of {self.files.samples} lacks the `body` of its request")
+                asked = asked_by(body) if self.uses_parameters else Asked()
+                yield Answer(
+                    Prompt(line["prompt_index"], number, line["messages"][:-1], [], metadata, None, asked=asked),
+                    line["sample_index"],
+                    line["messages"][-1]["content"],
+                    line["finish_reason"],
+                    numbers["tokens"]["id"],
+                    numbers["prompt_ids_theta"],
+                    numbers["prompt_ids_t"],
+                )
+        except RecordError as error:
+            raise DataError(str(error)) from error

@@ -23,7 +23,7 @@ import pyarrow.parquet
 from datasets.utils.logging import disable_progress_bar
 
 from qstar.conversation import kind
-from qstar.files import (
+from qstar.data.files import (
     CONFIG,
     SPLIT,
     TEXT_EXTENSIONS,
@@ -123,7 +123,7 @@ def open_rows(
     """Opens files, folders and hub datasets.
 
     Args:
-        names, split, config, limit: as in `qstar.data.load_prompts`.
+        names, split, config, limit: as in `qstar.data.prompts.load_prompts`.
         is_row: whether an object is a row itself; a JSON document that is none may hold the list of rows.
 
     Returns:

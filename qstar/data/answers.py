@@ -1,18 +1,15 @@
-"""Answers that are there already: what stands beside the prompts of a dataset, or what a run wrote."""
+"""Answers that are there already, beside the prompts of a dataset (those of a run are in `qstar.run.records`)."""
 
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from qstar.batch import Asked, asked_by
 from qstar.conversation import WRITTEN, column_of, is_turn, kind, read_turns, text_of, turns_in
-from qstar.data import ANSWER_COLUMNS, PEEK_ROWS, Prompt, PromptSource
-from qstar.files import DataError, sha256
-from qstar.records import RecordError, RunFiles
+from qstar.data.files import DataError
+from qstar.data.prompts import ANSWER_COLUMNS, PEEK_ROWS, Prompt, PromptSource
 
-REFERENCE = "reference_messages"  # the assistant's turns at the end, see `qstar.data.Prompt`
+REFERENCE = "reference_messages"  # the assistant's turns at the end, see `qstar.data.prompts.Prompt`
 
 
 @dataclass(frozen=True)
@@ -97,63 +94,6 @@ class DatasetAnswers:
                     yield Answer(prompt, index, answer, reason)
                 else:
                     yield Answer(prompt, index, text_of(answer["content"]), reason, message=answer)
-
-
-@dataclass(frozen=True)
-class RunAnswers:
-    """The samples that a run wrote, with their tokens: nothing is encoded again.
-
-    `uses_parameters`: the requests that they answer had their own settings.
-    """
-
-    files: RunFiles
-    limit: int | None = None
-    uses_parameters: bool = False
-
-    @property
-    def description(self) -> str:
-        return f"samples of a run, with the tokens in {self.files.diagnostics}"
-
-    @property
-    def columns(self) -> list[str]:
-        return []
-
-    @property
-    def fingerprint(self) -> str:
-        return " ".join(sha256([file]) for file in (self.files.samples, self.files.diagnostics))
-
-    def count(self) -> int | None:
-        return None
-
-    def __iter__(self) -> Iterator[Answer]:
-        try:
-            for record in itertools.islice(self.files, self.limit):
-                line, numbers = record.line, record.diagnostics
-                number = line["id"].removesuffix(f"-{line['sample_index']}")
-                metadata = line.get("metadata") or {}
-                body = metadata.get("body")
-                if self.uses_parameters and not isinstance(body, dict):
-                    raise RecordError(f"sample {line['id']!r} of {self.files.samples} lacks the `body` of its request")
-                asked = asked_by(body) if self.uses_parameters else Asked()
-                yield Answer(
-                    Prompt(line["prompt_index"], number, line["messages"][:-1], [], metadata, None, asked=asked),
-                    line["sample_index"],
-                    line["messages"][-1]["content"],
-                    line["finish_reason"],
-                    numbers["tokens"]["id"],
-                    numbers["prompt_ids_theta"],
-                    numbers["prompt_ids_t"],
-                )
-        except RecordError as error:
-            raise DataError(str(error)) from error
-
-
-def is_run(dataset: str) -> bool:
-    """Whether a file is one of those that a run wrote, together with its diagnostics."""
-    try:
-        return Path(dataset).is_file() and RunFiles(dataset) is not None
-    except RecordError:
-        return False
 
 
 def _under(row: Any, path: str) -> Any:

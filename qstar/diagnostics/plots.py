@@ -20,14 +20,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from qstar.run import BANDS
+from qstar.weights import BANDS
 
 Fields = Mapping[str, np.ndarray]
 BINS = 60
 POSITION_BINS = 80
 KL_FLOOR = 1e-6  # nats: float32 logits say little below it
 LABELS = {"alpha": "α, the weight of π_θ", "kl": "KL, the larger of the two (nats)", "ess_ratio": "ESS_θ / ESS_t"}
-BAND_OF = {"alpha": "α", "ess_ratio": "ESS ratio"}
+BAND_OF = {quantity: (low, high) for quantity, low, high in BANDS.values()}
 COLORS = ("#3b76d6", "#d9730d", "#2f9e62", "#a34fc4", "#c23b4b", "#0f93a6")
 DENSITY = {False: ("#c3d6fb", "#3b76d6", "#0c2450"), True: ("#2d4c86", "#7ba7f7", "#f4f8ff")}  # few to many, by dark
 TICKS = {  # of an axis that reaches from 1/key to key
@@ -40,27 +40,16 @@ PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.3g}%")
 INK = {False: ("#1f2328", "#5b6472", "#d6dae0"), True: ("#e6e8eb", "#a5aeb9", "#3a414b")}  # text, ticks, lines by dark
 
 
-def token_values(fields: Fields) -> dict[str, np.ndarray]:
-    """The three quantities that are plotted, [tokens] each: `alpha`, `kl` (the larger of the two) and `ess_ratio`.
-
-    Args:
-        fields: `alpha`, `kl_theta`, `kl_t`, `ess_theta`, `ess_t`, [tokens] each.
-    """
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = fields["ess_theta"] / fields["ess_t"]
-    return {"alpha": fields["alpha"], "kl": np.maximum(fields["kl_theta"], fields["kl_t"]), "ess_ratio": ratio}
-
-
 def distribution(files: Mapping[str, Fields], quantity: str, dark: bool = False) -> Figure:
     """The distribution of a quantity over tokens: a step histogram for each file, and the band that is aimed at.
 
     Args:
-        files: by name, the arrays that `token_values` takes.
+        files: by name, the arrays of `LABELS`.
         quantity: a key of `LABELS`.
         dark: colours for a dark page.
     """
     figure, (ax,) = canvas(dark)
-    values = [token_values(fields)[quantity] for fields in files.values()]
+    values = [fields[quantity] for fields in files.values()]
     drawn = [v[np.isfinite(v) & ((quantity != "ess_ratio") | (v > 0))] for v in values]
     low, high = 0.0, 1.0
     if quantity == "kl":
@@ -78,7 +67,7 @@ def distribution(files: Mapping[str, Fields], quantity: str, dark: bool = False)
     if quantity == "ess_ratio":
         plain_ticks(ax.xaxis, low, high)
     if quantity in BAND_OF:
-        ax.axvspan(*BANDS[BAND_OF[quantity]], color=INK[dark][1], alpha=0.1, linewidth=0)
+        ax.axvspan(*BAND_OF[quantity], color=INK[dark][1], alpha=0.1, linewidth=0)
     ax.set(xlabel=LABELS[quantity], ylabel="share of tokens", xlim=(low, high), ylim=(0, None))
     ax.yaxis.set_major_formatter(PERCENT)
     note_left_out(ax, sum(map(len, values)) - sum(map(len, drawn)), dark)
@@ -92,8 +81,7 @@ def alpha_against_ess_ratio(fields: Fields, dark: bool = False) -> Figure:
     Where the two KLs agree the ESS ratio need not be 1: the two rules for α are not equivalent.
     """
     figure, (ax,) = canvas(dark)
-    values = token_values(fields)
-    alpha, ratio = values["alpha"], values["ess_ratio"]
+    alpha, ratio = fields["alpha"], fields["ess_ratio"]
     keep = np.isfinite(alpha) & np.isfinite(ratio) & (ratio > 0)
     low, high = ratio_range([ratio[keep]])
     if keep.any():
@@ -117,20 +105,20 @@ def along_position(files: Mapping[str, Fields], dark: bool = False) -> Figure:
     """Mean and middle half of α and KL by position in the answer, and how many samples reach that far.
 
     Args:
-        files: by name, the arrays that `token_values` takes, and `position` from 0, int [tokens].
+        files: by name, the arrays of `LABELS`, and `position` from 0, int [tokens].
         dark: colours for a dark page.
     """
     figure, (ax_alpha, ax_kl, ax_count) = canvas(dark, heights=(3, 3, 2))
     end = 1 + max(int(fields["position"].max()) for fields in files.values())
     width = -(-end // POSITION_BINS)
     for color, fields in zip(cycle(COLORS), files.values(), strict=False):
-        values, position = token_values(fields), fields["position"].astype(np.int64)
+        position = fields["position"].astype(np.int64)
         order = np.argsort(position, kind="stable")
         bins = position[order] // width
         cuts = np.flatnonzero(np.diff(bins)) + 1
         x = (bins[np.r_[0, cuts]] + 0.5) * width
         for ax, quantity in ((ax_alpha, "alpha"), (ax_kl, "kl")):
-            parts = (v[np.isfinite(v)] for v in np.split(values[quantity][order], cuts))
+            parts = (v[np.isfinite(v)] for v in np.split(fields[quantity][order], cuts))
             band = [(*np.quantile(v, (0.25, 0.75)), v.mean()) if len(v) else (np.nan,) * 3 for v in parts]
             low, high, mean = np.array(band).T
             ax.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)

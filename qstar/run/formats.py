@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from qstar.batch import COMPLETIONS, RESPONSES
-from qstar.data import Prompt
-from qstar.decode import FIELDS, Sample
-from qstar.speculate import Tally
-from qstar_kernels.types import OF_TOKEN
+from qstar.data.batch import COMPLETIONS, RESPONSES
+from qstar.data.prompts import TRUTH_COLUMNS, Prompt
+from qstar.sample import Sample, finite
+from qstar.weights import derived
+from qstar_kernels.types import OF_ROW, OF_TOKEN
 
 Key = tuple[int, int]  # prompt_index, sample_index
 
@@ -42,11 +42,6 @@ def short(values: list[float]) -> list[float | None]:
     return [float(str(x)) if np.isfinite(x) else None for x in np.asarray(values, dtype=np.float32)]
 
 
-def finite(value: float) -> float | None:
-    """The value as JSON has it: null for −inf."""
-    return float(value) if np.isfinite(value) else None
-
-
 def sample_line(done: Finished) -> dict[str, Any]:
     """The line of format `jsonl`."""
     return {
@@ -62,11 +57,10 @@ def sample_line(done: Finished) -> dict[str, Any]:
 
 def diagnostics_line(done: Finished) -> dict[str, Any]:
     """The line of `x.diagnostics.jsonl`; all in nats, per-token arrays under `tokens`."""
-    sample, fields = done.sample, {name: np.asarray(done.sample.fields[name]) for name in FIELDS}
-    alpha, kl_theta, kl_t = fields["alpha"], fields["kl_theta"], fields["kl_t"]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = fields["ess_theta"] / fields["ess_t"]
-    ratio = ratio[np.isfinite(ratio)]  # a model with mass outside q*'s support has ESS 0
+    sample, fields = done.sample, {name: np.asarray(values) for name, values in done.sample.fields.items()}
+    fields |= derived(fields)
+    alpha, ratio, tally = fields["alpha"], fields["ess_ratio"][~np.isnan(fields["ess_ratio"])], sample.tally
+    drafts = {"verify_passes": tally.passes, "drafted": tally.drafted, "accepted": tally.accepted}
     return {
         "id": done.id,
         "prompt_index": done.prompt.index,
@@ -76,26 +70,21 @@ def diagnostics_line(done: Finished) -> dict[str, Any]:
         "alpha_std": alpha.std(),
         "alpha_min": alpha.min(),
         "alpha_max": alpha.max(),
-        "kl_theta_mean": kl_theta.mean(),
-        "kl_t_mean": kl_t.mean(),
-        "kl_gap_max": np.abs(kl_theta - kl_t).max(),
+        "kl_theta_mean": fields["kl_theta"].mean(),
+        "kl_t_mean": fields["kl_t"].mean(),
+        "kl_gap_max": fields["kl_gap"].max(),
         "ess_theta_mean": fields["ess_theta"].mean(),
         "ess_t_mean": fields["ess_t"].mean(),
         "ess_ratio_mean": ratio.mean() if len(ratio) else None,
         "ess_ratio_std": ratio.std() if len(ratio) else None,
         **{f"{name}_sum": finite(fields[name].sum()) for name in OF_TOKEN},
-        **(drafts(sample.tally) if sample.tally.drafted else {}),
+        **(drafts if tally.drafted else {}),
         "prompt_ids_theta": sample.request.ids_theta,
         "prompt_ids_t": sample.request.ids_t,
         "tokens": {"id": sample.token_ids}
-        | {name: short(sample.fields[name]) for name in FIELDS}
+        | {name: short(sample.fields[name]) for name in OF_TOKEN + OF_ROW}
         | {"status": sample.status},
     }
-
-
-def drafts(tally: Tally) -> dict[str, Any]:
-    """What speculative decoding did for a sample."""
-    return {"verify_passes": tally.passes, "drafted": tally.drafted, "accepted": tally.accepted}
 
 
 def openai_line(done: Finished, tokenizer, model: str, single: bool) -> dict[str, Any]:
@@ -191,42 +180,21 @@ def usage(sample: Sample) -> dict[str, int]:
     return {"prompt_tokens": used, "completion_tokens": drawn, "total_tokens": used + drawn}
 
 
-NOTHING = pa.null()
+NOTHING, TEXT, WHOLE = pa.null(), pa.string(), pa.int64()
 LONG = pa.decimal128(19)  # whole numbers among them that float64 has not
-MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+MESSAGES = pa.list_(pa.struct({"role": TEXT, "content": TEXT}))
+OF_SAMPLE = {"sample_index": WHOLE, "finish_reason": TEXT, "num_tokens": WHOLE, "metadata": TEXT}
 SCHEMAS = {
-    "parquet": pa.schema(
-        [
-            ("id", pa.string()),
-            ("prompt_index", pa.int64()),
-            ("sample_index", pa.int64()),
-            ("messages", MESSAGES),
-            ("finish_reason", pa.string()),
-            ("num_tokens", pa.int64()),
-            ("metadata", pa.string()),
-        ]
-    ),
+    "parquet": pa.schema({"id": TEXT, "prompt_index": WHOLE, "sample_index": WHOLE, "messages": MESSAGES} | OF_SAMPLE),
     "verl": pa.schema(
-        [
-            ("data_source", pa.string()),
-            ("prompt", MESSAGES),
-            ("response", pa.string()),
-            ("ability", pa.string()),
-            ("reward_model", pa.struct([("style", pa.string()), ("ground_truth", pa.string())])),
-            (
-                "extra_info",
-                pa.struct(
-                    [
-                        ("id", pa.string()),
-                        ("index", pa.int64()),
-                        ("sample_index", pa.int64()),
-                        ("finish_reason", pa.string()),
-                        ("num_tokens", pa.int64()),
-                        ("metadata", pa.string()),
-                    ]
-                ),
-            ),
-        ]
+        {
+            "data_source": TEXT,
+            "prompt": MESSAGES,
+            "response": TEXT,
+            "ability": TEXT,
+            "reward_model": pa.struct({"style": TEXT, "ground_truth": TEXT}),
+            "extra_info": pa.struct({"id": TEXT, "index": WHOLE} | OF_SAMPLE),
+        }
     ),
 }
 
@@ -257,9 +225,7 @@ def verl_row(line: dict[str, Any], data_source: str) -> dict[str, Any]:
     own = {name: line["metadata"][name] for name in OWN if line["metadata"].get(name) is not None}
     own = {name: value for name, value in own.items() if isinstance(value, dict) or name in ("data_source", "ability")}
     metadata = {name: value for name, value in line["metadata"].items() if name not in own}
-    truth = next(
-        (metadata[k] for k in ("answer", "solution", "completion", "output") if metadata.get(k) is not None), ""
-    )
+    truth = next((metadata[name] for name in TRUTH_COLUMNS if metadata.get(name) is not None), "")
     extra = {
         "id": line["id"],
         "index": line["prompt_index"],

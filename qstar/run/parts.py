@@ -1,6 +1,6 @@
 """A run's output in parts: a folder, here or on an object store, in which every part is whole or not there.
 
-A part is a block of consecutive samples (`qstar.run`), in `samples/part-000012.jsonl` (or `.parquet`), with its
+A part is a block of consecutive samples (`qstar.run.run`), in `samples/part-000012.jsonl` (or `.parquet`), with its
 `diagnostics/` and `errors/` under the same name; the samples are put there last, so a part that has them is complete,
 but for the prompts in its `errors/`.
 `manifest.json` holds the settings of the run and what is complete; while a part is in the works, `attempts/` knows how
@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from qstar.formats import SCHEMAS
-from qstar.output import FIRST_START, FORMATS, OutputError, check_settings, explained, locked, replacing
+from qstar.run.formats import SCHEMAS
+from qstar.run.output import FIRST_START, FORMATS, OutputError, check_settings, explained, locked, replacing
 
 # Of a part's samples: the types of verl's columns are those of all rows together, and what a row had before it got
 # them cannot be told any more. So its parts are lines, out of which `qstar.merge` makes the Parquet file.
@@ -34,13 +34,13 @@ class Parts:
 
     Args:
         url: the folder, a path or an URL that fsspec knows (`s3://…`, `gs://…`).
-        output_format: one of `qstar.output.FORMATS`.
+        output_format: one of `qstar.run.output.FORMATS`.
         save_diagnostics: parts have their diagnostics too.
         settings: everything that a resumed run must have in common with the first start.
 
     Attributes:
         done: numbers of the parts that are complete.
-        moment: of the first start, as `qstar.output.Output` has it.
+        moment: of the first start, as `qstar.run.output.Output` has it.
 
     Raises:
         OutputError: it cannot be written to, another process writes it, or it was started with other settings.

@@ -14,19 +14,6 @@ from dataclasses import dataclass, field
 from textwrap import shorten
 from typing import Any
 
-from qstar.batch import (
-    CHAT,
-    COMPLETIONS,
-    ENDPOINTS,
-    RESPONSES,
-    USED,
-    Asked,
-    asked_by,
-    check_whole,
-    endpoint_of,
-    read_items,
-    text_prompt,
-)
 from qstar.conversation import (
     RowError,
     as_text,
@@ -40,8 +27,21 @@ from qstar.conversation import (
     text_of,
     turns_in,
 )
-from qstar.files import DataError
-from qstar.rows import BadRow, Row, Rows, open_rows
+from qstar.data.batch import (
+    CHAT,
+    COMPLETIONS,
+    ENDPOINTS,
+    RESPONSES,
+    USED,
+    Asked,
+    asked_by,
+    check_whole,
+    endpoint_of,
+    read_items,
+    text_prompt,
+)
+from qstar.data.files import DataError
+from qstar.data.rows import BadRow, Row, Rows, open_rows
 
 # How many rows to look at for the columns: more than one, since the first may lack an optional column or be broken.
 PEEK_ROWS = 32
@@ -70,6 +70,8 @@ PAIRS = (("chosen", "rejected"), ("chosen_messages", "rejected_messages"))
 ANSWER_COLUMNS = tuple(
     "completion response responses chosen chosen_messages answer solution output instances.output".split()
 )
+# Of these, where rows have the short answer that a reward is computed from, in the order it is looked for.
+TRUTH_COLUMNS = ("answer", "solution", "completion", "output")
 # Columns that tell with the prompt's which schema it is.
 TELLING_COLUMNS = ("input", "context", "rejected", *ANSWER_COLUMNS)
 
@@ -94,7 +96,7 @@ class Prompt:
         error: why the row cannot be a prompt, else None.
         tools: what the model may call, as JSON schemas; None for nothing.
         template_kwargs: the row's own variables for the chat template.
-        endpoint: of an OpenAI batch request, one of `qstar.batch.ENDPOINTS`; a prompt for completions is a text without
+        endpoint: of an OpenAI batch request, one of `batch.ENDPOINTS`; a prompt for completions is a text without
             a template.
         asked: what such a request asks of sampling, where that is to be used.
     """

@@ -59,7 +59,7 @@ class File:
     def text(self) -> Iterator[TextIO]:
         """The unpacked text, line ends as they are and without a byte order mark.
 
-        Bytes that are not UTF-8 become lone surrogates, which no UTF-8 has: `qstar.rows` refuses the rows they are in.
+        Bytes that are not UTF-8 become lone surrogates, which no UTF-8 has: `rows` refuses the rows they are in.
         """
         with (
             self._bytes() as file,

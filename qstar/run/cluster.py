@@ -35,14 +35,16 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 from rich.console import Console
 
-from qstar.arguments import Job, data_source
-from qstar.checkpoints import fingerprint, revision
-from qstar.data import PromptSource
-from qstar.formats import verl_row
-from qstar.generate import Generate, Todo, draft_table, todo, total_samples
-from qstar.output import Output, OutputError
-from qstar.parts import Parts
-from qstar.run import BLOCK_BATCHES, Summary, blocks, load_pair, one_line_if_it_fails, progress_bar, say_resuming, tell
+from qstar.backends import BACKENDS, load_pair
+from qstar.data.prompts import PromptSource
+from qstar.run.checkpoints import fingerprint, revision
+from qstar.run.formats import Finished, verl_row
+from qstar.run.generating import Generate, Todo, todo, total_samples
+from qstar.run.job import Job, data_source
+from qstar.run.output import Output, OutputError
+from qstar.run.parts import Parts
+from qstar.run.run import BLOCK_BATCHES, blocks, one_line_if_it_fails, say_resuming
+from qstar.run.summary import Summary, draft_table, progress_bar, tell
 from qstar.speculate import Tally
 
 STARTS = 3  # times a part is begun before its prompts are tried alone, and again after that
@@ -74,6 +76,14 @@ class PartSource(Datasource):
 
         unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
         return [ReadTask(read, unknown)]
+
+
+class OfPart(Generate):
+    """The samples of a part, whose lines are rows already where the run writes for verl."""
+
+    def line(self, done: Finished) -> dict[str, Any]:
+        line, args = super().line(done), self.job.args
+        return verl_row(line, data_source(args)) if args.output_format == "verl" else line
 
 
 class Worker:
@@ -120,17 +130,15 @@ class Worker:
         self.parts.write_attempts(part, attempts)
         with TemporaryDirectory() as folder:
             path = Path(folder) / f"x{self.parts.suffix('samples')}"
-            form, source = "jsonl" if path.suffix == ".jsonl" else self.parts.format, data_source(self.job.args)
+            form = "jsonl" if path.suffix == ".jsonl" else self.parts.format
             with Output(path, form, self.parts.save_diagnostics, {}) as output:
                 run = self.run(output)
                 for item in items:
                     if item.prompt.index in aside:
                         run.fail(item.prompt, None, reason)
-                for done in run.in_order([item for item in items if item.prompt.index not in aside]):
-                    line = run.line(done)
-                    output.write(done, verl_row(line, source) if self.parts.format == "verl" else line)
-                    run.summary.add(done)
-                output.finish(source)
+                for _ in run.write([item for item in items if item.prompt.index not in aside]):
+                    pass
+                output.finish(data_source(self.job.args))
             self.parts.put_part(part, Path(folder))
         self.parts.write_attempts(part, None)
         return {"summary": asdict(run.summary), "drafts": asdict(run.tally), "failed": len(output.errors)}
@@ -154,7 +162,7 @@ class Worker:
                 alone[index] = 0
 
     def run(self, output: Output) -> Generate:
-        return Generate(replace(self.job, output=output), self.pair, Console(quiet=True))
+        return OfPart(replace(self.job, output=output), self.pair, Console(quiet=True))
 
 
 @contextmanager
@@ -285,7 +293,7 @@ def for_workers(job: Job) -> tuple[Job, Namespace]:
     for side, name in (("theta", models.model_theta), ("t", models.model_t)):
         known = parts.settings[f"weights of {side}"]
         # of a model on the hub transformers loads the commit that is known
-        if ":" in known and not (models.backend == "transformers" and revision(known)):
+        if ":" in known and not (BACKENDS[models.backend].pins and revision(known)):
             models.fingerprints[name] = known
     url = str(Path(parts.place[1]).resolve()) if parts.is_local else parts.url
     return replace(job.of_run(), prompts=None, output=Parts(url, parts.format, parts.save_diagnostics, {})), models

@@ -1,0 +1,1 @@
+"""Data in: the files of a dataset, their rows, and the prompts and answers in them."""
