@@ -30,7 +30,7 @@ import torch
 import triton
 
 from bench.calls import TRUNCATIONS, Call, Distinct, Side, compiled, covering, distinct, every_call
-from qstar_kernels.gpu.launch import CHUNK, Launch
+from qstar_kernels.gpu.launch import Launch
 from qstar_kernels.types import Settings
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")

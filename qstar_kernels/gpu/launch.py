@@ -40,9 +40,11 @@ def tile(bits: int, second: bool) -> dict[str, int]:
     The second sweep passes most rows by, and programs that do nothing are not free: it has fewer of them.
     """
     sub = 128 // bits
+    # 8 tokens at once leave the registers for the sums; more where only maxima are taken
+    groups, pieces, ahead, times = WARP // THREADS, 8 // sub, 16 // sub, 2 if second else 1
     if triton.knobs.runtime.interpret:  # its time goes by operations, not by elements
-        return {"GROUPS": 8, "PIECES": GROUP_SIZE // (THREADS * sub), "THREADS": THREADS, "SUB": sub}
-    return {"GROUPS": WARP // THREADS * (2 if second else 1), "PIECES": 4, "THREADS": THREADS, "SUB": sub}
+        groups, pieces, ahead, times = 8, *2 * [GROUP_SIZE // (THREADS * sub)], 1
+    return {"TIMES": times, "GROUPS": groups, "AHEAD": ahead, "PIECES": pieces, "THREADS": THREADS, "SUB": sub}
 
 
 def groups_of_a_row_program() -> int:
@@ -121,7 +123,7 @@ def plan(
     drawing = draw if draw is scratch.SAMPLED else scratch.NO_TOKEN
 
     first, second = (tile(8 * max(theta.element_size(), t.element_size()), again) for again in (False, True))
-    most = max(first["GROUPS"], second["GROUPS"])
+    most = second["GROUPS"] * second["TIMES"]
     partial = empty(rows, triton.cdiv(groups, most) * most, scratch.GROUP_COLUMNS.value)  # [B, groups, 32]
     masses = empty(rows, 2, groups, dtype=torch.float64)  # [B, 2, groups], logarithms and what they may be off by
     row = empty(rows, scratch.ROW_COLUMNS.value, dtype=torch.float64)  # [B, 17]
@@ -180,7 +182,7 @@ def plan(
     width = min(max(triton.next_power_of_2(groups), 32), 128)
     launches = []
     for again, shape in enumerate((first,) if settings.method == "fixed" else (first, second)):
-        blocks = triton.cdiv(groups, shape["GROUPS"])
+        blocks = triton.cdiv(groups, shape["GROUPS"] * shape["TIMES"])
         launches += [
             Launch(sweep_kernel, (rows, blocks), WARP, sweep | shape | {"SECOND": bool(again)}),
             Launch(settle_kernel, (rows,), width, settle | {"SECOND": bool(again)}),

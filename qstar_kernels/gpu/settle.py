@@ -21,6 +21,8 @@ R4 = tl.constexpr(1 / 24)
 R5 = tl.constexpr(1 / 120)
 R6 = tl.constexpr(1 / 720)
 R7 = tl.constexpr(1 / 5040)
+LN2_HIGH = tl.constexpr(0.6931471803691238)  # 33 bits of log 2, and the rest
+LN2_LOW = tl.constexpr(1.9082149292705877e-10)
 
 
 class Curve(NamedTuple):
@@ -31,6 +33,61 @@ class Curve(NamedTuple):
     moments: tl.tuple
     reach: tl.tensor
     lost: tl.tensor  # mass that may have underflowed, in parts of the group's
+
+
+@triton.jit
+def inverse(x):
+    """1/x in float64, of what float32 can hold: half of the instructions of a division, and no branch."""
+    y = (1.0 / x.to(tl.float32)).to(tl.float64)
+    y = y * (2 - x * y)
+    return y * (2 - x * y)
+
+
+@triton.jit
+def exp64(x):
+    """e^x in float64 without a branch, 0 below −700 and infinite above 700."""
+    n = tl.floor(x * scratch.LOG2E + 0.5)
+    n = tl.minimum(tl.maximum(n, -1020.0), 1020.0)
+    r = (x - n * LN2_HIGH) - n * LN2_LOW
+    p = r * (1 / 39916800) + 1 / 3628800
+    p = p * r + 1 / 362880
+    p = p * r + 1 / 40320
+    p = p * r + 1 / 5040
+    p = p * r + 1 / 720
+    p = p * r + 1 / 120
+    p = p * r + 1 / 24
+    p = p * r + 1 / 6
+    p = p * r + 1 / 2
+    p = (p * r + 1) * r + 1
+    scale = ((n.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
+    y = tl.where(x < -700, 0.0, p * scale)
+    return tl.where(x > 700, x * INF, y)
+
+
+@triton.jit
+def log64(x):
+    """log x in float64 without a branch, of x > 0 that is not denormal; −inf of 0."""
+    bits = x.to(tl.int64, bitcast=True)
+    high = ((bits >> 32) & 0xFFFFF) >= 0x6A09E  # the mantissa is √2 or more
+    exponent = (bits >> 52) - tl.where(high, 1022, 1023)
+    mantissa = (bits & 0xFFFFFFFFFFFFF) | tl.where(high, 0x3FE0000000000000, 0x3FF0000000000000)
+    m = mantissa.to(tl.float64, bitcast=True)  # from √½ to √2
+    z = (m - 1) * inverse(m + 1)
+    z2 = z * z
+    p = z2 * (2 / 21) + 2 / 19
+    p = p * z2 + 2 / 17
+    p = p * z2 + 2 / 15
+    p = p * z2 + 2 / 13
+    p = p * z2 + 2 / 11
+    p = p * z2 + 2 / 9
+    p = p * z2 + 2 / 7
+    p = p * z2 + 2 / 5
+    p = p * z2 + 2 / 3
+    p = (p * z2 + 2) * z
+    n = exponent.to(tl.float64)
+    y = n * LN2_HIGH + (n * LN2_LOW + p)
+    y = tl.where((x > 0) & (x < INF), y, tl.where(x == 0, -INF, x))
+    return tl.where(x < 0, float("nan"), y)
 
 
 @triton.jit
@@ -49,13 +106,98 @@ def sums_of_4(a, b, c, d):
 
 
 @triton.jit
-def shares_of(f):
-    """log Σ e^f of log-masses [G], and the shares of the sum [G]."""
-    top = tl.max(f)
-    top = tl.where(top > -INF, top, 0.0)
-    w = tl.exp(f - top)
-    mass = tl.sum(w)
-    return top + tl.log(mass), w / mass
+def sums_of_8(a, b, c, d, e, f, g, h):
+    """The sums of eight blocks [G], by one reduction."""
+    left = tl.join(tl.join(a, b), tl.join(c, d))  # [G, 2, 2]
+    right = tl.join(tl.join(e, f), tl.join(g, h))  # [G, 2, 2]
+    left, right = tl.split(tl.sum(tl.join(left, right), axis=0))  # [2, 2] each
+    first, second = tl.split(left)
+    third, fourth = tl.split(right)
+    a, b = tl.split(first)
+    c, d = tl.split(second)
+    e, f = tl.split(third)
+    g, h = tl.split(fourth)
+    return a, b, c, d, e, f, g, h
+
+
+@triton.jit
+def maxima_of_4(a, b, c, d):
+    """The maxima of four blocks [G], by one reduction."""
+    left, right = tl.split(tl.max(tl.join(tl.join(a, b), tl.join(c, d)), axis=0))
+    a, b = tl.split(left)
+    c, d = tl.split(right)
+    return a, b, c, d
+
+
+@triton.jit
+def moments_of(partial, first, COUNT: tl.constexpr, o, groups, inv_temperature):
+    """The mass [G] that the sums from column `first` on hold, the first `COUNT` moments of d about 0, and 1/mass."""
+    mass = tl.maximum(column(partial, first, o, groups), scratch.UNDERFLOW)
+    per = inverse(mass)
+    scale, moments = per, ()
+    for k in tl.static_range(COUNT):
+        scale *= inv_temperature
+        moments = moments + (column(partial, first + 1 + k, o, groups) * scale,)
+    return mass, moments, per
+
+
+@triton.jit
+def side_of(partial, first, lean, shift, grow, present, o, groups, inv_temperature):
+    """The `Curve` at 2 − c or −c, whose five sums begin at column `first`: four moments. `grow`: half the way from c."""
+    mass, raw, per = moments_of(partial, first, 4, o, groups, inv_temperature)
+    r1, r2, r3, r4 = raw
+    square = r1 * r1
+    moments = (
+        tl.maximum(r2 - square, 0.0),
+        r3 - r1 * (3 * r2 - 2 * square),
+        tl.maximum(r4 - r1 * (4 * r3 - r1 * (6 * r2 - 3 * square)), 0.0),
+    )
+    reach = column(partial, scratch.REACH, o, groups) * inv_temperature
+    f = tl.where(present, lean + log64(mass), -INF)
+    lost = exp64(tl.minimum(2 * grow * reach, 600.0)) * per * scratch.UNDERFLOW
+    return Curve(f, shift + r1, moments, reach + tl.abs(r1), lost)
+
+
+@triton.jit
+def center_of(partial, lean, shift, present, o, groups, inv_temperature):
+    """The `Curve` at c with six moments; the root of the mean square of d, and −log of the mass where it is small: [G]."""
+    mass, raw, per = moments_of(partial, scratch.MOMENTS, 6, o, groups, inv_temperature)
+    r1, r2, r3, r4, r5, r6 = raw
+    square = r1 * r1
+    moments = (
+        tl.maximum(r2 - square, 0.0),
+        r3 - r1 * (3 * r2 - 2 * square),
+        tl.maximum(r4 - r1 * (4 * r3 - r1 * (6 * r2 - 3 * square)), 0.0),
+        r5 - r1 * (5 * r4 - r1 * (10 * r3 - r1 * (10 * r2 - 4 * square))),
+        tl.maximum(r6 - r1 * (6 * r5 - r1 * (15 * r4 - r1 * (20 * r3 - r1 * (15 * r2 - 5 * square)))), 0.0),
+    )
+    reach = column(partial, scratch.REACH, o, groups) * inv_temperature
+    log_mass = log64(mass)
+    f = tl.where(present, lean + log_mass, -INF)
+    curve = Curve(f, shift + r1, moments, reach + tl.abs(r1), per * scratch.UNDERFLOW)
+    return curve, tl.sqrt(tl.maximum(r2, 0.0)), tl.maximum(-log_mass, 0.0)
+
+
+@triton.jit
+def row_moments(curve):
+    """Central moments 2 to 6 of d and the greatest |d − mean| of the whole row at c, from its groups' [G]."""
+    w = exp64(curve.f)
+    mass, mean, _w, _w = sums_of_4(w, w * curve.mean, w, w)
+    per = inverse(mass)
+    y = curve.mean - mean * per
+    c2, c3, c4, c5, c6 = curve.moments
+    m2, m3, m4, m5, m6, _w, _w, _w = sums_of_8(
+        w * (c2 + y * y),
+        w * (c3 + y * (3 * c2 + y * y)),
+        w * (c4 + y * (4 * c3 + y * (6 * c2 + y * y))),
+        w * (c5 + y * (5 * c4 + y * (10 * c3 + y * (10 * c2 + y * y)))),
+        w * (c6 + y * (6 * c5 + y * (15 * c4 + y * (20 * c3 + y * (15 * c2 + y * y))))),
+        w,
+        w,
+        w,
+    )
+    reach = tl.max(tl.where(w > 0, tl.abs(y) + curve.reach, 0.0))
+    return (m2 * per, m3 * per, m4 * per, m5 * per, m6 * per), reach
 
 
 @triton.jit
@@ -69,146 +211,117 @@ def exponential(moments, x):
 
 
 @triton.jit
-def side_of(partial, first, lean, shift, grow, present, o, groups, inv_temperature):
-    """The `Curve` at 2 − c or −c, whose five sums begin at column `first`: four moments. `grow`: half the way from c."""
-    mass = tl.maximum(column(partial, first, o, groups), scratch.UNDERFLOW)
-    scale = inv_temperature / mass
-    r1 = column(partial, first + 1, o, groups) * scale
-    scale *= inv_temperature
-    r2 = column(partial, first + 2, o, groups) * scale
-    scale *= inv_temperature
-    r3 = column(partial, first + 3, o, groups) * scale
-    r4 = column(partial, first + 4, o, groups) * scale * inv_temperature
-    square = r1 * r1
-    moments = (
-        tl.maximum(r2 - square, 0.0),
-        r3 - r1 * (3 * r2 - 2 * square),
-        tl.maximum(r4 - r1 * (4 * r3 - r1 * (6 * r2 - 3 * square)), 0.0),
-    )
-    reach = column(partial, scratch.REACH, o, groups) * inv_temperature
-    f = tl.where(present, lean + tl.log(mass), -INF)
-    lost = tl.exp(tl.minimum(2 * grow * reach, 600.0)) * scratch.UNDERFLOW / mass
-    return Curve(f, shift + r1, moments, reach + tl.abs(r1), lost)
-
-
-@triton.jit
-def center_of(partial, lean, shift, present, o, groups, inv_temperature):
-    """The `Curve` at c with six moments, and the root of the mean square of d [G]."""
-    mass = tl.maximum(column(partial, scratch.MOMENTS, o, groups), scratch.UNDERFLOW)
-    scale = inv_temperature / mass
-    r1 = column(partial, scratch.MOMENTS + 1, o, groups) * scale
-    scale *= inv_temperature
-    r2 = column(partial, scratch.MOMENTS + 2, o, groups) * scale
-    scale *= inv_temperature
-    r3 = column(partial, scratch.MOMENTS + 3, o, groups) * scale
-    scale *= inv_temperature
-    r4 = column(partial, scratch.MOMENTS + 4, o, groups) * scale
-    scale *= inv_temperature
-    r5 = column(partial, scratch.MOMENTS + 5, o, groups) * scale
-    r6 = column(partial, scratch.MOMENTS + 6, o, groups) * scale * inv_temperature
-    square = r1 * r1
-    moments = (
-        tl.maximum(r2 - square, 0.0),
-        r3 - r1 * (3 * r2 - 2 * square),
-        tl.maximum(r4 - r1 * (4 * r3 - r1 * (6 * r2 - 3 * square)), 0.0),
-        r5 - r1 * (5 * r4 - r1 * (10 * r3 - r1 * (10 * r2 - 4 * square))),
-        tl.maximum(r6 - r1 * (6 * r5 - r1 * (15 * r4 - r1 * (20 * r3 - r1 * (15 * r2 - 5 * square)))), 0.0),
-    )
-    reach = column(partial, scratch.REACH, o, groups) * inv_temperature
-    f = tl.where(present, lean + tl.log(mass), -INF)
-    lost = (1 / mass) * scratch.UNDERFLOW
-    return Curve(f, shift + r1, moments, reach + tl.abs(r1), lost), tl.sqrt(tl.maximum(r2, 0.0))
-
-
-@triton.jit
-def row_moments(curve, share):
-    """Mean of d, central moments 2 to 6 and the greatest |d − mean| of the whole row at c, from its groups' [G]."""
-    mean, _, _, _ = sums_of_4(share * curve.mean, share, share, share)
-    y = curve.mean - mean
-    c2, c3, c4, c5, c6 = curve.moments
-    m2, m3, m4, m5 = sums_of_4(
-        share * (c2 + y * y),
-        share * (c3 + y * (3 * c2 + y * y)),
-        share * (c4 + y * (4 * c3 + y * (6 * c2 + y * y))),
-        share * (c5 + y * (5 * c4 + y * (10 * c3 + y * (10 * c2 + y * y)))),
-    )
-    m6 = tl.sum(share * (c6 + y * (6 * c5 + y * (15 * c4 + y * (20 * c3 + y * (15 * c2 + y * y))))))
-    return mean, (m2, m3, m4, m5, m6), tl.max(tl.where(share > 0, tl.abs(y) + curve.reach, 0.0))
-
-
-@triton.jit
-def rise_of(moments, high, low):
-    """log E e^{y high} − log E e^{y low} by Taylor's polynomials: relative to F'', however small it is."""
-    at_high, _, _ = exponential(moments, high)
-    at_low, _, _ = exponential(moments, low)
-    c2, c3, c4, c5, c6 = moments
-    high2, low2 = high * high, low * low
-    difference = c2 * R2 * (high2 - low2) + c3 * R3 * (high2 * high - low2 * low) + c4 * R4 * (high2 * high2 - low2 * low2)
-    difference += c5 * R5 * (high2 * high2 * high - low2 * low2 * low)
-    difference += c6 * R6 * (high2 * high2 * high2 - low2 * low2 * low2)
-    part = difference / at_low
-    small = part - part * part * (R2 - part * (1 / 3 - part / 4))
-    return tl.where(tl.abs(part) < 1e-4, small, tl.log(at_high) - tl.log(at_low))
-
-
-@triton.jit
 def left_out(moments, reach, x):
     """Bounds of what `exponential` leaves out of E e^{xy} and of its derivative: E|y|⁷ max(1, e^{xy}) |x|⁷/7!, ⁶/6!."""
     size = tl.abs(x)
-    most = reach * tl.exp(tl.minimum(size * reach, 600.0)) * moments[4]
+    most = reach * exp64(tl.minimum(size * reach, 600.0)) * moments[4]
     cube = size * size * size
     return most * (cube * cube * size * R7), most * (cube * cube * R6)
 
 
 @triton.jit
 def row_at(curve, x):
-    """log-masses [G] at c + x, F, F' and F''."""
+    """At c + x: the groups' log-masses [G], the mass of all, F' and F''."""
     value, first, second = exponential(curve.moments, x)
-    tilt = first / value
-    f = tl.where(curve.f > -INF, curve.f + x * curve.mean + tl.log(value), -INF)
-    norm, share = shares_of(f)
-    slope = curve.mean + tilt
-    width = tl.maximum(second / value - tilt * tilt, 0.0)
-    mean, square, _, _ = sums_of_4(share * slope, share * (slope * slope + width), share, share)
-    # the groups' means may lie far from 0, whatever their spread
-    away = slope - mean
-    square = tl.sum(share * (away * away + width))
-    return f, norm, mean, square
+    per = inverse(value)
+    tilt = first * per
+    slope, width = curve.mean + tilt, tl.maximum(second * per - tilt * tilt, 0.0)
+    f = tl.where(curve.f > -INF, curve.f + x * curve.mean + log64(value), -INF)
+    w = exp64(f)
+    mass, mean, square, _w = sums_of_4(w, w * slope, w * (slope * slope + width), w)
+    per_row = inverse(mass)
+    mean *= per_row
+    return f, mass, mean, tl.maximum(square * per_row - mean * mean, 0.0)
 
 
 @triton.jit
-def side_at(curve, x):
-    """F and F' at x from the centre of a side, and the bound of what is left out of F."""
-    c2, c3, c4 = curve.moments
-    value = 1 + x * x * (c2 * R2 + x * (c3 * R3 + x * (c4 * R4)))
-    first = x * (c2 + x * (c3 * R2 + x * (c4 * R3)))
-    norm, share = shares_of(tl.where(curve.f > -INF, curve.f + x * curve.mean + tl.log(value), -INF))
+def bounds_at(curve, f, deep, spread, x, slope):
+    """What F and F' at c + x may be off by: as Taylor's formula leaves it out, and by rounding. And each group's
+    log-mass [G], both together.
+
+    `f`: log-masses [G] at c + x; `spread`, `deep`: see `center_of`.
+    """
+    value, first, second = exponential(curve.moments, x)
+    per = inverse(value)
+    size, w = tl.abs(x), exp64(f)
+    off, off_tilt = left_out(curve.moments, curve.reach, x)
+    lost = curve.lost * exp64(tl.minimum(size * curve.reach, 600.0))
+    off, off_tilt = (off + lost) * per, (off_tilt + lost * curve.reach) * per
+    weight = (deep + scratch.DEEPEST) * scratch.OF_A_NAT + scratch.OF_AN_EXPONENTIAL
+    tilt = first * per
+    away = tl.abs(curve.mean + tilt - slope)
+    width = tl.sqrt(tl.maximum(second * per - tilt * tilt, 0.0))
+    # twice: F' and s are of the same weights, and a weight that is off moves each by no more than this
+    rounding = (2 * weight + scratch.OF_A_SUM) * away + 2 * weight * width
+    rounding += 2 * spread * scratch.OF_A_SUM * (1 + 4 * size * spread)
+    mass, of_f, of_slope, of_sums, of_f_sums, _w, _w, _w = sums_of_8(
+        w,
+        w * off,
+        w * (off * tl.abs(curve.mean - slope) + off_tilt),
+        w * rounding,
+        w * (weight + scratch.OF_A_SUM),
+        w,
+        w,
+        w,
+    )
+    per_row = inverse(mass)
+    of_f *= per_row
+    grown = per_row * inverse(tl.maximum(1 - of_f, 0.5))
+    return of_f * 2, of_slope * grown, of_sums * per_row, of_f_sums * per_row, off + weight + scratch.OF_A_SUM
+
+
+@triton.jit
+def sides_at(high, low, x):
+    """log Σ, F' and the bound of what is left out of the first, at 2 − c − x and at −c − x."""
+    h2, h3, h4 = high.moments
+    l2, l3, l4 = low.moments
+    value_high = 1 + x * x * (h2 * R2 - x * (h3 * R3 - x * (h4 * R4)))
+    value_low = 1 + x * x * (l2 * R2 - x * (l3 * R3 - x * (l4 * R4)))
+    first_high = -x * (h2 - x * (h3 * R2 - x * (h4 * R3)))
+    first_low = -x * (l2 - x * (l3 * R2 - x * (l4 * R3)))
+    per_high, per_low = inverse(value_high), inverse(value_low)
+    w_high = tl.where(high.f > -INF, exp64(high.f - x * high.mean) * value_high, 0.0)
+    w_low = tl.where(low.f > -INF, exp64(low.f - x * low.mean) * value_low, 0.0)
     size = tl.abs(x)
-    grown = tl.exp(tl.minimum(size * curve.reach, 600.0))
-    off = (curve.reach * c4 * (size * size * size * size * size * R5) + curve.lost) * grown / value
-    slope, off, _, _ = sums_of_4(share * (curve.mean + first / value), share * off, share, share)
-    return norm, slope, off
+    fifth = size * size * size * size * size * R5
+    off_high = (high.reach * h4 * fifth + high.lost) * exp64(tl.minimum(size * high.reach, 600.0)) * per_high
+    off_low = (low.reach * l4 * fifth + low.lost) * exp64(tl.minimum(size * low.reach, 600.0)) * per_low
+    mass_high, slope_high, left_high, mass_low, slope_low, left_low, _w, _w = sums_of_8(
+        w_high,
+        w_high * (high.mean + first_high * per_high),
+        w_high * off_high,
+        w_low,
+        w_low * (low.mean + first_low * per_low),
+        w_low * off_low,
+        w_low,
+        w_low,
+    )
+    per_high, per_low = inverse(mass_high), inverse(mass_low)
+    at_high = (log64(mass_high), slope_high * per_high, left_high * per_high)
+    return at_high, (log64(mass_low), slope_low * per_low, left_low * per_low)
 
 
 @triton.jit
-def guess_of(curve, at_one, at_zero, s):
-    """α about where F' = s, by quartics for the groups' log-masses that also pass through those at α = 0 and 1 [G]."""
-    c2, c3, _, _, _ = curve.moments
+def guess_of(curve, at_one, at_zero):
+    """x about where F' vanishes, by quartics for the groups' log-masses that also pass through those at α = 0 and 1
+    [G]; c is ½."""
+    c2, c3, _c, _c, _c = curve.moments
     there = curve.f > -INF
     rest_one = tl.where(there, 16 * (at_one - curve.f - 0.5 * curve.mean) - 2 * c2 - c3 * (1 / 3), 0.0)
     rest_zero = tl.where(there, 16 * (at_zero - curve.f + 0.5 * curve.mean) - 2 * c2 + c3 * (1 / 3), 0.0)
-    low, high, x, go = s * 0 - 0.5, s * 0 + 0.5, s * 0, 1
+    x = tl.full([], 0.0, tl.float64)
+    low, high, go = x - 0.5, x + 0.5, 1
     for _ in range(8):
         if go == 1:
             rest = tl.where(x > 0, rest_one, rest_zero)
             f = curve.f + x * curve.mean + x * x * (c2 * R2 + x * (c3 * R3 + x * rest))
-            _, share = shares_of(tl.where(there, f, -INF))
+            w = tl.where(there, exp64(f), 0.0)
             slope = curve.mean + x * (c2 + x * (c3 * R2 + x * (4 * rest)))
             width = tl.maximum(c2 + x * (c3 + x * (12 * rest)), 0.0)
-            mean, square, _, _ = sums_of_4(share * slope, share * (slope * slope + width), share, share)
-            gap = mean - s
-            low, high = tl.where(gap < 0, x, low), tl.where(gap < 0, high, x)
-            step = x - gap / tl.maximum(square - mean * mean, 1e-30)
+            mass, mean, square, _w = sums_of_4(w, w * slope, w * (slope * slope + width), w)
+            mean, square = mean / mass, square / mass
+            low, high = tl.where(mean < 0, x, low), tl.where(mean < 0, high, x)
+            step = x - mean / tl.maximum(square - mean * mean, 1e-30)
             step = tl.where((step > low) & (step < high), step, (low + high) / 2)
             go = (tl.abs(step - x) > 1e-5).to(tl.int32)
             x = step
@@ -216,77 +329,118 @@ def guess_of(curve, at_one, at_zero, s):
 
 
 @triton.jit
-def slope_of(moments, x):
-    """K'(x) and K''(x) for K(x) = log E e^{xy}, by the row's moments."""
+def far_root(curve, x, c):
+    """x where F' vanishes by the groups' Taylor polynomials, from x."""
+    go = 1
+    for _ in range(6):
+        if go == 1:
+            _f, _mass, slope, width = row_at(curve, x)
+            step = tl.minimum(tl.maximum(x - slope / tl.maximum(width, 1e-30), -c), 1 - c)
+            go = (tl.abs(step - x) > 1e-9).to(tl.int32)
+            x = step
+    return x
+
+
+@triton.jit
+def ess_root(high, low, x, c):
+    """x where both ESS are equal, from x."""
+    go = 1
+    for _ in range(10):
+        if go == 1:
+            at_high, at_low = sides_at(high, low, x)
+            step = x - (at_low[0] - at_high[0]) / tl.maximum(at_high[1] - at_low[1], 1e-30)
+            step = tl.minimum(tl.maximum(step, -c), 1 - c)
+            go = (tl.abs(step - x) > 1e-9).to(tl.int32)
+            x = step
+    return x
+
+
+@triton.jit
+def rise_of(moments, high, low):
+    """log E e^{y high} − log E e^{y low} by Taylor's polynomials: relative to F'', however small it is."""
+    at_high, _first, _second = exponential(moments, high)
+    at_low, _first, _second = exponential(moments, low)
+    c2, c3, c4, c5, c6 = moments
+    high2, low2 = high * high, low * low
+    high4, low4 = high2 * high2, low2 * low2
+    difference = c2 * R2 * (high2 - low2) + c3 * R3 * (high2 * high - low2 * low) + c4 * R4 * (high4 - low4)
+    difference += c5 * R5 * (high4 * high - low4 * low) + c6 * R6 * (high4 * high2 - low4 * low2)
+    part = difference / at_low
+    small = part - part * part * (0.5 - part * (1 / 3 - part / 4))
+    return tl.where(tl.abs(part) < 1e-4, small, log64(at_high) - log64(at_low))
+
+
+@triton.jit
+def tilt_of(moments, x):
+    """The first two derivatives of log E e^{xy} by the row's moments."""
     value, first, second = exponential(moments, x)
     tilt = first / value
     return tilt, second / value - tilt * tilt
 
 
 @triton.jit
-def near_residual(moments, x, c, METHOD: tl.constexpr):
-    """What vanishes at the root of the rule at c + x, and its derivative, by the row's moments: relative to F''."""
-    rise = rise_of(moments, 1 - c, -c)
+def near_residual(moments, x, c, rise, METHOD: tl.constexpr):
+    """What vanishes at the root of the rule at c + x, and its derivative, by the row's moments: relative to F''.
+
+    `rise`: that of log E e^{xy} from α = 0 to 1.
+    """
     if METHOD == scratch.ESS_BALANCE:
         high, low = 2 - 2 * c - x, -2 * c - x
-        slope_high, _ = slope_of(moments, high)
-        slope_low, _ = slope_of(moments, low)
-        return 2 * rise - rise_of(moments, high, low), slope_high - slope_low
+        tilt_high, _width = tilt_of(moments, high)
+        tilt_low, _width = tilt_of(moments, low)
+        return 2 * rise - rise_of(moments, high, low), tilt_high - tilt_low
     else:
-        slope, width = slope_of(moments, x)
-        return slope - rise, width
+        tilt, width = tilt_of(moments, x)
+        return tilt - rise, width
 
 
 @triton.jit
 def near_bound(moments, reach, x, c, METHOD: tl.constexpr):
     """What the moments leave out of `near_residual`."""
-    off_high, _ = left_out(moments, reach, 1 - c)
-    off_low, _ = left_out(moments, reach, -c)
+    off_high, _off = left_out(moments, reach, 1 - c)
+    off_low, _off = left_out(moments, reach, -c)
     if METHOD == scratch.ESS_BALANCE:
-        far_high, _ = left_out(moments, reach, 2 - 2 * c - x)
-        far_low, _ = left_out(moments, reach, -2 * c - x)
+        far_high, _off = left_out(moments, reach, 2 - 2 * c - x)
+        far_low, _off = left_out(moments, reach, -2 * c - x)
         return 1.1 * (2 * (off_high + off_low) + far_high + far_low)
     else:
-        _, off = left_out(moments, reach, x)
+        _off, off = left_out(moments, reach, x)
         return 1.1 * (off + off_high + off_low)
 
 
 @triton.jit
-def near_root(moments, c, METHOD: tl.constexpr):
+def near_root(moments, c, rise, METHOD: tl.constexpr):
     """x where `near_residual` vanishes, between −c and 1 − c."""
     x = c * 0
     for _ in range(5):
-        gap, steep = near_residual(moments, x, c, METHOD)
+        gap, steep = near_residual(moments, x, c, rise, METHOD)
         x = tl.minimum(tl.maximum(x - gap / tl.maximum(steep, 1e-300), -c), 1 - c)
     return x
 
 
 @triton.jit
-def far_root(curve, x, s, c):
-    """x where F' = s by the groups' Taylor polynomials, from x."""
-    go = 1
-    for _ in range(6):
-        if go == 1:
-            _, _, slope, width = row_at(curve, x)
-            step = tl.minimum(tl.maximum(x - (slope - s) / tl.maximum(width, 1e-30), -c), 1 - c)
-            go = (tl.abs(step - x) > 1e-9).to(tl.int32)
-            x = step
-    return x
+def reverse_alpha(moments, reach, f_one, slope_one, f_zero, slope_zero, c):
+    """α of `reverse_kl_symmetry` from F' at both ends, and what it may be off by.
 
-
-@triton.jit
-def ess_root(high, low, x, s, c):
-    """x where both ESS are equal, from x."""
-    go = 1
-    for _ in range(10):
-        if go == 1:
-            f_high, slope_high, _ = side_at(high, -x)
-            f_low, slope_low, _ = side_at(low, -x)
-            step = x - (f_low - f_high + 2 * s) / tl.maximum(slope_high - slope_low, 1e-30)
-            step = tl.minimum(tl.maximum(step, -c), 1 - c)
-            go = (tl.abs(step - x) > 1e-9).to(tl.int32)
-            x = step
-    return x
+    By the row's moments, or by log-mass and F' [G] of each group at α = 1 and 0.
+    """
+    rise = rise_of(moments, 1 - c, -c)
+    near_high, _width = near_residual(moments, 1 - c, c, rise, scratch.KL_SYMMETRY)
+    near_low, _width = near_residual(moments, -c, c, rise, scratch.KL_SYMMETRY)
+    off = near_bound(moments, reach, 1 - c, c, scratch.KL_SYMMETRY)
+    off += near_bound(moments, reach, -c, c, scratch.KL_SYMMETRY)
+    one, zero = exp64(f_one), exp64(f_zero)
+    far_high, far_low, size, _w = sums_of_4(
+        one * slope_one, zero * slope_zero, one * tl.abs(slope_one) + zero * tl.abs(slope_zero), one
+    )
+    near = off <= (near_high - near_low) * scratch.MOST_OF_ALPHA
+    high, low = tl.where(near, near_high, far_high), tl.where(near, near_low, far_low)
+    rounding = (1 + size) * (4 * (scratch.OF_A_SUM + scratch.OF_AN_EXPONENTIAL))
+    spread = high - low
+    some = spread > 1e-14
+    alpha = tl.where(some, high / tl.where(some, spread, 1.0), 0.5)
+    doubt = tl.where(near, off, rounding) / tl.where(some, spread, 1.0)
+    return alpha, tl.where(near | (doubt <= scratch.ROUNDING_OF_ALPHA), doubt, INF)
 
 
 @triton.jit
@@ -296,90 +450,38 @@ def entropy_of_row(partial, first: tl.constexpr, drop, o, groups, inv_temperatur
     count = column(partial, scratch.ENTROPY + first, o, groups)
     others = column(partial, scratch.ENTROPY + first + 1, o, groups)
     tilted = column(partial, scratch.ENTROPY + first + 2, o, groups) * inv_temperature
-    scale, mass = tl.where(present, tl.exp(drop), 0.0), count + others
+    scale, mass = tl.where(present, exp64(drop), 0.0), count + others
     # the maxima of the row are those of the groups that reach it
-    maxima, others, tilted, _ = sums_of_4(
+    maxima, others, tilted, _w = sums_of_4(
         tl.where(present & (drop == 0), count, 0.0),
         scale * tl.where(drop == 0, others, mass),
-        scale * tl.where(scale > 0, tilted + drop * mass, 0.0),
+        tl.where(scale > 0, scale * (tilted + drop * mass), 0.0),
         scale,
     )
     return entropy_of(maxima, others, tilted)
 
 
-@triton.jit
-def bounds_at(curve, f, spread, x, slope):
-    """What F and F' at c + x may be off by, by what Taylor's formula leaves out and by rounding; and each group's
-    log-mass [G], both together. `f`: log-masses [G] at c + x, `spread`: the root of the mean square of d [G]."""
-    value, first, second = exponential(curve.moments, x)
-    _, share = shares_of(f)
-    size = tl.abs(x)
-    off, off_tilt = left_out(curve.moments, curve.reach, x)
-    lost = curve.lost * tl.exp(tl.minimum(size * curve.reach, 600.0))
-    off, off_tilt = (off + lost) / value, (off_tilt + lost * curve.reach) / value
-    deep = tl.maximum(tl.log(curve.lost) - scratch.LOG_UNDERFLOW, 0.0)  # −log of the mass
-    weight = (deep + scratch.DEEPEST) * scratch.OF_A_NAT + scratch.OF_AN_EXPONENTIAL
-    tilt = first / value
-    away = tl.abs(curve.mean + tilt - slope)
-    width = tl.sqrt(tl.maximum(second / value - tilt * tilt, 0.0))
-    # twice: F' and s are of the same weights, and a weight that is off moves each by no more than this
-    rounding = (2 * weight + scratch.OF_A_SUM) * away + 2 * weight * width
-    rounding += 2 * spread * scratch.OF_A_SUM * (1 + 4 * size * spread)
-    of_f, of_slope, of_sums, of_f_sums = sums_of_4(
-        share * off,
-        share * (off * tl.abs(curve.mean - slope) + off_tilt),
-        share * rounding,
-        share * (weight + scratch.OF_A_SUM),
-    )
-    grown = 1 / tl.maximum(1 - of_f, 0.5)
-    return of_f * grown, of_slope * grown, of_sums, of_f_sums, off + weight + scratch.OF_A_SUM
-
-
-@triton.jit
-def reverse_alpha(moments, reach, f_one, slope_one, f_zero, slope_zero, s, c):
-    """α of `reverse_kl_symmetry` from F' − s at both ends, and what it may be off by.
-
-    By the row's moments, or by log-mass and F' [G] of each group at α = 1 and 0.
-    """
-    near_high, _ = near_residual(moments, 1 - c, c, scratch.KL_SYMMETRY)
-    near_low, _ = near_residual(moments, -c, c, scratch.KL_SYMMETRY)
-    off = near_bound(moments, reach, 1 - c, c, scratch.KL_SYMMETRY)
-    off += near_bound(moments, reach, -c, c, scratch.KL_SYMMETRY)
-    _, share_one = shares_of(f_one)
-    _, share_zero = shares_of(f_zero)
-    far_high, far_low, size_high, size_low = sums_of_4(
-        share_one * slope_one, share_zero * slope_zero, share_one * tl.abs(slope_one), share_zero * tl.abs(slope_zero)
-    )
-    near = off <= (near_high - near_low) * scratch.MOST_OF_ALPHA
-    high, low = tl.where(near, near_high, far_high - s), tl.where(near, near_low, far_low - s)
-    rounding = (1 + size_high + size_low) * (4 * (scratch.OF_A_SUM + scratch.OF_AN_EXPONENTIAL))
-    rise = high - low
-    some = rise > 1e-14
-    alpha = tl.where(some, high / tl.where(some, rise, 1.0), 0.5)
-    doubt = tl.where(near, off, rounding) / tl.where(some, rise, 1.0)
-    return alpha, tl.where(near | (doubt <= scratch.ROUNDING_OF_ALPHA), doubt, INF)
-
-
 class Norms(NamedTuple):
-    """What the sums say of a row beside the curve: its maxima and their distance from the groups', and the norms."""
+    """What the sums say of a row beside the curve."""
 
     drop_theta: tl.tensor  # [G], the groups' maxima less the row's, over the temperature
     drop_t: tl.tensor
-    theta: tl.tensor
+    theta: tl.tensor  # log-normalisers of the rows less their maxima
     t: tl.tensor
-    theta_alone: tl.tensor  # whether it allows a token that π_t forbids
+    theta_alone: tl.tensor  # whether π_θ allows a token that π_t forbids
     t_alone: tl.tensor
 
 
 @triton.jit
 def norms_of(partial, row, present, o, groups, inv_temperature, TEMPERED: tl.constexpr):
-    """Merge what does not depend on the centre, and write it down; the row's status too."""
-    tops_theta = tl.load(partial + o * scratch.GROUP_COLUMNS + scratch.MAX_THETA, mask=present, other=scratch.NO_MAXIMUM)
-    tops_t = tl.load(partial + o * scratch.GROUP_COLUMNS + scratch.MAX_T, mask=present, other=scratch.NO_MAXIMUM)
-    top_theta, top_t = tl.max(tops_theta), tl.max(tops_t)
-    flags = column(partial, scratch.FLAGS, o, groups).to(tl.int32)
-    nan = tl.max(flags & scratch.HAS_NAN)
-    theta_alone, t_alone = tl.max(flags & scratch.THETA_ALONE) > 0, tl.max(flags & scratch.T_ALONE) > 0
+    """Merge what does not depend on the centre, and write it down; which groups have mass, and the row's status."""
+    at = partial + o * scratch.GROUP_COLUMNS
+    tops_theta = tl.load(at + scratch.MAX_THETA, mask=present, other=scratch.NO_MAXIMUM)
+    tops_t = tl.load(at + scratch.MAX_T, mask=present, other=scratch.NO_MAXIMUM)
+    flags = tl.load(at + scratch.FLAGS, mask=present, other=0.0).to(tl.int32)
+    alone = (flags & scratch.THETA_ALONE) + tl.where((flags & scratch.T_ALONE) > 0, 1 << 10, 0)
+    top_theta, top_t, nan, _w = maxima_of_4(tops_theta, tops_t, (flags & scratch.HAS_NAN).to(tl.float32), tops_t)
+    theta_alone, t_alone = tl.max(alone & 1) > 0, tl.max(alone) > 1
     status = tl.where((top_theta == scratch.NO_MAXIMUM) | (top_t == scratch.NO_MAXIMUM), scratch.STATUS_NO_SUPPORT, 0)
     infinite = (top_theta >= scratch.LARGEST) | (top_t >= scratch.LARGEST)
     status = tl.where(infinite, scratch.STATUS_POSITIVE_INFINITY, status)
@@ -388,83 +490,73 @@ def norms_of(partial, row, present, o, groups, inv_temperature, TEMPERED: tl.con
     cold_theta = tl.maximum(tops_theta - top_theta, scratch.FLOOR).to(tl.float64)
     cold_t = tl.maximum(tops_t - top_t, scratch.FLOOR).to(tl.float64)
     drop_theta, drop_t = cold_theta * inv_temperature, cold_t * inv_temperature
-    end_theta, end_t = column(partial, scratch.END_THETA, o, groups), column(partial, scratch.END_T, o, groups)
-    sum_theta, sum_t, _, _ = sums_of_4(tl.exp(drop_theta) * end_theta, tl.exp(drop_t) * end_t, end_t, end_t)
-    norm_theta, norm_t = tl.log(sum_theta), tl.log(sum_t)
-    log_cold_theta, log_cold_t = norm_theta, norm_t
+    mass_theta = exp64(drop_theta) * column(partial, scratch.END_THETA, o, groups)
+    mass_t = exp64(drop_t) * column(partial, scratch.END_T, o, groups)
+    cold_mass_theta, cold_mass_t = mass_theta, mass_t
     if TEMPERED:
-        end_theta, end_t = column(partial, scratch.COLD_THETA, o, groups), column(partial, scratch.COLD_T, o, groups)
-        log_cold_theta, log_cold_t = tl.log(tl.sum(tl.exp(cold_theta) * end_theta)), tl.log(tl.sum(tl.exp(cold_t) * end_t))
+        cold_mass_theta = exp64(cold_theta) * column(partial, scratch.COLD_THETA, o, groups)
+        cold_mass_t = exp64(cold_t) * column(partial, scratch.COLD_T, o, groups)
+    sum_theta, sum_t, cold_sum_theta, cold_sum_t = sums_of_4(mass_theta, mass_t, cold_mass_theta, cold_mass_t)
+    norms = Norms(drop_theta, drop_t, log64(sum_theta), log64(sum_t), theta_alone, t_alone)
     tl.store(row + scratch.STATUS, status.to(tl.float64))
     tl.store(row + scratch.TOP_THETA, top_theta.to(tl.float64))
     tl.store(row + scratch.TOP_T, top_t.to(tl.float64))
-    tl.store(row + scratch.SECANT, norm_theta - norm_t)
-    tl.store(row + scratch.LOG_COLD_THETA, log_cold_theta)
-    tl.store(row + scratch.LOG_COLD_T, log_cold_t)
+    tl.store(row + scratch.SECANT, norms.theta - norms.t)
+    tl.store(row + scratch.LOG_COLD_THETA, log64(cold_sum_theta))
+    tl.store(row + scratch.LOG_COLD_T, log64(cold_sum_t))
     tl.store(row + scratch.THETA_OUTSIDE, theta_alone.to(tl.float64))
     tl.store(row + scratch.T_OUTSIDE, t_alone.to(tl.float64))
-    present = present & (tops_theta > scratch.NO_MAXIMUM) & (tops_t > scratch.NO_MAXIMUM)
-    return Norms(drop_theta, drop_t, norm_theta, norm_t, theta_alone, t_alone), present, status
+    return norms, present & (tops_theta > scratch.NO_MAXIMUM) & (tops_t > scratch.NO_MAXIMUM), status
 
 
 @triton.jit
 def solve(
     partial, curve, high, low, norms, present, o, groups, c, inv_temperature, METHOD: tl.constexpr, SECOND: tl.constexpr
 ):
-    """α before it is clamped, what is as good a centre if that is not good enough, by which way it was found (1: by
-    the row's moments), and what it may be off by where the rule does not say."""
-    s = norms.theta - norms.t
-    _, share = shares_of(curve.f)
-    near, alpha, guess, doubt = 0, c, c, c * 0
+    """α before it is clamped; the centre to try next should it not be accepted; 1 if it is from the row's moments; and
+    what it may be off by under the rules that have no residual."""
+    near, guess, doubt = 0, c, c * 0
     if METHOD == scratch.BY_ENTROPY:
         entropy_theta = entropy_of_row(partial, 0, norms.drop_theta, o, groups, inv_temperature)
         entropy_t = entropy_of_row(partial, 3, norms.drop_t, o, groups, inv_temperature)
         total = entropy_theta + entropy_t
         alpha = tl.where(total > 0, entropy_theta / tl.where(total > 0, total, 1.0), 0.5)
-        doubt += tl.where(total > scratch.SMALL_ENTROPY, scratch.ENTROPY_DOUBT, INF)
-        guess = alpha
+        return alpha, alpha, near, tl.where(total > scratch.SMALL_ENTROPY, doubt + scratch.ENTROPY_DOUBT, INF)
     else:
-        mean, moments, reach = row_moments(curve, share)
-        shift = norms.drop_theta - norms.drop_t
+        moments, reach = row_moments(curve)
+        uneven = norms.theta_alone | norms.t_alone
         end_theta = tl.maximum(column(partial, scratch.END_THETA, o, groups), scratch.UNDERFLOW)
         end_t = tl.maximum(column(partial, scratch.END_T, o, groups), scratch.UNDERFLOW)
-        at_one = tl.where(present, norms.drop_theta + tl.log(end_theta), -INF)
-        at_zero = tl.where(present, norms.drop_t + tl.log(end_t), -INF)
+        at_one = tl.where(present, norms.drop_theta - norms.theta + log64(end_theta), -INF)
+        at_zero = tl.where(present, norms.drop_t - norms.t + log64(end_t), -INF)
         if METHOD == scratch.REVERSE:
-            tilt_one = inv_temperature * column(partial, scratch.TILTS, o, groups)
-            tilt_zero = inv_temperature * column(partial, scratch.TILTS + 1, o, groups)
+            shift = norms.drop_theta - norms.theta - (norms.drop_t - norms.t)
+            tilt_one = column(partial, scratch.TILTS, o, groups) * inv_temperature
+            tilt_zero = column(partial, scratch.TILTS + 1, o, groups) * inv_temperature
             alpha, doubt = reverse_alpha(
-                moments,
-                reach,
-                at_one,
-                shift + tilt_one / end_theta,
-                at_zero,
-                shift + tilt_zero / end_t,
-                s,
-                c,
+                moments, reach, at_one, shift + tilt_one / end_theta, at_zero, shift + tilt_zero / end_t, c
             )
-            doubt = tl.where(norms.theta_alone | norms.t_alone, INF, doubt)
-            guess = alpha
+            return alpha, alpha, near, tl.where(uneven, INF, doubt)
         else:
-            x = near_root(moments, c, METHOD)
-            _, steep = near_residual(moments, x, c, METHOD)
+            rise = rise_of(moments, 1 - c, -c)
+            x = near_root(moments, c, rise, METHOD)
+            _gap, steep = near_residual(moments, x, c, rise, METHOD)
             off = near_bound(moments, reach, x, c, METHOD)
-            near = ((off <= steep * scratch.MOST_OF_ALPHA) & ((norms.theta_alone | norms.t_alone) == 0)).to(tl.int32)
+            near = ((off <= steep * scratch.MOST_OF_ALPHA) & (uneven == 0)).to(tl.int32)
             if near == 0:
                 x = c * 0
                 if SECOND == 0:
-                    x = guess_of(curve, at_one, at_zero, s)
+                    x = guess_of(curve, at_one, at_zero)
                     if METHOD == scratch.ESS_BALANCE:
                         # to leading order the root lies three times as far from 1/2 as that of the KL rule
                         x = tl.minimum(tl.maximum(3 * x, -0.48), 0.48)
                 guess = c + x
                 if METHOD == scratch.ESS_BALANCE:
-                    x = ess_root(high, low, x, s, c)
+                    x = ess_root(high, low, x, c)
                     guess = tl.where(tl.abs(x) < 0.48, c + x, guess)
                 else:
-                    x = far_root(curve, x, s, c)
-            alpha = c + x
-    return alpha, guess, near, doubt
+                    x = far_root(curve, x, c)
+            return c + x, guess, near, doubt
 
 
 @triton.jit
@@ -487,13 +579,15 @@ def settle_row(
     METHOD: tl.constexpr,
     SECOND: tl.constexpr,
 ):
-    """Find α (that of `fixed` is given), and accept it or not."""
-    shift, s = norms.drop_theta - norms.drop_t, norms.theta - norms.t
-    curve, spread = center_of(partial, norms.drop_t + c * shift, shift, present, o, groups, inv_temperature)
-    high = side_of(
-        partial, scratch.SIDE_HIGH, norms.drop_t + (2 - c) * shift, shift, 1 - c, present, o, groups, inv_temperature
-    )
-    low = side_of(partial, scratch.SIDE_LOW, norms.drop_t - c * shift, shift, c, present, o, groups, inv_temperature)
+    """Find α (that of `fixed` is given), and accept it or not.
+
+    Of log-probabilities, not logits: their norms are 0 and F' is the difference of the two KLs.
+    """
+    lean = norms.drop_t - norms.t
+    shift = norms.drop_theta - norms.theta - lean
+    curve, spread, deep = center_of(partial, lean + c * shift, shift, present, o, groups, inv_temperature)
+    high = side_of(partial, scratch.SIDE_HIGH, lean + (2 - c) * shift, shift, 1 - c, present, o, groups, inv_temperature)
+    low = side_of(partial, scratch.SIDE_LOW, lean - c * shift, shift, c, present, o, groups, inv_temperature)
     guess, near, doubt = alpha, 0, c * 0
     if METHOD != scratch.FIXED:
         alpha, guess, near, doubt = solve(
@@ -501,56 +595,57 @@ def settle_row(
         )
     alpha = tl.minimum(tl.maximum(alpha, alpha_min), alpha_max)
     x = alpha - c
-    f, norm, slope, width = row_at(curve, x)
-    off_f, off_slope, rounding, rounding_f, slack = bounds_at(curve, f, spread, x, slope)
+    f, mass, slope, width = row_at(curve, x)
+    off_f, off_slope, rounding, rounding_f, slack = bounds_at(curve, f, deep, spread, x, slope)
     rounding += 2 * (scratch.OF_A_SUM + 2 * scratch.OF_AN_EXPONENTIAL)
-    f_high, slope_high, off_high = side_at(high, -x)
-    f_low, slope_low, off_low = side_at(low, -x)
-    _, _, size = kls_of(alpha, slope, norm, norms.theta, norms.t)
+    at_high, at_low = sides_at(high, low, x)
+    norm = log64(mass)
+    _kl_theta, _kl_t, size = kls_of(alpha, slope, norm, 0.0, 0.0)
 
     # a comparison with NaN is false: sums that overflowed are not accepted
     fit = (off_f <= size * scratch.MOST_OF_F) & (off_slope <= tol * size) & (rounding <= size * scratch.ROUNDING)
-    fit = fit & (off_high <= scratch.MOST_OF_ESS) & (off_low <= scratch.MOST_OF_ESS)
-    fit = fit & is_sound(alpha, slope, norm, f_high, f_low, norms.theta, norms.t, alpha_min, alpha_max, 1e-5)
+    fit = fit & (at_high[2] <= scratch.MOST_OF_ESS) & (at_low[2] <= scratch.MOST_OF_ESS)
+    fit = fit & is_sound(alpha, slope, norm, at_high[0], at_low[0], 0.0, 0.0, alpha_min, alpha_max, 1e-5)
     # what a token's exponentials leave of the models' own norms
     reach = tl.max(tl.where(present, column(partial, scratch.REACH, o, groups), 0.0)) * inv_temperature
     fit = fit & (reach * tl.maximum(c, 1 - c) <= scratch.FARTHEST)
     if (METHOD == scratch.KL_SYMMETRY) | (METHOD == scratch.ESS_BALANCE):
-        residual, steep, off = slope - s, width, off_slope
+        residual, steep, off = slope, width, off_slope
+        stoppable = slope == slope
         if METHOD == scratch.ESS_BALANCE:
-            residual, steep, off = f_low - f_high + 2 * s, slope_high - slope_low, off_high + off_low
+            residual, steep, off = at_low[0] - at_high[0], at_high[1] - at_low[1], at_high[2] + at_low[2]
             rounding = 4 * rounding_f + 2 * rounding
+            stoppable = (norms.theta_alone | norms.t_alone) == 0
         if near == 1:
-            _, share = shares_of(curve.f)
-            _, moments, far = row_moments(curve, share)
-            residual, steep = near_residual(moments, x, c, METHOD)
+            moments, far = row_moments(curve)
+            residual, steep = near_residual(moments, x, c, rise_of(moments, 1 - c, -c), METHOD)
             off = near_bound(moments, far, x, c, METHOD)
             rounding = 16 * rounding_f * steep * (tl.abs(x) + tl.sqrt(width))
         stopped = ((alpha <= alpha_min) & (residual >= 0)) | ((alpha >= alpha_max) & (residual <= 0))
-        if METHOD == scratch.ESS_BALANCE:
-            stopped = stopped & ((norms.theta_alone | norms.t_alone) == 0)
+        stopped = stopped & stoppable
         known = (off <= steep * scratch.MOST_OF_ALPHA) & (rounding <= steep * scratch.ROUNDING_OF_ALPHA)
         known = known | (width <= scratch.FLAT)
         fit = fit & (stopped | (known & (tl.abs(residual) + off <= tol * size)))
-        doubt = tl.where(stopped & (tl.abs(residual) > off + rounding), 0.0, 1.0) * (tl.abs(residual) + off + rounding)
-        doubt /= tl.maximum(steep, 1e-30)
+        open_still = tl.abs(residual) + off + rounding
+        doubt = tl.where(stopped & (tl.abs(residual) > off + rounding), 0.0, open_still / tl.maximum(steep, 1e-30))
     fit = fit & (doubt <= 1)
     tl.store(row + scratch.SETTLED, fit.to(tl.float64))
     tl.store(row + scratch.ALPHA, tl.where(fit, alpha, tl.minimum(tl.maximum(guess, alpha_min), alpha_max)))
     if fit:
         tl.store(masses + o, f, mask=o < groups)
         # where a group's mass may have underflowed nearly all of it is unknown
-        slack = tl.where(slack < 0.3, 1.5 * slack, tl.log(1 + slack) + 50)
+        slack = tl.where(slack < 0.3, 1.5 * slack, log64(1 + slack) + 50)
         tl.store(masses + groups + o, slack, mask=o < groups)
-        tl.store(row + scratch.LOG_NORM, norm)
-        tl.store(row + scratch.TOP_X, norm)
+        whole = norm + alpha * norms.theta + (1 - alpha) * norms.t
+        tl.store(row + scratch.LOG_NORM, whole)
+        tl.store(row + scratch.TOP_X, whole)
         tl.store(row + scratch.FLOOR_X, -INF)
         tl.store(row + scratch.FLOOR_T, -INF)
-        tl.store(row + scratch.DOUBT, tl.minimum(doubt, 1.0))
-        tl.store(row + scratch.SLOPE, slope)
+        tl.store(row + scratch.DOUBT, doubt)
+        tl.store(row + scratch.SLOPE, slope + (norms.theta - norms.t))
         tl.store(row + scratch.DEVIATION, tl.sqrt(width))
         store_diagnostics(
-            out, rows, alpha, slope, norm, f_high, f_low, norms.theta, norms.t, norms.theta_alone, norms.t_alone
+            out, rows, alpha, slope, norm, at_high[0], at_low[0], 0.0, 0.0, norms.theta_alone, norms.t_alone
         )
 
 

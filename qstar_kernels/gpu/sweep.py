@@ -102,6 +102,36 @@ def flags_of(theta, t, o, vocab_size):
 
 
 @triton.jit
+def ids_of(first, PIECES: tl.constexpr, GROUPS: tl.constexpr, THREADS: tl.constexpr, SUB: tl.constexpr):
+    """The ids of a tile of `GROUPS` groups from the id `first` on: [PIECES, GROUPS, THREADS, SUB]."""
+    o = tl.arange(0, PIECES)[:, None, None, None] * (THREADS * SUB) + tl.arange(0, GROUPS)[None, :, None, None] * GROUP
+    return first + o + tl.arange(0, THREADS)[None, None, :, None] * SUB + tl.arange(0, SUB)[None, None, None, :]
+
+
+@triton.jit
+def maxima_of(
+    theta,
+    t,
+    first,
+    vocab_size,
+    MASKED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    AHEAD: tl.constexpr,
+    THREADS: tl.constexpr,
+    SUB: tl.constexpr,
+):
+    """The greatest logits of some groups, [GROUPS] each."""
+    LINE: tl.constexpr = THREADS * SUB
+    o = ids_of(first, AHEAD, GROUPS, THREADS, SUB)
+    top_theta = tl.full([AHEAD, GROUPS, THREADS, SUB], scratch.NO_MAXIMUM, tl.float32)
+    top_t = top_theta
+    for i in range(0, GROUP // LINE, AHEAD):
+        a, b = load_logits(theta, t, o + i * LINE, vocab_size, MASKED)
+        top_theta, top_t = tl.maximum(top_theta, a), tl.maximum(top_t, b)
+    return tl.max(greatest(top_theta), axis=1), tl.max(greatest(top_t), axis=1)
+
+
+@triton.jit
 def sweep_groups(
     theta,
     t,
@@ -113,6 +143,7 @@ def sweep_groups(
     TEMPERED: tl.constexpr,
     MASKED: tl.constexpr,
     GROUPS: tl.constexpr,
+    AHEAD: tl.constexpr,
     PIECES: tl.constexpr,
     THREADS: tl.constexpr,
     SUB: tl.constexpr,
@@ -121,25 +152,18 @@ def sweep_groups(
 
     Two passes, for the maxima and for the sums: the logits of the second come from the nearest cache.
     """
-    TURNS: tl.constexpr = GROUP // (PIECES * THREADS * SUB)
-    o_group = tl.arange(0, GROUPS)  # [GROUPS]
-    o = tl.arange(0, PIECES)[:, None, None, None] * (THREADS * SUB) + o_group[None, :, None, None] * GROUP
-    o = first + o + tl.arange(0, THREADS)[None, None, :, None] * SUB + tl.arange(0, SUB)[None, None, None, :]
-    top_theta = tl.full([GROUPS, THREADS], scratch.NO_MAXIMUM, tl.float32)
-    top_t = top_theta
-    for i in tl.static_range(TURNS):
-        a, b = load_logits(theta, t, o + i * (PIECES * THREADS * SUB), vocab_size, MASKED)
-        top_theta, top_t = tl.maximum(top_theta, greatest(a)), tl.maximum(top_t, greatest(b))
-    tops = (tl.max(top_theta, axis=1), tl.max(top_t, axis=1))  # [GROUPS] each
-
+    LINE: tl.constexpr = THREADS * SUB
+    tops = maxima_of(theta, t, first, vocab_size, MASKED, GROUPS, AHEAD, THREADS, SUB)
+    o = ids_of(first, PIECES, GROUPS, THREADS, SUB)
     zero = tl.zeros([GROUPS, THREADS], tl.float32)
     sums, cold, extra, reach = zeros_of(zero, SUMS), zeros_of(zero, 2), zeros_of(zero, 6), zero
     if EXTRA == scratch.REVERSE:
         extra = zeros_of(zero, 2)
-    for i in range(TURNS):
-        a, b = load_logits(theta, t, o + i * (PIECES * THREADS * SUB), vocab_size, MASKED)
+    for i in range(0, GROUP // LINE, PIECES):
+        a, b = load_logits(theta, t, o + i * LINE, vocab_size, MASKED)
         sums, cold, extra, reach = add_tile(a, b, tops, weights, sums, cold, extra, reach, EXTRA, TEMPERED, MASKED)
 
+    o_group = tl.arange(0, GROUPS)  # [GROUPS]
     partial += o_group * scratch.GROUP_COLUMNS  # [GROUPS]
     tl.store(partial + scratch.MAX_THETA, tops[0])
     tl.store(partial + scratch.MAX_T, tops[1])
@@ -160,9 +184,8 @@ def sweep_groups(
         tl.store(partial + scratch.TILTS + 1, tl.sum(extra[1], axis=1))
     flags = zero  # [GROUPS, THREADS]
     if MASKED:
-        for i in tl.static_range(TURNS):
-            at = o + i * (PIECES * THREADS * SUB)
-            flags = tl.maximum(flags, flags_of(theta, t, at, vocab_size))
+        for i in range(0, GROUP // LINE, PIECES):
+            flags = tl.maximum(flags, flags_of(theta, t, o + i * LINE, vocab_size))
     tl.store(partial + scratch.FLAGS, tl.max(flags, axis=1))
     # NaN, infinities and most masks make a sum NaN; a group of nothing but masks has one for its maximum
     plain = (whole == whole) & (tops[0] > scratch.HALF_MASK) & (tops[1] > scratch.HALF_MASK)
@@ -184,7 +207,9 @@ def sweep_kernel(
     EXTRA: tl.constexpr,
     TEMPERED: tl.constexpr,
     SECOND: tl.constexpr,
+    TIMES: tl.constexpr,
     GROUPS: tl.constexpr,
+    AHEAD: tl.constexpr,
     PIECES: tl.constexpr,
     THREADS: tl.constexpr,
     SUB: tl.constexpr,
@@ -200,16 +225,18 @@ def sweep_kernel(
     if wanted:
         theta += i_row * s_theta
         t += i_row * s_t
-        first = i_block * (GROUPS * GROUP)
-        partial += i_row * s_partial + i_block * (GROUPS * scratch.GROUP_COLUMNS)
+        partial += i_row * s_partial
         to_log2 = inv_temperature * scratch.LOG2E
         weights = (center * to_log2, (1 - center) * to_log2, (1 - center) * to_log2, -center * to_log2, to_log2)
-        plain = 0
-        if first + GROUPS * GROUP <= vocab_size:
-            plain = sweep_groups(
-                theta, t, partial, first, vocab_size, weights, EXTRA, TEMPERED, False, GROUPS, PIECES, THREADS, SUB
-            )
-        if plain == 0:
-            sweep_groups(
-                theta, t, partial, first, vocab_size, weights, EXTRA, TEMPERED, True, GROUPS, PIECES, THREADS, SUB
-            )
+        for i in range(TIMES):
+            block = i_block * TIMES + i
+            sums, first = partial + block * (GROUPS * scratch.GROUP_COLUMNS), block * (GROUPS * GROUP)
+            plain = 0
+            if first + GROUPS * GROUP <= vocab_size:
+                plain = sweep_groups(
+                    theta, t, sums, first, vocab_size, weights, EXTRA, TEMPERED, False, GROUPS, AHEAD, PIECES, THREADS, SUB
+                )
+            if plain == 0:
+                sweep_groups(
+                    theta, t, sums, first, vocab_size, weights, EXTRA, TEMPERED, True, GROUPS, AHEAD, PIECES, THREADS, SUB
+                )
