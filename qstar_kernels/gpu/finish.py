@@ -260,6 +260,9 @@ def refine(
     tl.store(row + scratch.TOP_X, f)
     tl.store(row + scratch.FLOOR_X, -INF)
     tl.store(row + scratch.FLOOR_T, -INF)
+    tl.store(row + scratch.DOUBT, 0.0)
+    tl.store(row + scratch.SLOPE, slope)
+    tl.store(row + scratch.DEVIATION, tl.sqrt(variance))
     if status == 0:
         store_diagnostics(out, rows, alpha, slope, f, f_high, f_low, norm_theta, norm_t, theta_alone, t_alone)
     return status
@@ -336,15 +339,12 @@ def chosen(value, slack, seed, position, ids, exact, STREAM: tl.constexpr):
 
 
 @triton.jit
-def greedy_token(
-    theta, t, row, partial, vocab_size, groups, tops, inv_temperature, exact, GROUPS: tl.constexpr
-):
+def greedy_token(theta, t, row, partial, vocab_size, groups, tops, inv_temperature, GROUPS: tl.constexpr):
     """The token with the greatest log q, the first of equals; and whether the doubt about α leaves another a chance.
 
     Groups are read in the order of a bound, their two maxima mixed, until none can have a greater one.
     """
     doubt, slope = tl.load(row + scratch.DOUBT), tl.load(row + scratch.SLOPE)
-    doubt, slope = tl.where(exact == 1, 0.0, doubt), tl.where(exact == 1, 0.0, slope)
     norm = tl.load(row + scratch.LOG_NORM)
     o_group = tl.arange(0, GROUPS)  # [GROUPS]
     partial += o_group * scratch.GROUP_COLUMNS  # [GROUPS]
@@ -455,7 +455,7 @@ def finish_kernel(
             if status == 0:
                 if DRAW == scratch.GREEDY:
                     chosen_token, close = greedy_token(
-                        theta, t, row, partial, vocab_size, groups, tops, inv_temperature, exact, GROUPS
+                        theta, t, row, partial, vocab_size, groups, tops, inv_temperature, GROUPS
                     )
                 else:
                     chosen_token, close = draw_token(

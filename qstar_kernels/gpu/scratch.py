@@ -34,9 +34,9 @@ DEEPEST = tl.constexpr(7.94)  # 1 + log 1024: how far down the tokens of a group
 # How much of it is accepted, beside the rule's own tolerance
 MOST_OF_F = tl.constexpr(1e-6)  # in nats, left out by Taylor's formula
 MOST_OF_ESS = tl.constexpr(4e-5)  # of its logarithm
-MOST_OF_ALPHA = tl.constexpr(2e-6)
+MOST_OF_ALPHA = tl.constexpr(4e-6)
 ROUNDING = tl.constexpr(3e-5)  # in nats, of a KL, at worst: what is seen is some 30 times less
-ROUNDING_OF_ALPHA = tl.constexpr(6e-5)
+ROUNDING_OF_ALPHA = tl.constexpr(3e-4)
 FLAT = tl.constexpr(5e-7)  # F'' below which α does not matter
 
 # What float32 leaves open of a key of the draw, whose noise is known to 6e-7 and whose parts are below 90
@@ -65,6 +65,7 @@ COLD_THETA = tl.constexpr(23)  # Σ e^a at temperature 1, and Σ e^b
 COLD_T = tl.constexpr(24)
 ENTROPY = tl.constexpr(25)  # 6 columns: count of maxima, Σ e^a of the others, Σ e^a a; the same for b
 TILTS = tl.constexpr(25)  # 2 columns: Σ e^a d, Σ e^b d
+DIFFERENCE = tl.constexpr(31)  # Σ e^a − e^b
 GROUP_COLUMNS = tl.constexpr(32)
 
 HAS_NAN = tl.constexpr(4)

@@ -91,6 +91,13 @@ def log64(x):
 
 
 @triton.jit
+def log1p64(x):
+    """log(1 + x) in float64."""
+    small = x * (1 - x * (0.5 - x * (1 / 3 - x * 0.25)))
+    return tl.where(tl.abs(x) < 1e-4, small, log64(1 + x))
+
+
+@triton.jit
 def column(partial, k, o, groups):
     """A column of the sums [G], float64, 0 beyond the groups."""
     return tl.load(partial + o * scratch.GROUP_COLUMNS + k, mask=o < groups, other=0.0).to(tl.float64)
@@ -302,6 +309,23 @@ def sides_at(high, low, x):
 
 
 @triton.jit
+def rounding_of(of_slope, others, alpha, slope, width, norm, at_high, at_low):
+    """What rounding leaves open of F' in log-probabilities, given what it leaves of F' itself."""
+    # Σ |e^a − e^b|, at most; squared by Cauchy and Schwarz, the last term by Jensen
+    apart = exp64(norm) * (exp64(at_high) + exp64(at_low) - 2 * exp64(norm + (1 - 2 * alpha) * slope))
+    apart = tl.sqrt(tl.minimum(tl.maximum(apart, 0.0), 1.0))
+    rounding = of_slope + apart * (2 * (scratch.OF_A_SUM + 2 * scratch.OF_AN_EXPONENTIAL))
+    # where both models have one token for their greatest its d is 0 and its weight exact: only the rest, with the share
+    # `part` of q or less, has a part in any sum
+    rest = tl.maximum(others, 0.0) + 2 * scratch.OF_A_SUM
+    part = tl.minimum(rest / 2, 1.0)
+    weight = (scratch.DEEPEST - log64(part)) * scratch.OF_A_NAT + scratch.OF_AN_EXPONENTIAL
+    of_rest = 1.2 * tl.sqrt(width * part) * (2 * weight + 3 * scratch.OF_A_SUM) + 2 * rest * scratch.OF_AN_EXPONENTIAL
+    shared = (rest <= 0.3) & (norm >= -0.1)
+    return tl.where(shared, tl.minimum(rounding, of_rest), rounding)
+
+
+@triton.jit
 def guess_of(curve, at_one, at_zero):
     """x about where F' vanishes, by quartics for the groups' log-masses that also pass through those at α = 0 and 1
     [G]; c is ½."""
@@ -358,16 +382,13 @@ def ess_root(high, low, x, c):
 @triton.jit
 def rise_of(moments, high, low):
     """log E e^{y high} − log E e^{y low} by Taylor's polynomials: relative to F'', however small it is."""
-    at_high, _first, _second = exponential(moments, high)
     at_low, _first, _second = exponential(moments, low)
     c2, c3, c4, c5, c6 = moments
     high2, low2 = high * high, low * low
     high4, low4 = high2 * high2, low2 * low2
     difference = c2 * R2 * (high2 - low2) + c3 * R3 * (high2 * high - low2 * low) + c4 * R4 * (high4 - low4)
     difference += c5 * R5 * (high4 * high - low4 * low) + c6 * R6 * (high4 * high2 - low4 * low2)
-    part = difference / at_low
-    small = part - part * part * (0.5 - part * (1 / 3 - part / 4))
-    return tl.where(tl.abs(part) < 1e-4, small, log64(at_high) - log64(at_low))
+    return log1p64(difference / at_low)
 
 
 @triton.jit
@@ -468,6 +489,8 @@ class Norms(NamedTuple):
     drop_t: tl.tensor
     theta: tl.tensor  # log-normalisers of the rows less their maxima
     t: tl.tensor
+    secant: tl.tensor  # their difference, with more digits
+    others: tl.tensor  # the masses of all but the maxima of both rows, relative to those
     theta_alone: tl.tensor  # whether π_θ allows a token that π_t forbids
     t_alone: tl.tensor
 
@@ -490,18 +513,25 @@ def norms_of(partial, row, present, o, groups, inv_temperature, TEMPERED: tl.con
     cold_theta = tl.maximum(tops_theta - top_theta, scratch.FLOOR).to(tl.float64)
     cold_t = tl.maximum(tops_t - top_t, scratch.FLOOR).to(tl.float64)
     drop_theta, drop_t = cold_theta * inv_temperature, cold_t * inv_temperature
-    mass_theta = exp64(drop_theta) * column(partial, scratch.END_THETA, o, groups)
-    mass_t = exp64(drop_t) * column(partial, scratch.END_T, o, groups)
+    scale_theta, scale_t = exp64(drop_theta), exp64(drop_t)
+    end_theta = column(partial, scratch.END_THETA, o, groups)
+    mass_theta, mass_t = scale_theta * end_theta, scale_t * column(partial, scratch.END_T, o, groups)
+    # of the masses themselves close pairs, and those of one nearly certain token, would leave nothing
+    difference = scale_t * column(partial, scratch.DIFFERENCE, o, groups) + (scale_theta - scale_t) * end_theta
     cold_mass_theta, cold_mass_t = mass_theta, mass_t
     if TEMPERED:
         cold_mass_theta = exp64(cold_theta) * column(partial, scratch.COLD_THETA, o, groups)
         cold_mass_t = exp64(cold_t) * column(partial, scratch.COLD_T, o, groups)
-    sum_theta, sum_t, cold_sum_theta, cold_sum_t = sums_of_4(mass_theta, mass_t, cold_mass_theta, cold_mass_t)
-    norms = Norms(drop_theta, drop_t, log64(sum_theta), log64(sum_t), theta_alone, t_alone)
+    sum_theta, sum_t, cold_sum_theta, cold_sum_t, difference, _w, _w, _w = sums_of_8(
+        mass_theta, mass_t, cold_mass_theta, cold_mass_t, difference, mass_t, mass_t, mass_t
+    )
+    s = tl.where(difference > 0, log1p64(difference / sum_t), -log1p64(-difference / sum_theta))
+    norm_t = log64(sum_t)
+    norms = Norms(drop_theta, drop_t, norm_t + s, norm_t, s, sum_theta + sum_t - 2, theta_alone, t_alone)
     tl.store(row + scratch.STATUS, status.to(tl.float64))
     tl.store(row + scratch.TOP_THETA, top_theta.to(tl.float64))
     tl.store(row + scratch.TOP_T, top_t.to(tl.float64))
-    tl.store(row + scratch.SECANT, norms.theta - norms.t)
+    tl.store(row + scratch.SECANT, s)
     tl.store(row + scratch.LOG_COLD_THETA, log64(cold_sum_theta))
     tl.store(row + scratch.LOG_COLD_T, log64(cold_sum_t))
     tl.store(row + scratch.THETA_OUTSIDE, theta_alone.to(tl.float64))
@@ -530,7 +560,7 @@ def solve(
         at_one = tl.where(present, norms.drop_theta - norms.theta + log64(end_theta), -INF)
         at_zero = tl.where(present, norms.drop_t - norms.t + log64(end_t), -INF)
         if METHOD == scratch.REVERSE:
-            shift = norms.drop_theta - norms.theta - (norms.drop_t - norms.t)
+            shift = norms.drop_theta - norms.drop_t - norms.secant
             tilt_one = column(partial, scratch.TILTS, o, groups) * inv_temperature
             tilt_zero = column(partial, scratch.TILTS + 1, o, groups) * inv_temperature
             alpha, doubt = reverse_alpha(
@@ -584,7 +614,7 @@ def settle_row(
     Of log-probabilities, not logits: their norms are 0 and F' is the difference of the two KLs.
     """
     lean = norms.drop_t - norms.t
-    shift = norms.drop_theta - norms.theta - lean
+    shift = norms.drop_theta - norms.drop_t - norms.secant
     curve, spread, deep = center_of(partial, lean + c * shift, shift, present, o, groups, inv_temperature)
     high = side_of(partial, scratch.SIDE_HIGH, lean + (2 - c) * shift, shift, 1 - c, present, o, groups, inv_temperature)
     low = side_of(partial, scratch.SIDE_LOW, lean - c * shift, shift, c, present, o, groups, inv_temperature)
@@ -597,9 +627,9 @@ def settle_row(
     x = alpha - c
     f, mass, slope, width = row_at(curve, x)
     off_f, off_slope, rounding, rounding_f, slack = bounds_at(curve, f, deep, spread, x, slope)
-    rounding += 2 * (scratch.OF_A_SUM + 2 * scratch.OF_AN_EXPONENTIAL)
     at_high, at_low = sides_at(high, low, x)
     norm = log64(mass)
+    rounding = rounding_of(rounding, norms.others, alpha, slope, width, norm, at_high[0], at_low[0])
     _kl_theta, _kl_t, size = kls_of(alpha, slope, norm, 0.0, 0.0)
 
     # a comparison with NaN is false: sums that overflowed are not accepted
@@ -642,7 +672,7 @@ def settle_row(
         tl.store(row + scratch.FLOOR_X, -INF)
         tl.store(row + scratch.FLOOR_T, -INF)
         tl.store(row + scratch.DOUBT, doubt)
-        tl.store(row + scratch.SLOPE, slope + (norms.theta - norms.t))
+        tl.store(row + scratch.SLOPE, slope + norms.secant)
         tl.store(row + scratch.DEVIATION, tl.sqrt(width))
         store_diagnostics(
             out, rows, alpha, slope, norm, at_high[0], at_low[0], 0.0, 0.0, norms.theta_alone, norms.t_alone

@@ -8,7 +8,7 @@ import triton.language as tl
 from qstar_kernels.gpu import scratch
 from qstar_kernels.gpu.scratch import GROUP, INF, as_logits, zeros_of
 
-SUMS = tl.constexpr(19)
+SUMS = tl.constexpr(19)  # in consecutive columns, and one more
 
 
 @triton.jit
@@ -70,6 +70,8 @@ def add_tile(a, b, tops, weights, sums, cold, extra, reach, EXTRA: tl.constexpr,
     new = new + (sums[14] + total(low),)
     for k in tl.static_range(4):
         new = new + (sums[15 + k] + total(low * powers[k]),)
+    # that of both maxima is 0: nothing is lost where one token has nearly all of the mass
+    new = new + (sums[19] + total(at_one - at_zero),)
     reach = tl.maximum(reach, greatest(tl.abs(d)))
     if TEMPERED:
         cold = (cold[0] + total(tl.exp2(a * scratch.LOG2E)), cold[1] + total(tl.exp2(b * scratch.LOG2E)))
@@ -156,7 +158,7 @@ def sweep_groups(
     tops = maxima_of(theta, t, first, vocab_size, MASKED, GROUPS, AHEAD, THREADS, SUB)
     o = ids_of(first, PIECES, GROUPS, THREADS, SUB)
     zero = tl.zeros([GROUPS, THREADS], tl.float32)
-    sums, cold, extra, reach = zeros_of(zero, SUMS), zeros_of(zero, 2), zeros_of(zero, 6), zero
+    sums, cold, extra, reach = zeros_of(zero, 20), zeros_of(zero, 2), zeros_of(zero, 6), zero
     if EXTRA == scratch.REVERSE:
         extra = zeros_of(zero, 2)
     for i in range(0, GROUP // LINE, PIECES):
@@ -172,6 +174,7 @@ def sweep_groups(
         x = tl.sum(sums[k], axis=1)  # [GROUPS]
         whole += x
         tl.store(partial + scratch.MOMENTS + k, x)
+    tl.store(partial + scratch.DIFFERENCE, tl.sum(sums[19], axis=1))
     tl.store(partial + scratch.REACH, tl.max(reach, axis=1))
     if TEMPERED:
         tl.store(partial + scratch.COLD_THETA, tl.sum(cold[0], axis=1))
