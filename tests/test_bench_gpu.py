@@ -231,8 +231,8 @@ def test_a_warm_call_comes_right_after_itself(made_up, monkeypatch, cold):
 
 
 def test_counts_what_the_jit_makes_ready(monkeypatch):
-    from qstar_kernels.gpu.sweep import correct_kernel
+    from qstar_kernels.gpu.sweep import sweep_kernel
 
     before = gpu_checks.prepared()
-    monkeypatch.setitem(correct_kernel.device_caches, "made up", ({"a key": None, "another": None},))
+    monkeypatch.setitem(sweep_kernel.device_caches, "made up", ({"a key": None, "another": None},))
     assert gpu_checks.prepared() == before + 2

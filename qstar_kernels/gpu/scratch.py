@@ -36,7 +36,7 @@ MOST_OF_F = tl.constexpr(1e-6)  # in nats, left out by Taylor's formula
 MOST_OF_ESS = tl.constexpr(4e-5)  # of its logarithm
 MOST_OF_ALPHA = tl.constexpr(4e-6)
 ROUNDING = tl.constexpr(3e-5)  # in nats, of a KL, at worst: what is seen is some 30 times less
-ROUNDING_OF_ALPHA = tl.constexpr(3e-4)
+ROUNDING_OF_ALPHA = tl.constexpr(6e-4)
 FLAT = tl.constexpr(5e-7)  # F'' below which α does not matter
 
 # What float32 leaves open of a key of the draw, whose noise is known to 6e-7 and whose parts are below 90

@@ -26,12 +26,14 @@ LN2_LOW = tl.constexpr(1.9082149292705877e-10)
 
 
 class Curve(NamedTuple):
-    """The groups about one centre, [G] each: log-mass, mean of d, its central moments (a tuple), greatest |d − mean|."""
+    """The groups about one centre, [G] each."""
 
-    f: tl.tensor
-    mean: tl.tensor
-    moments: tl.tuple
-    reach: tl.tensor
+    f: tl.tensor  # log-mass
+    mean: tl.tensor  # of d
+    moments: tl.tuple  # central ones, from the second on
+    most: tl.tensor  # the last of these, at least
+    reach: tl.tensor  # the greatest |d − mean|, at least
+    spread: tl.tensor  # the root of the mean square of d
     lost: tl.tensor  # mass that may have underflowed, in parts of the group's
 
 
@@ -154,57 +156,69 @@ def side_of(partial, first, lean, shift, grow, present, o, groups, inv_temperatu
     mass, raw, per = moments_of(partial, first, 4, o, groups, inv_temperature)
     r1, r2, r3, r4 = raw
     square = r1 * r1
-    moments = (
-        tl.maximum(r2 - square, 0.0),
-        r3 - r1 * (3 * r2 - 2 * square),
-        tl.maximum(r4 - r1 * (4 * r3 - r1 * (6 * r2 - 3 * square)), 0.0),
-    )
+    c4 = tl.maximum(r4 - r1 * (4 * r3 - r1 * (6 * r2 - 3 * square)), 0.0)
     reach = column(partial, scratch.REACH, o, groups) * inv_temperature
-    f = tl.where(present, lean + log64(mass), -INF)
-    lost = exp64(tl.minimum(2 * grow * reach, 600.0)) * per * scratch.UNDERFLOW
-    return Curve(f, shift + r1, moments, reach + tl.abs(r1), lost)
+    return Curve(
+        tl.where(present, lean + log64(mass), -INF),
+        shift + r1,
+        (tl.maximum(r2 - square, 0.0), r3 - r1 * (3 * r2 - 2 * square), c4),
+        # E (|d| + |mean|)⁴ ≤ 2⁴ E d⁴ is what its terms sum up to, each with the rounding of two sums
+        c4 + r4 * (2 * 16 * scratch.OF_A_SUM),
+        reach + tl.abs(r1),
+        tl.sqrt(tl.maximum(r2, 0.0)),
+        exp64(tl.minimum(2 * grow * reach, 600.0)) * per * scratch.UNDERFLOW,
+    )
 
 
 @triton.jit
 def center_of(partial, lean, shift, present, o, groups, inv_temperature):
-    """The `Curve` at c with six moments; the root of the mean square of d, and −log of the mass where it is small: [G]."""
+    """The `Curve` at c with six moments; and −log of the mass where it is small: [G]."""
     mass, raw, per = moments_of(partial, scratch.MOMENTS, 6, o, groups, inv_temperature)
     r1, r2, r3, r4, r5, r6 = raw
     square = r1 * r1
+    c6 = tl.maximum(r6 - r1 * (6 * r5 - r1 * (15 * r4 - r1 * (20 * r3 - r1 * (15 * r2 - 5 * square)))), 0.0)
     moments = (
         tl.maximum(r2 - square, 0.0),
         r3 - r1 * (3 * r2 - 2 * square),
         tl.maximum(r4 - r1 * (4 * r3 - r1 * (6 * r2 - 3 * square)), 0.0),
         r5 - r1 * (5 * r4 - r1 * (10 * r3 - r1 * (10 * r2 - 4 * square))),
-        tl.maximum(r6 - r1 * (6 * r5 - r1 * (15 * r4 - r1 * (20 * r3 - r1 * (15 * r2 - 5 * square)))), 0.0),
+        c6,
     )
     reach = column(partial, scratch.REACH, o, groups) * inv_temperature
     log_mass = log64(mass)
-    f = tl.where(present, lean + log_mass, -INF)
-    curve = Curve(f, shift + r1, moments, reach + tl.abs(r1), per * scratch.UNDERFLOW)
-    return curve, tl.sqrt(tl.maximum(r2, 0.0)), tl.maximum(-log_mass, 0.0)
+    curve = Curve(
+        tl.where(present, lean + log_mass, -INF),
+        shift + r1,
+        moments,
+        c6 + r6 * (2 * 64 * scratch.OF_A_SUM),
+        reach + tl.abs(r1),
+        tl.sqrt(tl.maximum(r2, 0.0)),
+        per * scratch.UNDERFLOW,
+    )
+    return curve, tl.maximum(-log_mass, 0.0)
 
 
 @triton.jit
 def row_moments(curve):
-    """Central moments 2 to 6 of d and the greatest |d − mean| of the whole row at c, from its groups' [G]."""
+    """Of the whole row at c, from its groups' [G]: central moments 2 to 6 of d, the last of them at least, and the
+    greatest |d − mean|."""
     w = exp64(curve.f)
     mass, mean, _w, _w = sums_of_4(w, w * curve.mean, w, w)
     per = inverse(mass)
     y = curve.mean - mean * per
     c2, c3, c4, c5, c6 = curve.moments
-    m2, m3, m4, m5, m6, _w, _w, _w = sums_of_8(
+    m2, m3, m4, m5, m6, more, _w, _w = sums_of_8(
         w * (c2 + y * y),
         w * (c3 + y * (3 * c2 + y * y)),
         w * (c4 + y * (4 * c3 + y * (6 * c2 + y * y))),
         w * (c5 + y * (5 * c4 + y * (10 * c3 + y * (10 * c2 + y * y)))),
         w * (c6 + y * (6 * c5 + y * (15 * c4 + y * (20 * c3 + y * (15 * c2 + y * y))))),
-        w,
+        w * (curve.most - c6),
         w,
         w,
     )
     reach = tl.max(tl.where(w > 0, tl.abs(y) + curve.reach, 0.0))
-    return (m2 * per, m3 * per, m4 * per, m5 * per, m6 * per), reach
+    return (m2 * per, m3 * per, m4 * per, m5 * per, m6 * per), (m6 + more) * per, reach
 
 
 @triton.jit
@@ -218,10 +232,13 @@ def exponential(moments, x):
 
 
 @triton.jit
-def left_out(moments, reach, x):
-    """Bounds of what `exponential` leaves out of E e^{xy} and of its derivative: E|y|⁷ max(1, e^{xy}) |x|⁷/7!, ⁶/6!."""
+def left_out(last, reach, x):
+    """Bounds of what `exponential` leaves out of E e^{xy} and of its derivative: E|y|⁷ max(1, e^{xy}) |x|⁷/7!, ⁶/6!.
+
+    `last`: E y⁶, at least.
+    """
     size = tl.abs(x)
-    most = reach * exp64(tl.minimum(size * reach, 600.0)) * moments[4]
+    most = reach * exp64(tl.minimum(size * reach, 600.0)) * last
     cube = size * size * size
     return most * (cube * cube * size * R7), most * (cube * cube * R6)
 
@@ -242,16 +259,16 @@ def row_at(curve, x):
 
 
 @triton.jit
-def bounds_at(curve, f, deep, spread, x, slope):
+def bounds_at(curve, f, deep, x, slope):
     """What F and F' at c + x may be off by: as Taylor's formula leaves it out, and by rounding. And each group's
     log-mass [G], both together.
 
-    `f`: log-masses [G] at c + x; `spread`, `deep`: see `center_of`.
+    `f`: log-masses [G] at c + x; `deep`: see `center_of`.
     """
     value, first, second = exponential(curve.moments, x)
     per = inverse(value)
     size, w = tl.abs(x), exp64(f)
-    off, off_tilt = left_out(curve.moments, curve.reach, x)
+    off, off_tilt = left_out(curve.most, curve.reach, x)
     lost = curve.lost * exp64(tl.minimum(size * curve.reach, 600.0))
     off, off_tilt = (off + lost) * per, (off_tilt + lost * curve.reach) * per
     weight = (deep + scratch.DEEPEST) * scratch.OF_A_NAT + scratch.OF_AN_EXPONENTIAL
@@ -260,7 +277,10 @@ def bounds_at(curve, f, deep, spread, x, slope):
     width = tl.sqrt(tl.maximum(second * per - tilt * tilt, 0.0))
     # twice: F' and s are of the same weights, and a weight that is off moves each by no more than this
     rounding = (2 * weight + scratch.OF_A_SUM) * away + 2 * weight * width
-    rounding += 2 * spread * scratch.OF_A_SUM * (1 + 4 * size * spread)
+    turn = size * curve.spread
+    grown = exp64(tl.minimum(2 * turn, 600.0))
+    rounding += 2 * curve.spread * scratch.OF_A_SUM * (1 + 4 * turn * grown)
+    off += 4 * turn * turn * grown * scratch.OF_A_SUM
     mass, of_f, of_slope, of_sums, of_f_sums, _w, _w, _w = sums_of_8(
         w,
         w * off,
@@ -291,8 +311,11 @@ def sides_at(high, low, x):
     w_low = tl.where(low.f > -INF, exp64(low.f - x * low.mean) * value_low, 0.0)
     size = tl.abs(x)
     fifth = size * size * size * size * size * R5
-    off_high = (high.reach * h4 * fifth + high.lost) * exp64(tl.minimum(size * high.reach, 600.0)) * per_high
-    off_low = (low.reach * l4 * fifth + low.lost) * exp64(tl.minimum(size * low.reach, 600.0)) * per_low
+    off_high = (high.reach * high.most * fifth + high.lost) * exp64(tl.minimum(size * high.reach, 600.0)) * per_high
+    off_low = (low.reach * low.most * fifth + low.lost) * exp64(tl.minimum(size * low.reach, 600.0)) * per_low
+    turn_high, turn_low = size * high.spread, size * low.spread
+    off_high += 4 * turn_high * turn_high * exp64(tl.minimum(2 * turn_high, 600.0)) * scratch.OF_A_SUM
+    off_low += 4 * turn_low * turn_low * exp64(tl.minimum(2 * turn_low, 600.0)) * scratch.OF_A_SUM
     mass_high, slope_high, left_high, mass_low, slope_low, left_low, _w, _w = sums_of_8(
         w_high,
         w_high * (high.mean + first_high * per_high),
@@ -309,12 +332,16 @@ def sides_at(high, low, x):
 
 
 @triton.jit
-def rounding_of(of_slope, others, alpha, slope, width, norm, at_high, at_low):
+def rounding_of(of_slope, others, alpha, slope, width, norm, at_high, at_low, SECOND: tl.constexpr):
     """What rounding leaves open of F' in log-probabilities, given what it leaves of F' itself."""
     # Σ |e^a − e^b|, at most; squared by Cauchy and Schwarz, the last term by Jensen
     apart = exp64(norm) * (exp64(at_high) + exp64(at_low) - 2 * exp64(norm + (1 - 2 * alpha) * slope))
-    apart = tl.sqrt(tl.minimum(tl.maximum(apart, 0.0), 1.0))
-    rounding = of_slope + apart * (2 * (scratch.OF_A_SUM + 2 * scratch.OF_AN_EXPONENTIAL))
+    apart = tl.sqrt(tl.minimum(tl.maximum(apart, 0.0), 4.0))
+    rounding = of_slope + apart * (2 * scratch.OF_A_SUM)
+    if SECOND:
+        rounding += apart * (4 * scratch.OF_AN_EXPONENTIAL + 1e-6)
+    else:
+        rounding += 4 * scratch.OF_AN_EXPONENTIAL
     # where both models have one token for their greatest its d is 0 and its weight exact: only the rest, with the share
     # `part` of q or less, has a part in any sum
     rest = tl.maximum(others, 0.0) + 2 * scratch.OF_A_SUM
@@ -416,16 +443,16 @@ def near_residual(moments, x, c, rise, METHOD: tl.constexpr):
 
 
 @triton.jit
-def near_bound(moments, reach, x, c, METHOD: tl.constexpr):
+def near_bound(last, reach, x, c, METHOD: tl.constexpr):
     """What the moments leave out of `near_residual`."""
-    off_high, _off = left_out(moments, reach, 1 - c)
-    off_low, _off = left_out(moments, reach, -c)
+    off_high, _off = left_out(last, reach, 1 - c)
+    off_low, _off = left_out(last, reach, -c)
     if METHOD == scratch.ESS_BALANCE:
-        far_high, _off = left_out(moments, reach, 2 - 2 * c - x)
-        far_low, _off = left_out(moments, reach, -2 * c - x)
+        far_high, _off = left_out(last, reach, 2 - 2 * c - x)
+        far_low, _off = left_out(last, reach, -2 * c - x)
         return 1.1 * (2 * (off_high + off_low) + far_high + far_low)
     else:
-        _off, off = left_out(moments, reach, x)
+        _off, off = left_out(last, reach, x)
         return 1.1 * (off + off_high + off_low)
 
 
@@ -440,7 +467,7 @@ def near_root(moments, c, rise, METHOD: tl.constexpr):
 
 
 @triton.jit
-def reverse_alpha(moments, reach, f_one, slope_one, f_zero, slope_zero, c):
+def reverse_alpha(moments, last, reach, f_one, slope_one, f_zero, slope_zero, c):
     """α of `reverse_kl_symmetry` from F' at both ends, and what it may be off by.
 
     By the row's moments, or by log-mass and F' [G] of each group at α = 1 and 0.
@@ -448,8 +475,8 @@ def reverse_alpha(moments, reach, f_one, slope_one, f_zero, slope_zero, c):
     rise = rise_of(moments, 1 - c, -c)
     near_high, _width = near_residual(moments, 1 - c, c, rise, scratch.KL_SYMMETRY)
     near_low, _width = near_residual(moments, -c, c, rise, scratch.KL_SYMMETRY)
-    off = near_bound(moments, reach, 1 - c, c, scratch.KL_SYMMETRY)
-    off += near_bound(moments, reach, -c, c, scratch.KL_SYMMETRY)
+    off = near_bound(last, reach, 1 - c, c, scratch.KL_SYMMETRY)
+    off += near_bound(last, reach, -c, c, scratch.KL_SYMMETRY)
     one, zero = exp64(f_one), exp64(f_zero)
     far_high, far_low, size, _w = sums_of_4(
         one * slope_one, zero * slope_zero, one * tl.abs(slope_one) + zero * tl.abs(slope_zero), one
@@ -553,7 +580,7 @@ def solve(
         alpha = tl.where(total > 0, entropy_theta / tl.where(total > 0, total, 1.0), 0.5)
         return alpha, alpha, near, tl.where(total > scratch.SMALL_ENTROPY, doubt + scratch.ENTROPY_DOUBT, INF)
     else:
-        moments, reach = row_moments(curve)
+        moments, last, reach = row_moments(curve)
         uneven = norms.theta_alone | norms.t_alone
         end_theta = tl.maximum(column(partial, scratch.END_THETA, o, groups), scratch.UNDERFLOW)
         end_t = tl.maximum(column(partial, scratch.END_T, o, groups), scratch.UNDERFLOW)
@@ -564,14 +591,14 @@ def solve(
             tilt_one = column(partial, scratch.TILTS, o, groups) * inv_temperature
             tilt_zero = column(partial, scratch.TILTS + 1, o, groups) * inv_temperature
             alpha, doubt = reverse_alpha(
-                moments, reach, at_one, shift + tilt_one / end_theta, at_zero, shift + tilt_zero / end_t, c
+                moments, last, reach, at_one, shift + tilt_one / end_theta, at_zero, shift + tilt_zero / end_t, c
             )
             return alpha, alpha, near, tl.where(uneven, INF, doubt)
         else:
             rise = rise_of(moments, 1 - c, -c)
             x = near_root(moments, c, rise, METHOD)
             _gap, steep = near_residual(moments, x, c, rise, METHOD)
-            off = near_bound(moments, reach, x, c, METHOD)
+            off = near_bound(last, reach, x, c, METHOD)
             near = ((off <= steep * scratch.MOST_OF_ALPHA) & (uneven == 0)).to(tl.int32)
             if near == 0:
                 x = c * 0
@@ -615,7 +642,7 @@ def settle_row(
     """
     lean = norms.drop_t - norms.t
     shift = norms.drop_theta - norms.drop_t - norms.secant
-    curve, spread, deep = center_of(partial, lean + c * shift, shift, present, o, groups, inv_temperature)
+    curve, deep = center_of(partial, lean + c * shift, shift, present, o, groups, inv_temperature)
     high = side_of(partial, scratch.SIDE_HIGH, lean + (2 - c) * shift, shift, 1 - c, present, o, groups, inv_temperature)
     low = side_of(partial, scratch.SIDE_LOW, lean - c * shift, shift, c, present, o, groups, inv_temperature)
     guess, near, doubt = alpha, 0, c * 0
@@ -626,10 +653,10 @@ def settle_row(
     alpha = tl.minimum(tl.maximum(alpha, alpha_min), alpha_max)
     x = alpha - c
     f, mass, slope, width = row_at(curve, x)
-    off_f, off_slope, rounding, rounding_f, slack = bounds_at(curve, f, deep, spread, x, slope)
+    off_f, off_slope, rounding, rounding_f, slack = bounds_at(curve, f, deep, x, slope)
     at_high, at_low = sides_at(high, low, x)
     norm = log64(mass)
-    rounding = rounding_of(rounding, norms.others, alpha, slope, width, norm, at_high[0], at_low[0])
+    rounding = rounding_of(rounding, norms.others, alpha, slope, width, norm, at_high[0], at_low[0], SECOND)
     _kl_theta, _kl_t, size = kls_of(alpha, slope, norm, 0.0, 0.0)
 
     # a comparison with NaN is false: sums that overflowed are not accepted
@@ -647,9 +674,9 @@ def settle_row(
             rounding = 4 * rounding_f + 2 * rounding
             stoppable = (norms.theta_alone | norms.t_alone) == 0
         if near == 1:
-            moments, far = row_moments(curve)
+            moments, last, far = row_moments(curve)
             residual, steep = near_residual(moments, x, c, rise_of(moments, 1 - c, -c), METHOD)
-            off = near_bound(moments, far, x, c, METHOD)
+            off = near_bound(last, far, x, c, METHOD)
             rounding = 16 * rounding_f * steep * (tl.abs(x) + tl.sqrt(width))
         stopped = ((alpha <= alpha_min) & (residual >= 0)) | ((alpha >= alpha_max) & (residual <= 0))
         stopped = stopped & stoppable

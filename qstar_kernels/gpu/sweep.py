@@ -36,13 +36,26 @@ def load_logits(theta, t, o, vocab_size, MASKED: tl.constexpr):
 
 
 @triton.jit
-def add_tile(a, b, tops, weights, sums, cold, extra, reach, EXTRA: tl.constexpr, TEMPERED: tl.constexpr, MASKED):
+def add_tile(
+    a,
+    b,
+    tops,
+    weights,
+    sums,
+    cold,
+    extra,
+    reach,
+    EXTRA: tl.constexpr,
+    TEMPERED: tl.constexpr,
+    SECOND: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """Add a tile of logits [PIECES, GROUPS, THREADS, SUB] to sums of [GROUPS, THREADS].
 
-    Differences are exact or nearly so, and an exponent is off by little more than itself: it is the sum of two
+    Differences are exact or nearly so, and the exponent of w is off in parts of itself only: it is the sum of two
     numbers of one sign.
     """
-    to_theta, to_t, up, down, to_log2 = weights
+    to_theta, to_t, up, down, to_log2, inv_temperature = weights
     a, b = a - tops[0][None, :, None, None], b - tops[1][None, :, None, None]
     if MASKED:
         usable = (a > -INF) & (b > -INF)
@@ -71,7 +84,16 @@ def add_tile(a, b, tops, weights, sums, cold, extra, reach, EXTRA: tl.constexpr,
     for k in tl.static_range(4):
         new = new + (sums[15 + k] + total(low * powers[k]),)
     # that of both maxima is 0: nothing is lost where one token has nearly all of the mass
-    new = new + (sums[19] + total(at_one - at_zero),)
+    difference = at_one - at_zero
+    if SECOND:
+        # nor where all of the differences are small
+        n = d * inv_temperature
+        series = n * (1 + n * (1 / 2) * (1 + n * (1 / 3) * (1 + n * (1 / 4) * (1 + n * (1 / 5) * (1 + n * (1 / 6))))))
+        small = tl.abs(n) < 0.25
+        if MASKED:
+            small = small & usable
+        difference = tl.where(small, at_zero * series, difference)
+    new = new + (sums[19] + total(difference),)
     reach = tl.maximum(reach, greatest(tl.abs(d)))
     if TEMPERED:
         cold = (cold[0] + total(tl.exp2(a * scratch.LOG2E)), cold[1] + total(tl.exp2(b * scratch.LOG2E)))
@@ -143,6 +165,7 @@ def sweep_groups(
     weights,
     EXTRA: tl.constexpr,
     TEMPERED: tl.constexpr,
+    SECOND: tl.constexpr,
     MASKED: tl.constexpr,
     GROUPS: tl.constexpr,
     AHEAD: tl.constexpr,
@@ -163,17 +186,14 @@ def sweep_groups(
         extra = zeros_of(zero, 2)
     for i in range(0, GROUP // LINE, PIECES):
         a, b = load_logits(theta, t, o + i * LINE, vocab_size, MASKED)
-        sums, cold, extra, reach = add_tile(a, b, tops, weights, sums, cold, extra, reach, EXTRA, TEMPERED, MASKED)
+        sums, cold, extra, reach = add_tile(a, b, tops, weights, sums, cold, extra, reach, EXTRA, TEMPERED, SECOND, MASKED)
 
     o_group = tl.arange(0, GROUPS)  # [GROUPS]
     partial += o_group * scratch.GROUP_COLUMNS  # [GROUPS]
     tl.store(partial + scratch.MAX_THETA, tops[0])
     tl.store(partial + scratch.MAX_T, tops[1])
-    whole = tl.zeros([GROUPS], tl.float32)  # [GROUPS]
     for k in tl.static_range(SUMS):
-        x = tl.sum(sums[k], axis=1)  # [GROUPS]
-        whole += x
-        tl.store(partial + scratch.MOMENTS + k, x)
+        tl.store(partial + scratch.MOMENTS + k, tl.sum(sums[k], axis=1))
     tl.store(partial + scratch.DIFFERENCE, tl.sum(sums[19], axis=1))
     tl.store(partial + scratch.REACH, tl.max(reach, axis=1))
     if TEMPERED:
@@ -190,7 +210,8 @@ def sweep_groups(
         for i in range(0, GROUP // LINE, PIECES):
             flags = tl.maximum(flags, flags_of(theta, t, o + i * LINE, vocab_size))
     tl.store(partial + scratch.FLAGS, tl.max(flags, axis=1))
-    # NaN, infinities and most masks make a sum NaN; a group of nothing but masks has one for its maximum
+    # NaN, infinities and masks in one model make these sums NaN; a group of nothing but masks has one for its maximum
+    whole = tl.sum(sums[6], axis=1) + tl.sum(sums[19], axis=1)  # [GROUPS], Σ w d⁶ and the difference
     plain = (whole == whole) & (tops[0] > scratch.HALF_MASK) & (tops[1] > scratch.HALF_MASK)
     return tl.min(plain.to(tl.int32))
 
@@ -230,16 +251,45 @@ def sweep_kernel(
         t += i_row * s_t
         partial += i_row * s_partial
         to_log2 = inv_temperature * scratch.LOG2E
-        weights = (center * to_log2, (1 - center) * to_log2, (1 - center) * to_log2, -center * to_log2, to_log2)
+        up, down = (1 - center) * to_log2, -center * to_log2
+        weights = (center * to_log2, (1 - center) * to_log2, up, down, to_log2, inv_temperature)
         for i in range(TIMES):
             block = i_block * TIMES + i
             sums, first = partial + block * (GROUPS * scratch.GROUP_COLUMNS), block * (GROUPS * GROUP)
             plain = 0
             if first + GROUPS * GROUP <= vocab_size:
                 plain = sweep_groups(
-                    theta, t, sums, first, vocab_size, weights, EXTRA, TEMPERED, False, GROUPS, AHEAD, PIECES, THREADS, SUB
+                    theta,
+                    t,
+                    sums,
+                    first,
+                    vocab_size,
+                    weights,
+                    EXTRA,
+                    TEMPERED,
+                    SECOND,
+                    False,
+                    GROUPS,
+                    AHEAD,
+                    PIECES,
+                    THREADS,
+                    SUB,
                 )
             if plain == 0:
                 sweep_groups(
-                    theta, t, sums, first, vocab_size, weights, EXTRA, TEMPERED, True, GROUPS, AHEAD, PIECES, THREADS, SUB
+                    theta,
+                    t,
+                    sums,
+                    first,
+                    vocab_size,
+                    weights,
+                    EXTRA,
+                    TEMPERED,
+                    SECOND,
+                    True,
+                    GROUPS,
+                    AHEAD,
+                    PIECES,
+                    THREADS,
+                    SUB,
                 )
