@@ -29,7 +29,7 @@ from threading import local
 import torch
 import triton
 
-from bench.calls import TRUNCATIONS, Call, Distinct, Side, compiled, covering, distinct, every_call
+from bench.calls import TRUNCATIONS, Call, Distinct, Side, compiled, covering, distinct, every_call, pretended
 from qstar_kernels.gpu.launch import THREADS, Launch
 from qstar_kernels.noise import GROUP_SIZE
 from qstar_kernels.types import Settings
@@ -211,7 +211,9 @@ def workers() -> Workers:
 def attempt(call: Call, i: int, architecture: str) -> Report | str:
     """What launch `i` of a call compiles to, or why it does not."""
     try:
-        return report(call.launches()[i], architecture)
+        with pretended(architecture):
+            launch = call.launches()[i]
+        return report(launch, architecture)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
@@ -219,7 +221,9 @@ def attempt(call: Call, i: int, architecture: str) -> Report | str:
 def failure(call: Call, i: int, architecture: str) -> str:
     """Why launch `i` of a call does not compile; empty where it does, and then it is in Triton's cache."""
     try:
-        compiled(call.launches()[i], architecture)
+        with pretended(architecture):
+            launch = call.launches()[i]
+        compiled(launch, architecture)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""

@@ -348,10 +348,11 @@ def greedy_token(theta, t, row, partial, vocab_size, groups, tops, inv_temperatu
     norm = tl.load(row + scratch.LOG_NORM)
     o_group = tl.arange(0, GROUPS)  # [GROUPS]
     partial += o_group * scratch.GROUP_COLUMNS  # [GROUPS]
-    a = tl.load(partial + scratch.MAX_THETA, mask=o_group < groups, other=-INF)  # [GROUPS]
-    b = tl.load(partial + scratch.MAX_T, mask=o_group < groups, other=-INF)  # [GROUPS]
-    a, b, allow_theta, allow_t = exact_logits(a, b, tops, inv_temperature)
-    most = exact_mix(a, b, tl.load(row + scratch.ALPHA)) - norm + doubt * tl.abs(a - b - slope)  # [GROUPS]
+    most_theta = tl.load(partial + scratch.MAX_THETA, mask=o_group < groups, other=-INF)  # [GROUPS]
+    most_t = tl.load(partial + scratch.MAX_T, mask=o_group < groups, other=-INF)  # [GROUPS]
+    most_theta, most_t, allow_theta, allow_t = exact_logits(most_theta, most_t, tops, inv_temperature)
+    most = exact_mix(most_theta, most_t, tl.load(row + scratch.ALPHA)) - norm  # [GROUPS]
+    most += doubt * tl.abs(most_theta - most_t - slope)  # [GROUPS]
     most = tl.where(allow_theta & allow_t, most, -INF)
     token, best, kind = tl.full([], -1, tl.int32), norm * 0 - INF, norm * 0
     lead, rival = best, best  # the least that the best may be, the most that any other may be
