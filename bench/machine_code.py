@@ -338,8 +338,8 @@ def main() -> None:
         for r in reports(architecture):
             looped = (f"{r.a_token():.0f}", f"{r.special() / r.tokens:.1f}") if r.tokens else ("", "")
             wide = r.wide_loads(loop=bool(r.tokens))
-            barriers = r.count("BAR|s_barrier")
-            rows.append((r.kernel, architecture, r.registers, r.spilled, r.shared, wide, r.code.total(), barriers, *looped))
+            barriers, code = r.count("BAR|s_barrier"), r.code.total()
+            rows.append((r.kernel, architecture, r.registers, r.spilled, r.shared, wide, code, barriers, *looped))
     print_table(header, rows)
     print(
         "\n128-bit: loads in the loop over whole tiles where there is one; a token: instructions of the sweep a pair of\n"
@@ -350,9 +350,7 @@ def main() -> None:
     for architecture in chosen:
         for batch in (1, 64, 1024):
             sweep, floor = estimate(architecture, batch, 128256)
-            rows.append(
-                (GPUS[architecture].name, batch, f"{sweep:.1f} µs", f"{floor:.1f} µs", f"{sweep / floor:.1f}")
-            )
+            rows.append((GPUS[architecture].name, batch, f"{sweep:.1f} µs", f"{floor:.1f} µs", f"{sweep / floor:.1f}"))
     print_table(("GPU", "rows of 128256", "sweep", "one read", "ratio"), rows)
     launches = len(sampling_step(torch.bfloat16))
     print()

@@ -214,7 +214,6 @@ class Loads:
 
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", counting)
 
-
     def sweeps(self, theta, t) -> float:
         """How many sweeps a row [V] takes: each loads a logit twice, the second time what is at hand still."""
         self.count = 0

@@ -101,8 +101,7 @@ def test_rows_anywhere_are_launched_alike(place):
 
 def test_a_shrinking_batch_compiles_the_sweeps_once():
     sweeps = [
-        {key for key in launched(rows=rows) if key.kernel in ("sweep_kernel", "settle_kernel")}
-        for rows in (1, 7, 16)
+        {key for key in launched(rows=rows) if key.kernel in ("sweep_kernel", "settle_kernel")} for rows in (1, 7, 16)
     ]
     assert sweeps[0] == sweeps[1] == sweeps[2]
 
@@ -116,8 +115,10 @@ def test_other_numbers_of_tokens_compile_truncation_once():
 
 
 def test_rules_share_what_does_not_depend_on_them():
-    """The sweep is told only of the sums that entropies and the reverse rule need, the draw after truncation nothing."""
-    by_rule = {method: launched(settings=Settings(method=method, top_k=50)) for method in ("kl_symmetry", "ess_balance")}
+    """The sweep is told only which sums entropies and the reverse rule need, the draw after truncation nothing."""
+    by_rule = {
+        method: launched(settings=Settings(method=method, top_k=50)) for method in ("kl_symmetry", "ess_balance")
+    }
     differ = by_rule["kl_symmetry"] ^ by_rule["ess_balance"]
     assert sorted(key.kernel for key in differ) == ["finish_kernel"] * 2 + ["settle_kernel"] * 4
 

@@ -83,8 +83,17 @@ def interpolation() -> Iterator[tuple[str, ...]]:
 
 
 def one_sweep() -> Iterator[tuple[str, ...]]:
-    """Rows that one sweep settles, that a second does; what α and the KLs' difference are off by then, and the bounds."""
-    yield "pair", "temperature", "median F″", "one sweep", "two", "α, greatest error", "difference of KLs, error", "its bound"
+    """Rows that one sweep settles, and two; what α and the KLs' difference are off by then, and the bounds."""
+    yield (
+        "pair",
+        "temperature",
+        "median F″",
+        "one sweep",
+        "two",
+        "α, greatest error",
+        "difference of KLs, error",
+        "its bound",
+    )
     named = [(f"Zipf, noise {noise:g}", *zipf_pair(ROWS, 50_000, noise, 11)) for noise in (0.01, 0.1, 0.5, 1, 2, 4, 8)]
     rows = demo_rows(PROMPTS)
     named.append((f"demo pair, {len(rows.theta)} tokens", rows.theta, rows.t))
@@ -192,7 +201,9 @@ def far() -> Iterator[tuple[str, ...]]:
         )
 
 
-TABLES: dict[str, Callable[[], Iterator[tuple[str, ...]]]] = {f.__name__: f for f in (interpolation, one_sweep, rules, far)}
+TABLES: dict[str, Callable[[], Iterator[tuple[str, ...]]]] = {
+    f.__name__: f for f in (interpolation, one_sweep, rules, far)
+}
 
 
 def main(argv: list[str] | None = None) -> int:

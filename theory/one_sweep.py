@@ -48,7 +48,7 @@ class Curve:
         return self.reach * grown * self.most * abs(x) ** n / factorial(n) / series(self.moments, x, 0)
 
     def of_moments(self, x: float) -> np.ndarray:
-        """What a rounding of the sums by 1 part leaves open of the mass, beside the mass at the centre; in parts of it."""
+        """What a rounding of the sums by 1 part leaves open of the quotient of this mass and that at the centre."""
         turn = abs(x) * self.spread
         return 4 * turn**2 * np.exp(np.minimum(2 * turn, 600))
 

@@ -810,8 +810,10 @@ def nested_gaussians(impl: str) -> float:
 
 
 def sweeps(dtype: type = np.float64) -> Iterator[tuple[np.ndarray, np.ndarray, Sweep]]:
-    """Log-probabilities [V] of a pair and a sweep over it: some rows of all families, and skewed ones of few tokens, on which
-    a bound by the greatest distance from the mean is nearly reached; about several centres."""
+    """Log-probabilities [V] of a pair and a sweep over it, about two centres.
+
+    Some rows of all families, and skewed ones of few tokens, which nearly reach a bound by the greatest distance.
+    """
     g = np.random.default_rng(8)
     rare = g.normal(size=(2, 20, 3)) + np.array([0.0, -6.0, -9.0])
     spread = [zipf_pair(2, 3000, noise, seed) for seed, noise in enumerate((0.01, 0.3, 1.0, 3.0))]
@@ -844,7 +846,9 @@ def about_a_centre(impl: str) -> float:
             f = logsumexp(log_w)
             f_prime = np.exp(log_w - f) @ (log_theta - log_t)
             size = 1 + np.abs(log_theta).max() + np.abs(log_t).max()
-            worst = max(worst, beyond(abs(norm - f) / size, of_f / size), beyond(abs(slope - f_prime) / size, of_slope / size))
+            worst = max(
+                worst, beyond(abs(norm - f) / size, of_f / size), beyond(abs(slope - f_prime) / size, of_slope / size)
+            )
             for (norm, off), at in zip(sides, (2 - alpha, -alpha), strict=True):
                 f = logsumexp(at * log_theta + (1 - at) * log_t)
                 worst = max(worst, beyond(abs(norm - f) / size, off / size))

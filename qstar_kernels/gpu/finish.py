@@ -426,12 +426,11 @@ def finish_kernel(
     token = tl.full([], -1, tl.int64)
     exact, again = tl.full([], 0, tl.int32), (status == 0).to(tl.int32)
     if REFINE:
-        if status == 0:
-            exact = (tl.load(row + scratch.SETTLED) == 0).to(tl.int32)
+        exact = ((status == 0) & (tl.load(row + scratch.SETTLED) == 0)).to(tl.int32)
     # once, and in float64 once more where float32 may have decided between two tokens
     while again == 1:
         again = tl.full([], 0, tl.int32)
-        if REFINE:
+        if REFINE:  # noqa: SIM102 - with `and` both would be asked at run time
             if exact == 1:
                 status = refine(
                     theta,

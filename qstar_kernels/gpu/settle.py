@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from qstar_kernels.gpu import scratch
+from qstar_kernels.gpu.double import exp64, inverse, log1p64, log64, maxima_of_4, sums_of_4, sums_of_8
 from qstar_kernels.gpu.scratch import INF, as_double, entropy_of, is_sound, kls_of, store_diagnostics
 
 # 1/j!
@@ -21,8 +22,6 @@ R4 = tl.constexpr(1 / 24)
 R5 = tl.constexpr(1 / 120)
 R6 = tl.constexpr(1 / 720)
 R7 = tl.constexpr(1 / 5040)
-LN2_HIGH = tl.constexpr(0.6931471803691238)  # 33 bits of log 2, and the rest
-LN2_LOW = tl.constexpr(1.9082149292705877e-10)
 
 
 class Curve(NamedTuple):
@@ -38,104 +37,9 @@ class Curve(NamedTuple):
 
 
 @triton.jit
-def inverse(x):
-    """1/x in float64, of what float32 can hold: half of the instructions of a division, and no branch."""
-    y = (1.0 / x.to(tl.float32)).to(tl.float64)
-    y = y * (2 - x * y)
-    return y * (2 - x * y)
-
-
-@triton.jit
-def exp64(x):
-    """e^x in float64 without a branch, 0 below −700 and infinite above 700."""
-    n = tl.floor(x * scratch.LOG2E + 0.5)
-    n = tl.minimum(tl.maximum(n, -1020.0), 1020.0)
-    r = (x - n * LN2_HIGH) - n * LN2_LOW
-    p = r * (1 / 39916800) + 1 / 3628800
-    p = p * r + 1 / 362880
-    p = p * r + 1 / 40320
-    p = p * r + 1 / 5040
-    p = p * r + 1 / 720
-    p = p * r + 1 / 120
-    p = p * r + 1 / 24
-    p = p * r + 1 / 6
-    p = p * r + 1 / 2
-    p = (p * r + 1) * r + 1
-    scale = ((n.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
-    y = tl.where(x < -700, 0.0, p * scale)
-    return tl.where(x > 700, x * INF, y)
-
-
-@triton.jit
-def log64(x):
-    """log x in float64 without a branch, of x > 0 that is not denormal; −inf of 0."""
-    bits = x.to(tl.int64, bitcast=True)
-    high = ((bits >> 32) & 0xFFFFF) >= 0x6A09E  # the mantissa is √2 or more
-    exponent = (bits >> 52) - tl.where(high, 1022, 1023)
-    mantissa = (bits & 0xFFFFFFFFFFFFF) | tl.where(high, 0x3FE0000000000000, 0x3FF0000000000000)
-    m = mantissa.to(tl.float64, bitcast=True)  # from √½ to √2
-    z = (m - 1) * inverse(m + 1)
-    z2 = z * z
-    p = z2 * (2 / 21) + 2 / 19
-    p = p * z2 + 2 / 17
-    p = p * z2 + 2 / 15
-    p = p * z2 + 2 / 13
-    p = p * z2 + 2 / 11
-    p = p * z2 + 2 / 9
-    p = p * z2 + 2 / 7
-    p = p * z2 + 2 / 5
-    p = p * z2 + 2 / 3
-    p = (p * z2 + 2) * z
-    n = exponent.to(tl.float64)
-    y = n * LN2_HIGH + (n * LN2_LOW + p)
-    y = tl.where((x > 0) & (x < INF), y, tl.where(x == 0, -INF, x))
-    return tl.where(x < 0, float("nan"), y)
-
-
-@triton.jit
-def log1p64(x):
-    """log(1 + x) in float64."""
-    small = x * (1 - x * (0.5 - x * (1 / 3 - x * 0.25)))
-    return tl.where(tl.abs(x) < 1e-4, small, log64(1 + x))
-
-
-@triton.jit
 def column(partial, k, o, groups):
     """A column of the sums [G], float64, 0 beyond the groups."""
     return tl.load(partial + o * scratch.GROUP_COLUMNS + k, mask=o < groups, other=0.0).to(tl.float64)
-
-
-@triton.jit
-def sums_of_4(a, b, c, d):
-    """The sums of four blocks [G], by one reduction."""
-    left, right = tl.split(tl.sum(tl.join(tl.join(a, b), tl.join(c, d)), axis=0))  # [2] each: a and b over c and d
-    a, b = tl.split(left)
-    c, d = tl.split(right)
-    return a, b, c, d
-
-
-@triton.jit
-def sums_of_8(a, b, c, d, e, f, g, h):
-    """The sums of eight blocks [G], by one reduction."""
-    left = tl.join(tl.join(a, b), tl.join(c, d))  # [G, 2, 2]
-    right = tl.join(tl.join(e, f), tl.join(g, h))  # [G, 2, 2]
-    left, right = tl.split(tl.sum(tl.join(left, right), axis=0))  # [2, 2] each
-    first, second = tl.split(left)
-    third, fourth = tl.split(right)
-    a, b = tl.split(first)
-    c, d = tl.split(second)
-    e, f = tl.split(third)
-    g, h = tl.split(fourth)
-    return a, b, c, d, e, f, g, h
-
-
-@triton.jit
-def maxima_of_4(a, b, c, d):
-    """The maxima of four blocks [G], by one reduction."""
-    left, right = tl.split(tl.max(tl.join(tl.join(a, b), tl.join(c, d)), axis=0))
-    a, b = tl.split(left)
-    c, d = tl.split(right)
-    return a, b, c, d
 
 
 @triton.jit
@@ -152,7 +56,7 @@ def moments_of(partial, first, COUNT: tl.constexpr, o, groups, inv_temperature):
 
 @triton.jit
 def side_of(partial, first, lean, shift, grow, present, o, groups, inv_temperature):
-    """The `Curve` at 2 − c or −c, whose five sums begin at column `first`: four moments. `grow`: half the way from c."""
+    """The `Curve` at 2 − c or −c, whose five sums begin at column `first`; `grow`: half the way there from c."""
     mass, raw, per = moments_of(partial, first, 4, o, groups, inv_temperature)
     r1, r2, r3, r4 = raw
     square = r1 * r1
@@ -643,7 +547,9 @@ def settle_row(
     lean = norms.drop_t - norms.t
     shift = norms.drop_theta - norms.drop_t - norms.secant
     curve, deep = center_of(partial, lean + c * shift, shift, present, o, groups, inv_temperature)
-    high = side_of(partial, scratch.SIDE_HIGH, lean + (2 - c) * shift, shift, 1 - c, present, o, groups, inv_temperature)
+    high = side_of(
+        partial, scratch.SIDE_HIGH, lean + (2 - c) * shift, shift, 1 - c, present, o, groups, inv_temperature
+    )
     low = side_of(partial, scratch.SIDE_LOW, lean - c * shift, shift, c, present, o, groups, inv_temperature)
     guess, near, doubt = alpha, 0, c * 0
     if METHOD != scratch.FIXED:

@@ -186,7 +186,9 @@ def sweep_groups(
         extra = zeros_of(zero, 2)
     for i in range(0, GROUP // LINE, PIECES):
         a, b = load_logits(theta, t, o + i * LINE, vocab_size, MASKED)
-        sums, cold, extra, reach = add_tile(a, b, tops, weights, sums, cold, extra, reach, EXTRA, TEMPERED, SECOND, MASKED)
+        sums, cold, extra, reach = add_tile(
+            a, b, tops, weights, sums, cold, extra, reach, EXTRA, TEMPERED, SECOND, MASKED
+        )
 
     o_group = tl.arange(0, GROUPS)  # [GROUPS]
     partial += o_group * scratch.GROUP_COLUMNS  # [GROUPS]
