@@ -11,6 +11,7 @@ from triton.runtime import interpreter
 
 from qstar_kernels import METHODS, QStarStep, Status, noise, qstar_logprobs, qstar_sample, qstar_stats
 from qstar_kernels.dispatch import step_op
+from qstar_kernels.gpu.double import exp64, inverse, log1p64, log64, maxima_of_4, sums_of_4, sums_of_8
 from qstar_kernels.gpu.finish import gumbel, words
 from qstar_kernels.types import FIELDS, Settings
 from tests.interpreter import interpret_quickly, poisoned
@@ -239,6 +240,42 @@ def test_sweeps_over_row_kinds(monkeypatch):
     counts = {name: loads.sweeps(*pair) for name, pair in kinds.items()}
     print("\nsweeps by kind of row:", {name: round(x, 2) for name, x in counts.items()})
     assert max(counts.values()) <= 12
+
+
+@triton.jit
+def double_kernel(x, out, N: tl.constexpr):
+    o = tl.arange(0, N)  # [N]
+    a = tl.load(x + o)
+    b = tl.exp(a)
+    tl.store(out + o, exp64(a))
+    tl.store(out + N + o, log64(b))
+    tl.store(out + 2 * N + o, inverse(b) * b)
+    tl.store(out + 3 * N + o, log1p64(tl.exp(-tl.abs(a))))
+    sums = sums_of_8(a, 2 * a, 3 * a, 4 * a, 5 * a, 6 * a, 7 * a, 8 * a) + sums_of_4(a, 2 * a, 3 * a, 4 * a)
+    sums = sums + maxima_of_4(a, a + 1, a + 2, a + 3)
+    for k in tl.static_range(16):
+        tl.store(out + 4 * N + k, sums[k])
+
+
+def test_float64_without_branches():
+    """To 1e-14; the ends, and what is no number."""
+    n = 1024
+    x, out = torch.linspace(-79.0, 80.0, n, dtype=torch.float64), torch.zeros(5 * n, dtype=torch.float64)
+    x[:6] = torch.tensor([-701.0, 701.0, -torch.inf, torch.inf, torch.nan, 1e-9])
+    double_kernel[(1,)](x, out, N=n)
+    exponential, logarithm, one, log1p, sums = out.view(5, n)
+    assert exponential[:4].tolist() == [0.0, torch.inf, 0.0, torch.inf]
+    assert exponential[4].isnan() & logarithm[4].isnan()
+    assert logarithm[2:4].tolist() == [-torch.inf, torch.inf]
+    torch.testing.assert_close(exponential[5:], x[5:].exp(), rtol=1e-14, atol=0)
+    torch.testing.assert_close(logarithm[5:], x[5:].exp().log(), rtol=1e-14, atol=1e-15)
+    torch.testing.assert_close(log1p[5:], (-x[5:].abs()).exp().log1p(), rtol=1e-11, atol=0)
+    assert ((one[5:] - 1).abs() < 1e-15).all()
+    x[:6] = 0.0
+    double_kernel[(1,)](x, out, N=n)
+    total, top = x.sum(), x.max()
+    want = torch.stack([*(total * k for k in (*range(1, 9), *range(1, 5))), *(top + k for k in range(4))])
+    torch.testing.assert_close(sums[:16], want, rtol=1e-12, atol=0)
 
 
 @triton.jit
