@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
+from qstar_kernels.gpu import launch as gpu
 from qstar_kernels.gpu.launch import Launch, aligned, plan
 from qstar_kernels.types import METHODS, Settings
 
@@ -128,12 +129,14 @@ class Pretended:
 
 @contextmanager
 def pretended(architecture: str) -> Iterator[GPUTarget]:
-    """Within it, Triton compiles for this GPU."""
-    before, now = driver._active, Pretended(architecture)
+    """Within it, Triton compiles for this GPU, and launches are planned for its warps."""
+    before, now, warp = driver._active, Pretended(architecture), gpu.WARP
     driver.set_active(now)
+    gpu.WARP = now.get_current_target().warp_size
     try:
         yield now.get_current_target()
     finally:
+        gpu.WARP = warp
         driver.set_active(before)
 
 

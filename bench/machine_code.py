@@ -29,11 +29,13 @@ from threading import local
 import torch
 import triton
 
-from bench.calls import TRUNCATIONS, Call, Distinct, Side, compiled, covering, distinct, every_call
-from qstar_kernels.gpu.launch import CHUNK, Launch
+from bench.calls import TRUNCATIONS, Call, Distinct, Side, compiled, covering, distinct, every_call, pretended
+from qstar_kernels.gpu.launch import THREADS, Launch
+from qstar_kernels.noise import GROUP_SIZE
 from qstar_kernels.types import Settings
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+TOKENS_OF_A_THREAD = GROUP_SIZE // THREADS  # in the sweep
 VOCAB_SIZE = 50257  # a multiple of nothing; its rows are padded to a multiple of 64, as they are in a model's output
 
 
@@ -68,8 +70,10 @@ class Report:
     spilled: int  # registers that live in memory (AMD), instructions of inner loops that move some (NVIDIA)
     shared: int  # bytes
     code: Counter
-    loop: Counter  # empty where the kernel loops over no logits
-    tokens: float  # pairs of logits a thread takes in one turn of the main loop
+    loop: Counter  # empty where the kernel is no sweep
+    tokens: int  # pairs of logits a thread takes in one turn of the main loop
+    straight: int  # instructions outside all inner loops
+    threads: int
 
     def count(self, pattern: str, loop: bool = False) -> int:
         return sum(n for op, n in (self.loop if loop else self.code).items() if re.match(pattern, op))
@@ -82,6 +86,13 @@ class Report:
 
     def special(self, loop: bool = True) -> int:
         return self.count(SPECIAL, loop)
+
+    def a_token(self) -> float:
+        """Instructions of a sweep a pair of logits: the loop's, and a share of those before and after it.
+
+        Half of what stands outside the loops is for logits that mean −inf, which other threads of a program take.
+        """
+        return self.loop.total() / self.tokens + self.straight / 2 / TOKENS_OF_A_THREAD
 
 
 SPILL = r"LDL|STL"  # NVIDIA's; AMD's assembly states a number
@@ -121,7 +132,9 @@ def report(launch: Launch, architecture: str) -> Report:
         spilled = max((sum(n for op, n in loop.items() if re.match(SPILL, op)) for loop in in_loops), default=0)
     loop, tokens = main_loop(launch, in_loops)
     code = operations(body, operation)
-    return Report(launch.kernel.__name__, architecture, registers, spilled, binary.metadata.shared, code, loop, tokens)
+    straight = code.total() - sum(map(Counter.total, in_loops))
+    name, shared = launch.kernel.__name__, binary.metadata.shared
+    return Report(name, architecture, registers, spilled, shared, code, loop, tokens, straight, launch.threads)
 
 
 def disassembled(cubin: bytes) -> tuple[str, str]:
@@ -152,17 +165,17 @@ def loops(text: str, label: str, branch: str) -> Iterator[str]:
             yield "\n".join(lines[last : i + 1])
 
 
-def main_loop(launch: Launch, bodies: list[Counter]) -> tuple[Counter, float]:
-    """The loop over whole tiles in the two sweeps, and the pairs of logits that a thread takes in a turn of it.
+def main_loop(launch: Launch, bodies: list[Counter]) -> tuple[Counter, int]:
+    """The sweep's loop over whole groups, and the pairs of logits that a thread takes in a turn of it.
 
-    That loop has the widest loads, and the fewest instructions of those that have.
+    That loop has the widest loads, and the fewest instructions of those that use the exponential unit.
     """
     arguments = launch.arguments
-    if "CHUNK" not in arguments:
-        return Counter(), 0.0
-    tile = arguments["LANES"] * arguments["SUB"] if "LANES" in arguments else arguments["TILE_GROUPS"] * 1024
+    if "PIECES" not in arguments:
+        return Counter(), 0
     with_loads = [body for body in bodies if any(re.match(LOAD, op) for op in body)]
-    return min(with_loads, key=Counter.total, default=Counter()), tile / launch.threads
+    with_both = [body for body in with_loads if any(re.match(SPECIAL, op) for op in body)]
+    return min(with_both, key=Counter.total, default=Counter()), arguments["PIECES"] * arguments["SUB"]
 
 
 class Workers:
@@ -198,7 +211,9 @@ def workers() -> Workers:
 def attempt(call: Call, i: int, architecture: str) -> Report | str:
     """What launch `i` of a call compiles to, or why it does not."""
     try:
-        return report(call.launches()[i], architecture)
+        with pretended(architecture):
+            launch = call.launches()[i]
+        return report(launch, architecture)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
@@ -206,7 +221,9 @@ def attempt(call: Call, i: int, architecture: str) -> Report | str:
 def failure(call: Call, i: int, architecture: str) -> str:
     """Why launch `i` of a call does not compile; empty where it does, and then it is in Triton's cache."""
     try:
-        compiled(call.launches()[i], architecture)
+        with pretended(architecture):
+            launch = call.launches()[i]
+        compiled(launch, architecture)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
@@ -223,7 +240,8 @@ def reports(architecture: str) -> list[Report]:
     side = Side(torch.bfloat16, "padded")
     calls = [Call("sample", Settings(**TRUNCATIONS), side, side), Call("log q", Settings(), side, side)]
     calls.append(Call("sample", Settings(), side, side))
-    launches = {launch.kernel: (call, i) for call in calls for i, launch in enumerate(call.launches())}
+    # the first of each kernel in a call: the second sweep has nothing to do but for some rows
+    launches = {launch.kernel: (call, i) for call in calls for i, launch in reversed(list(enumerate(call.launches())))}
     found = list(attempts(launches.values(), architecture))
     if failures := [result for result in found if isinstance(result, str)]:
         raise RuntimeError(failures[0])
@@ -244,13 +262,20 @@ def whole(architecture: str) -> Distinct:
 
 
 def estimate(architecture: str, rows: int, vocab_size: int) -> tuple[float, float]:
-    """Microseconds of both sweeps, and of reading both rows from memory once; bfloat16."""
+    """Microseconds of the sweep of ordinary rows, and of reading both rows from memory once; bfloat16."""
     gpu, pairs = GPUS[architecture], rows * vocab_size
     floor = pairs * 4 / gpu.gigabytes_per_second / 1e3
-    busy = min(gpu.multiprocessors, rows * -(-vocab_size // CHUNK))
-    slots = busy * gpu.issues_per_clock * gpu.warp * gpu.gigahertz * 1e3  # a microsecond, a thread each
-    sweeps = [r.loop.total() / r.tokens * pairs / slots for r in reports(architecture) if r.tokens]
-    return sum(max(sweep, floor) for sweep in sweeps), floor
+    (sweep,) = (r for r in reports(architecture) if r.tokens)
+    warps = rows * -(-vocab_size // (GROUP_SIZE * gpu.warp // THREADS))
+    busy = min(gpu.multiprocessors * gpu.issues_per_clock, warps)
+    slots = busy * gpu.warp * gpu.gigahertz * 1e3  # a microsecond, a thread each
+    return max(sweep.a_token() * pairs / slots, floor), floor
+
+
+def settling(architecture: str) -> float:
+    """Microseconds that `settle_kernel` takes at least: its instructions one after the other, its loops once."""
+    (settle,) = (r for r in reports(architecture) if r.kernel == "settle_kernel")
+    return settle.code.total() / GPUS[architecture].gigahertz / 1e3
 
 
 def print_table(header: tuple[str, ...], rows: list[tuple]) -> None:
@@ -307,27 +332,35 @@ def main() -> None:
         print(f"Triton {triton.__version__}")
         sys.exit(not print_survey(chosen, options.cover))
     print(f"Triton {triton.__version__}, bfloat16 logits, V = {VOCAB_SIZE}, rows padded\n")
-    header = ("kernel", "for", "registers", "spilled", "shared", "128-bit", "code", "a token", "special")
+    header = ("kernel", "for", "registers", "spilled", "shared", "128-bit", "code", "barriers", "a token", "special")
     rows = []
     for architecture in chosen:
         for r in reports(architecture):
-            looped = (f"{r.loop.total() / r.tokens:.0f}", f"{r.special() / r.tokens:.1f}") if r.tokens else ("", "")
+            looped = (f"{r.a_token():.0f}", f"{r.special() / r.tokens:.1f}") if r.tokens else ("", "")
             wide = r.wide_loads(loop=bool(r.tokens))
-            rows.append((r.kernel, architecture, r.registers, r.spilled, r.shared, wide, r.code.total(), *looped))
+            barriers, code = r.count("BAR|s_barrier"), r.code.total()
+            rows.append((r.kernel, architecture, r.registers, r.spilled, r.shared, wide, code, barriers, *looped))
     print_table(header, rows)
     print(
-        "\n128-bit: loads in the loop over whole tiles where there is one; a token: instructions of that loop a pair\n"
-        "of logits, its rare branches included; special: those of them for the exponential unit.\n"
+        "\n128-bit: loads in the loop over whole tiles where there is one; a token: instructions of the sweep a pair of\n"
+        "logits; special: those of its loop for the exponential unit.\n"
     )
-    print("Estimate, not measured: both sweeps, by issue slots and bytes, against reading both rows once\n")
+    print("Estimate, not measured: the sweep, by issue slots and bytes, against reading both rows once\n")
     rows = []
     for architecture in chosen:
         for batch in (1, 64, 1024):
-            sweeps, floor = estimate(architecture, batch, 128256)
-            rows.append(
-                (GPUS[architecture].name, batch, f"{sweeps:.1f} µs", f"{floor:.1f} µs", f"{sweeps / floor:.1f}")
-            )
-    print_table(("GPU", "rows of 128256", "two sweeps", "one read", "ratio"), rows)
+            sweep, floor = estimate(architecture, batch, 128256)
+            rows.append((GPUS[architecture].name, batch, f"{sweep:.1f} µs", f"{floor:.1f} µs", f"{sweep / floor:.1f}"))
+    print_table(("GPU", "rows of 128256", "sweep", "one read", "ratio"), rows)
+    launches = len(sampling_step(torch.bfloat16))
+    print()
+    for architecture in chosen:
+        (sweep,) = (r for r in reports(architecture) if r.tokens)
+        time_of_64, _ = estimate(architecture, 64, 128256)
+        print(
+            f"total {architecture}: {sweep.a_token():.1f} instructions a token, {launches} launches, "
+            f"{time_of_64:.1f} us for [64, 128256], settle {settling(architecture):.1f} us"
+        )
 
 
 if __name__ == "__main__":

@@ -107,8 +107,8 @@ def test_every_part_is_green_and_on_the_page(made_up, tmp_path):
     for part in PARTS:
         assert saved["parts"][part.name], part.name
         assert f"## {part.name}" in text
-    assert "| B | curve | solve | evaluate | correct | evaluate | finish |" in text
-    assert "| B | curve | solve | evaluate | correct | evaluate | finish | truncate | finish |" in text
+    assert "| B | sweep | settle | sweep | settle | finish |" in text
+    assert "| B | sweep | settle | sweep | settle | finish | truncate | finish |" in text
     assert set(saved["parts"]["The decoding loop"]) >= {"demo pair | 2", "a Llama's forward pass as a CUDA graph | 2"}
 
 
@@ -231,8 +231,8 @@ def test_a_warm_call_comes_right_after_itself(made_up, monkeypatch, cold):
 
 
 def test_counts_what_the_jit_makes_ready(monkeypatch):
-    from qstar_kernels.gpu.sweep import correct_kernel
+    from qstar_kernels.gpu.sweep import sweep_kernel
 
     before = gpu_checks.prepared()
-    monkeypatch.setitem(correct_kernel.device_caches, "made up", ({"a key": None, "another": None},))
+    monkeypatch.setitem(sweep_kernel.device_caches, "made up", ({"a key": None, "another": None},))
     assert gpu_checks.prepared() == before + 2

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from qstar_kernels import dispatch, reference
-from theory import direct, verify, visualize
+from theory import direct, one_sweep, verify, visualize
 from theory.families import GAUSSIANS, zipf_pair
-from theory.measure import hermite_guess, quartic_guess
+from theory.measure import quartic_guess
+from theory.one_sweep import Sweep
 
 THEORY = Path(verify.__file__).parent
 
@@ -78,6 +79,42 @@ MUTATIONS = [
     ("top-k", "log_p.topk(top_k,", "log_p.topk(top_k + 1,", "3.8"),
     ("truncated to π_t's support", "log_q - log_q.logsumexp", "log_q - 1.01 * log_q.logsumexp", "3.8"),
 ]  # fmt: skip
+
+
+# The same of one_sweep.py; bounds are halved or more, since none is reached to 1%.
+MUTATIONS_OF_ONE_SWEEP = [
+    ("mass", "self.mean + np.log(value)", "self.mean + 1.01 * np.log(value)", "8.1 8.5"),
+    ("mean of d", "self.mean + tilt,", "self.mean + 1.01 * tilt,", "8.1 8.5"),
+    ("left out", "return self.reach * grown", "return 0.5 * self.reach * grown", "8.1"),
+    ("left out, order", "n = len(self.moments) - order\n", "n = len(self.moments) - order + 1\n", "8.1 8.2"),
+    ("left out, last moment", "* self.most *", "* self.moments[-2] *", "8.1"),
+    ("row's moments", "- self.row.mean - np.log1p(rise / low)", "- self.row.mean - 1.01 * np.log1p(rise / low)", "8.2"),
+    ("row's moments, bound", "1.1 * off if", "0.2 * off if", "8.2"),
+    ("models apart", "- 2 * np.exp(norm", "- 2.2 * np.exp(norm", "8.3"),
+    ("difference", "at_one - at_zero))", "1.0001 * (at_one - at_zero)))", "8.1 8.5"),
+    ("rounding", "return min(rounding, of_rest)", "return 0.001 * min(rounding, of_rest)", "8.5"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("old", "new", "claims"), [m[1:] for m in MUTATIONS_OF_ONE_SWEEP], ids=[m[0] for m in MUTATIONS_OF_ONE_SWEEP]
+)
+def test_a_wrong_formula_of_one_sweep_turns_claims_red(monkeypatch, old, new, claims):
+    path = Path(one_sweep.__file__)
+    source = path.read_text(encoding="utf-8")
+    assert source.count(old) == 1
+    changed = {"__name__": one_sweep.__name__}
+    exec(compile(source.replace(old, new), path, "exec"), changed)
+    monkeypatch.setattr(verify, "Sweep", changed["Sweep"])
+    assert [v.claim.number for v in verify.verify("reference", claims.split()) if v.green] == []
+
+
+def test_the_kernels_have_the_constants_of_one_sweep():
+    scratch = pytest.importorskip("qstar_kernels.gpu.scratch", reason="Triton runs on Linux alone")
+    names = ("OF_AN_EXPONENTIAL", "OF_A_NAT", "OF_A_SUM", "DEEPEST", "MOST_OF_F", "MOST_OF_ESS", "MOST_OF_ALPHA")
+    for name in (*names, "ROUNDING", "ROUNDING_OF_ALPHA", "FLAT"):
+        assert getattr(scratch, name).value == getattr(one_sweep, name), name
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
@@ -170,13 +207,15 @@ double guess(const float *theta, const float *t, int64_t vocab_size) {
 KERNEL = """
 import sys, numpy, torch
 from qstar_kernels.gpu.launch import plan
-from qstar_kernels.gpu.scratch import ALPHA
+from qstar_kernels.gpu.scratch import ALPHA, DOUBT, SETTLED
 from qstar_kernels.types import Settings
 theta, t = (torch.from_numpy(x) for x in numpy.load(sys.argv[1]))
 launches, _ = plan(theta, t, Settings())
-for launch in launches[:2]:
+row = launches[1].arguments["row"]
+for launch in launches[:4]:
     launch()
-print(*launches[1].arguments["row"][:, ALPHA.value].tolist())
+    if launch.kernel.__name__ == "settle_kernel":
+        print(*row[:, ALPHA.value].tolist(), *row[:, SETTLED.value].tolist())
 """
 
 
@@ -209,12 +248,22 @@ def test_the_measured_interpolation_is_that_of_the_c_code(tmp_path):
     check_guesses(np.array([guess(*pair, ctypes.c_int64(theta.shape[1])) for pair in pointers]), guesses(quartic_guess))
 
 
-def test_the_measured_interpolation_is_that_of_the_kernels(tmp_path):
+def test_the_measured_sweeps_are_those_of_the_kernels(tmp_path):
+    """α after one sweep and after two, and which rows are settled; the third row is not after one."""
     np.save(tmp_path / "rows.npy", rows())
     command = [sys.executable, "-c", KERNEL, tmp_path / "rows.npy"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     out = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, cwd=THEORY.parent)
-    check_guesses(np.array([float(x) for x in out.stdout.split()]), guesses(hermite_guess))
+    of_code = np.array([line.split() for line in out.stdout.splitlines()], dtype=float).reshape(2, 2, 3)
+    centers, found = np.full(3, 0.5), []
+    settled = np.zeros(3, dtype=bool)
+    for second in (False, True):
+        for i, row in enumerate(zip(*rows(), strict=True)):
+            if not settled[i]:
+                centers[i], settled[i] = Sweep(*row, centers[i], np.float32, second).solve()
+        found.append((centers.copy(), settled.astype(float)))
+    assert [list(x[1]) for x in found] == of_code[:, 1].tolist() == [[1, 1, 0], [1, 1, 1]]
+    np.testing.assert_allclose(of_code[:, 0], [x[0] for x in found], atol=5e-6)
 
 
 def test_gaussians_by_sums():

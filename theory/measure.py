@@ -1,7 +1,7 @@
 """`python -m theory.measure`: the measured tables of proof.md and computation.md, in Markdown.
 
-`interpolation`: how far the α of the first sweep alone is from the rule, for the interpolations of rows.c and of the
-kernels. `rules`: how far apart KL symmetry and ESS balance are. `far`: q* and what else one could draw from.
+`interpolation`: how far the α of the first sweep of rows.c is from the rule. `one_sweep`: which rows the kernels settle
+after one sweep. `rules`: how far apart KL symmetry and ESS balance are. `far`: q* and what else one could draw from.
 """
 
 import argparse
@@ -10,19 +10,16 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from scipy.interpolate import KroghInterpolator
-from scipy.optimize import brentq
 
 from qstar_kernels import qstar_logprobs, qstar_stats
 from theory import direct
 from theory.direct import kl, log_ess, log_softmax
 from theory.families import demo_rows, sharp, zipf_pair
+from theory.one_sweep import Sweep
 
 ROWS = 64
 PROMPTS = 32  # of the demo pair's problems
-NODES = 7
-CHUNK, LANES, SUB = 8192, 128, 8  # how a program of the kernels goes over a row: see launch.py
-TILE, VECTOR = 256, 8  # and rows.c, in float32
+TILE, VECTOR = 256, 8  # how rows.c goes over a row in float32
 
 
 def summed(x: np.ndarray, shape: tuple[int, ...], axes: tuple[int, ...]) -> float:
@@ -62,38 +59,6 @@ def quartic_guess(theta: np.ndarray, t: np.ndarray, dtype: type) -> float:
     return (c + u) / 2 if curvature[1] > 1e-5 else 0.5
 
 
-def hermite_guess(theta: np.ndarray, t: np.ndarray, dtype: type) -> float:
-    """α of one row after the first sweep of the kernels, with exponentials and the sums of a program in `dtype`.
-
-    F″ at seven nodes gives F′ − s there; the polynomial of degree 13 through both has the root.
-    """
-    a, b = ((x - x.max()).astype(dtype) for x in (theta, t))
-    d = a - b
-    weight, ratio = np.exp(np.maximum(a, b)), np.exp(-np.abs(d) / dtype(NODES - 1))
-    falling, weights = d < 0, [weight]
-    for _ in range(NODES - 1):
-        weights.append(weights[-1] * ratio)
-    nodes = np.linspace(0, 1, NODES)
-    slope, curvature, mass = np.empty(NODES), np.empty(NODES), np.empty(NODES)
-    for k in range(NODES):
-        w = np.where(falling, weights[k], weights[NODES - 1 - k])
-        shape = (CHUNK // (LANES * SUB), LANES, SUB)
-        m0, m1, m2 = (summed(x, shape, (3, 1, 1)) for x in (w, w * d, w * d * d))
-        mass[k], slope[k], curvature[k] = m0, m1 / m0, max(m2 / m0 - (m1 / m0) ** 2, 0)
-    gaps = []
-    for used in (slice(None), slice(None, None, 2)):
-        # F′ is a constant plus the integral G of F″, and s the mean of F′
-        g = np.polynomial.Polynomial.fit(nodes[used], curvature[used], len(nodes[used]) - 1, domain=[0, 1]).integ()
-        whole = g.integ()
-        gaps.append(g(nodes) - (whole(1) - whole(0)))
-    smooth = np.abs(gaps[0] - gaps[1]).max() <= 1e-4 * curvature.min()
-    gap = gaps[0] if smooth else slope - np.log(mass[-1] / mass[0])
-    curve = KroghInterpolator(np.repeat(nodes, 2), np.stack((gap, curvature), 1).ravel())
-    high = int(np.argmax(gap >= 0)) if (gap >= 0).any() else NODES - 1
-    cell = nodes[max(high - 1, 0)], nodes[high]
-    return brentq(curve, *cell) if curve(cell[0]) < 0 < curve(cell[1]) else float(np.mean(cell))
-
-
 def gap_at(theta: np.ndarray, t: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     """|KL(q_α‖π_θ) − KL(q_α‖π_t)| [B] by the definition."""
     log_theta, log_t = log_softmax(theta), log_softmax(t)
@@ -106,17 +71,61 @@ def spread(x: np.ndarray) -> str:
 
 
 def interpolation() -> Iterator[tuple[str, ...]]:
-    """Median / maximum of the residual before the second sweep; Zipf-like rows of 50,000 float32 logits."""
-    yield "noise", *(f"{name}, {dtype}" for name in ("rows.c", "kernels") for dtype in ("float32", "float64"))
+    """Median / maximum of the residual before the second sweep of rows.c; Zipf-like rows of 50,000 float32 logits."""
+    yield "noise", "float32", "float64"
     for noise in (0.5, 1.0, 2.0, 4.0, 8.0):
-        pair = zipf_pair(ROWS, 50_000, noise, seed=11)
-        theta, t = (x.astype(np.float32).astype(np.float64) for x in pair)
+        theta, t = (x.astype(np.float32).astype(np.float64) for x in zipf_pair(ROWS, 50_000, noise, seed=11))
         cells = []
-        for guess in (quartic_guess, hermite_guess):
-            for dtype in (np.float32, np.float64):
-                alpha = np.array([guess(*row, dtype) for row in zip(theta, t, strict=True)])
-                cells.append(spread(gap_at(theta, t, alpha)))
+        for dtype in (np.float32, np.float64):
+            alpha = np.array([quartic_guess(*row, dtype) for row in zip(theta, t, strict=True)])
+            cells.append(spread(gap_at(theta, t, alpha)))
         yield f"{noise:g}", *cells
+
+
+def one_sweep() -> Iterator[tuple[str, ...]]:
+    """Rows that one sweep settles, and two; what α and the KLs' difference are off by then, and the bounds."""
+    yield (
+        "pair",
+        "temperature",
+        "median F″",
+        "one sweep",
+        "two",
+        "α, greatest error",
+        "difference of KLs, error",
+        "its bound",
+    )
+    named = [(f"Zipf, noise {noise:g}", *zipf_pair(ROWS, 50_000, noise, 11)) for noise in (0.01, 0.1, 0.5, 1, 2, 4, 8)]
+    rows = demo_rows(PROMPTS)
+    named.append((f"demo pair, {len(rows.theta)} tokens", rows.theta, rows.t))
+    for name, theta, t in named:
+        for temperature in (1.0, 0.6):
+            a, b = (x.astype(np.float32) / np.float32(temperature) for x in (theta, t))
+            found = [settled(*row) for row in zip(a, b, strict=True)]
+            step = qstar_stats(*(torch.from_numpy(x.astype(np.float64)) for x in (a, b)), impl="reference")
+            fit = [i for i, (_, sweeps, _, _) in enumerate(found) if sweeps <= 2]
+            steep = np.array([curvature for _, _, curvature, _ in found])
+            off = np.array([abs(found[i][0] - step.alpha[i].item()) for i in fit if steep[i] > 1e-6])
+            alpha = np.array([found[i][0] for i in fit])
+            yield (
+                name,
+                f"{temperature:g}",
+                f"{np.median(steep):.2g}",
+                *(f"{np.mean([sweeps <= most for _, sweeps, _, _ in found]):.0%}" for most in (1, 2)),
+                f"{off.max(initial=0):.0e}",
+                f"{gap_at(a[fit].astype(np.float64), b[fit].astype(np.float64), alpha).max(initial=0):.0e}",
+                f"{max((found[i][3] for i in fit), default=0.0):.0e}",
+            )
+
+
+def settled(theta: np.ndarray, t: np.ndarray) -> tuple[float, int, float, float]:
+    """α of a float32 row, the sweeps it took (3: more than two), F″, and the bound of F′ by rounding and otherwise."""
+    center = 0.5
+    for sweeps in (1, 2):
+        sweep = Sweep(theta, t, center, np.float32, sweeps == 2)
+        center, fit = sweep.solve()
+        if fit:
+            return center, sweeps, sweep.at(center)[2], sweep.left_out(center)[1] + sweep.rounding(center)
+    return center, 3, sweep.at(center)[2], np.inf
 
 
 def pairs() -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
@@ -192,7 +201,9 @@ def far() -> Iterator[tuple[str, ...]]:
         )
 
 
-TABLES: dict[str, Callable[[], Iterator[tuple[str, ...]]]] = {f.__name__: f for f in (interpolation, rules, far)}
+TABLES: dict[str, Callable[[], Iterator[tuple[str, ...]]]] = {
+    f.__name__: f for f in (interpolation, one_sweep, rules, far)
+}
 
 
 def main(argv: list[str] | None = None) -> int:

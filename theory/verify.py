@@ -25,6 +25,7 @@ from qstar_kernels.noise import GROUP_SIZE, GROUP_STREAM, TOKEN_STREAM, gumbel
 from theory import direct
 from theory.direct import kl, log_ess, log_softmax, mean
 from theory.families import GAUSSIANS, REACH, STEP, Family, families, gaussians, grid, masked, small_pairs, zipf_pair
+from theory.one_sweep import Sweep
 
 FIXED = tuple({"method": "fixed", "alpha": alpha} for alpha in (0.0, 0.2, 0.5, 0.9, 1.0))
 SOLVED = tuple({"method": method} for method in METHODS if method != "fixed")
@@ -808,6 +809,111 @@ def nested_gaussians(impl: str) -> float:
     return worst if diverges and falls else np.inf
 
 
+def sweeps(dtype: type = np.float64) -> Iterator[tuple[np.ndarray, np.ndarray, Sweep]]:
+    """Log-probabilities [V] of a pair and a sweep over it, about two centres.
+
+    Some rows of all families, and skewed ones of few tokens, which nearly reach a bound by the greatest distance.
+    """
+    g = np.random.default_rng(8)
+    rare = g.normal(size=(2, 20, 3)) + np.array([0.0, -6.0, -9.0])
+    spread = [zipf_pair(2, 3000, noise, seed) for seed, noise in enumerate((0.01, 0.3, 1.0, 3.0))]
+    for family in (*families(), Family("rare", *rare), *(Family("Zipf", *pair) for pair in spread)):
+        rounded = [x.astype(dtype).astype(float) for x in (family.theta, family.t)]
+        log_theta, log_t = (log_softmax(x) for x in rounded)
+        for i in range(min(len(log_theta), 8)):
+            for center in (0.5, 0.2):
+                with np.errstate(all="ignore"):  # overflows make a bound infinite or NaN: the row is refused
+                    yield log_theta[i], log_t[i], Sweep(*(x[i] for x in rounded), center, dtype, center != 0.5)
+
+
+STEPS = (-0.45, -0.2, -0.05, 0.02, 0.1, 0.3)
+
+
+def beyond(error: float, bound: float) -> float:
+    """By how much an error is above its bound and float64's rounding; a bound that is no number refuses the row."""
+    return max(0.0, error - bound - 1e-12) if np.isfinite(bound) and bound < 1 else 0.0
+
+
+def about_a_centre(impl: str) -> float:
+    """F and F′ beside the centre, F(2 − α) and F(−α): no farther from the definition than their bounds."""
+    worst, bounded = 0.0, 0
+    for log_theta, log_t, sweep in sweeps():
+        for x in STEPS:
+            alpha = sweep.center + x
+            with np.errstate(all="ignore"):
+                (norm, slope, _), (of_f, of_slope), sides = sweep.at(alpha), sweep.left_out(alpha), sweep.sides(alpha)
+            log_w = alpha * log_theta + (1 - alpha) * log_t
+            f = logsumexp(log_w)
+            f_prime = np.exp(log_w - f) @ (log_theta - log_t)
+            size = 1 + np.abs(log_theta).max() + np.abs(log_t).max()
+            worst = max(
+                worst, beyond(abs(norm - f) / size, of_f / size), beyond(abs(slope - f_prime) / size, of_slope / size)
+            )
+            for (norm, off), at in zip(sides, (2 - alpha, -alpha), strict=True):
+                f = logsumexp(at * log_theta + (1 - at) * log_t)
+                worst = max(worst, beyond(abs(norm - f) / size, off / size))
+            bounded += 1e-9 < of_f < 1e-3
+    return worst if bounded > 20 else np.inf
+
+
+def by_the_rows_moments(impl: str) -> float:
+    """F′ of close pairs from the row's moments alone: no farther from the definition than its bound."""
+    worst, bounded = 0.0, 0
+    for log_theta, log_t, sweep in sweeps():
+        for x in STEPS:
+            alpha = sweep.center + x
+            with np.errstate(all="ignore"):
+                gap, off = sweep.near(alpha)
+            q = direct.log_q(log_theta[None], log_t[None], np.array([alpha]))
+            f_prime = np.exp(q[0]) @ (log_theta - log_t)
+            worst, bounded = max(worst, beyond(abs(gap - f_prime), off)), bounded + (1e-9 < off < 1e-3)
+    return worst if bounded > 20 else np.inf
+
+
+def distance_of_the_models(impl: str) -> float:
+    """(Σ |π_θ − π_t|)² ≤ e^F(α) (e^F(2−α) + e^F(−α) − 2 e^(F + (1−2α) F′)), in log-probabilities."""
+    worst = 0.0
+    for log_theta, log_t, sweep in sweeps():
+        apart_by_sum = np.abs(np.exp(log_theta) - np.exp(log_t)).sum()
+        with np.errstate(all="ignore"):
+            bound = sweep.apart(sweep.center)
+        worst = max(worst, beyond(apart_by_sum, bound + 1e-7) if np.isfinite(bound) else 0.0)
+    return worst
+
+
+def depth_of_the_tokens(impl: str) -> float:
+    """E_q (log q)² ≤ (1 + log V)²."""
+    worst = 0.0
+    for log_theta, log_t, _ in sweeps():
+        for log_q in (log_theta, log_t):
+            some = log_q > -700
+            worst = max(worst, above(np.exp(log_q[some]) @ log_q[some] ** 2, (1 + np.log(len(log_q))) ** 2))
+    return worst
+
+
+def rounding_of_a_sweep(impl: str) -> float:
+    """F′ of a float32 sweep is no farther from the definition than its bounds, and α of an accepted row no farther from
+    equal KLs than the tolerance and the rounding."""
+    worst, accepted = 0.0, 0
+    for log_theta, log_t, sweep in sweeps(np.float32):
+        for x in (0.0, 0.02, -0.05):
+            alpha = sweep.center + x
+            with np.errstate(all="ignore"):
+                slope, bound = sweep.at(alpha)[1], sweep.left_out(alpha)[1] + sweep.rounding(alpha)
+            q = direct.log_q(log_theta[None], log_t[None], np.array([alpha]))
+            worst = max(worst, beyond(abs(slope - np.exp(q[0]) @ (log_theta - log_t)), bound))
+        with np.errstate(all="ignore"):
+            alpha, fit = sweep.solve()
+        if fit:
+            accepted += 1
+            q = direct.log_q(log_theta[None], log_t[None], np.array([alpha]))
+            kls = kl(q, log_theta[None])[0], kl(q, log_t[None])[0]
+            with np.errstate(all="ignore"):
+                allowed = 1e-5 * max(1, *kls) + sweep.rounding(alpha)
+            worst = max(worst, beyond(abs(kls[0] - kls[1]), allowed))
+    return worst if accepted > 20 else np.inf
+
+
 @dataclass(frozen=True)
 class Claim:
     """A claim of theory/proof.md: its number there, its statement in a line, and how far a check may be off."""
@@ -859,6 +965,11 @@ CLAIMS = (
     Claim("7.5", "q*'s text costs both models H(q*) + c", cost_of_the_text),
     Claim("7.6", "three tokens: q* on the one that neither likes", three_tokens),
     Claim("7.7", "nested Gaussians: equal KLs and an ESS of 0", nested_gaussians),
+    Claim("8.1", "F, F′, F(2−α), F(−α) about a centre: within the bounds", about_a_centre, of_reference_only=True),
+    Claim("8.2", "F′ by the row's moments: within the bound", by_the_rows_moments, of_reference_only=True),
+    Claim("8.3", "how far apart the models are at most", distance_of_the_models, of_reference_only=True),
+    Claim("8.4", "E_q (log q)² ≤ (1 + log V)²", depth_of_the_tokens, of_reference_only=True),
+    Claim("8.5", "float32: within the bounds of rounding", rounding_of_a_sweep, of_reference_only=True),
 )
 
 

@@ -1,7 +1,7 @@
-"""After the sweeps: the residual checked, stubborn rows swept again in float64, the token drawn and looked up.
+"""After the sweeps: rows that are not settled solved in float64, the token drawn and looked up.
 
-The float64 sweeps are made by one program a row. They are rare: what brings them about is a pair so far apart that the
-interpolation or float32 is not enough, and never the ordinary row.
+The float64 sweeps are made by one program a row. They are rare: what brings them about is a pair so far apart that
+float32 is not enough, or two tokens so near one another, and never the ordinary row.
 """
 
 import triton
@@ -16,11 +16,12 @@ from qstar_kernels.gpu.scratch import (
     entropy_of,
     exact_logits,
     exact_mix,
-    mixing,
+    is_sound,
+    kls_of,
     relative_logit,
+    store_diagnostics,
     value_of,
 )
-from qstar_kernels.gpu.sweep import center_of, judge, point_of
 
 
 @triton.jit
@@ -73,9 +74,6 @@ def exact_sweep(
             mass = tl.sum(tl.reshape(w, [TILE_GROUPS, GROUP]), axis=1)  # [GROUPS]
             log_mass = tl.where(mass > 0, tl.log(tl.where(mass > 0, mass, 1.0)) + shift, -INF)  # [GROUPS]
             tl.store(masses + start // GROUP + o_group, log_mass, mask=start + o_group * GROUP < vocab_size)
-        elif DRAW == scratch.GREEDY:
-            highest = tl.max(tl.reshape(tl.where(usable, x, -INF), [TILE_GROUPS, GROUP]), axis=1)  # [GROUPS]
-            tl.store(masses + start // GROUP + o_group, highest, mask=start + o_group * GROUP < vocab_size)
     mean = sums[1] / sums[0]
     return (
         (top + tl.log(sums[0]), mean, tl.maximum(sums[2] / sums[0] - mean * mean, 0.0)),
@@ -142,21 +140,6 @@ def gumbel(seed, position, ids, STREAM: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def kls_of(alpha, slope, f, norm_theta, norm_t):
-    """KL(q‖π_θ), KL(q‖π_t), and the larger of them and 1."""
-    kl_theta, kl_t = (alpha - 1) * slope - f + norm_theta, alpha * slope - f + norm_t
-    return kl_theta, kl_t, tl.maximum(tl.maximum(kl_theta, kl_t), 1.0)
-
-
-@triton.jit
-def is_sound(alpha, slope, f, f_high, f_low, norm_theta, norm_t, alpha_min, alpha_max, rounding):
-    """The last look (`holds` of reference.py) but for the rule's residual; false where a number is NaN."""
-    kl_theta, kl_t, size = kls_of(alpha, slope, f, norm_theta, norm_t)
-    sound = (alpha >= alpha_min) & (alpha <= alpha_max) & (tl.minimum(kl_theta, kl_t) >= -rounding * size)
-    return sound & (size < INF) & (tl.abs(f) < INF) & (tl.abs(f_high) < INF) & (tl.abs(f_low) < INF)
-
-
-@triton.jit
 def refine(
     theta,
     t,
@@ -170,159 +153,119 @@ def refine(
     alpha_min,
     alpha_max,
     tol,
-    point,
-    exact,
     METHOD: tl.constexpr,
     DRAW: tl.constexpr,
     TILE_GROUPS: tl.constexpr,
 ):
-    """Accept the second sweep's α, or find it in float64; write the diagnostics.
-
-    `point` is what the last float32 sweep found, which is not accepted where the row must be `exact`. Returns 0 or the
-    row's status, and whether it is exact now.
-    """
+    """Find α in float64; write the diagnostics. Returns 0 or the row's status."""
     alpha, s = tl.load(row + scratch.ALPHA), tl.load(row + scratch.SECANT)
-    norm_theta, norm_t = tl.load(row + scratch.NORM_THETA), tl.load(row + scratch.NORM_T)
-    center = center_of(row, inv_temperature)
-    uneven = (tl.load(row + scratch.THETA_OUTSIDE) > 0) | (tl.load(row + scratch.T_OUTSIDE) > 0)
-    f, mean, variance, f_high, mean_high, f_low, mean_low = point
-    verdict, residual, steepness = judge(row, point, center, alpha_min, alpha_max, tol, METHOD)
-    slope = mean + center
-    # a settled row was accepted at this very sweep
-    accepted = (verdict == 1) | (tl.load(row + scratch.SETTLED) == 1)
-    sound = is_sound(alpha, slope, f, f_high, f_low, norm_theta, norm_t, alpha_min, alpha_max, 1e-5)
-    settled = (accepted & sound & (exact == 0)).to(tl.int32)
-    status = 0
-
-    exact = 1 - settled
+    theta_alone, t_alone = tl.load(row + scratch.THETA_OUTSIDE) > 0, tl.load(row + scratch.T_OUTSIDE) > 0
+    uneven = theta_alone | t_alone
+    norm_theta, norm_t = s, s
+    f, slope, f_high, f_low, variance, residual = s, s, s, s, s, s
+    center = tl.where(tl.abs(s) < INF, s, 0.0)
+    settled, status = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
     low, high = tl.full([], 0.0, tl.float64), tl.full([], 1.0, tl.float64)
     last_step, step_before = tl.full([], 1.0, tl.float64), tl.full([], 1.0, tl.float64)
     low_known, high_known, last, count = 0, 0, 0, 0
-    if exact == 1:
-        center = tl.where(tl.abs(center) < INF, center, 0.0)
-        better_end = tl.full([], 0.0, tl.float64)
-        if METHOD == scratch.BY_ENTROPY:
-            alpha = exact_entropy_ratio(theta, t, vocab_size, tops, inv_temperature, TILE_GROUPS)
-            alpha = tl.minimum(tl.maximum(alpha, alpha_min), alpha_max)
-        if (METHOD == scratch.REVERSE) | (METHOD == scratch.ESS_BALANCE):
-            # the slopes at both ends; and without a root, which takes different supports, the end with the smaller KL
-            ends = 2
-            if METHOD == scratch.ESS_BALANCE:
-                ends = tl.where(uneven, 2, 0)
-            gap_low, gap_high, worst_low = alpha, alpha, alpha
-            for end in range(ends):
-                at_end = tl.full([], 0.0, tl.float64) + end
-                at, _up, _down, norms = exact_sweep(
-                    theta, t, masses, vocab_size, tops, inv_temperature, at_end, center, scratch.NO_TOKEN, TILE_GROUPS
-                )
-                gap = at[1] + (center - (norms[0] - norms[1]))
-                kl_theta, kl_t, _size = kls_of(at_end, at[1] + center, at[0], norms[0], norms[1])
-                worst = tl.maximum(kl_theta, kl_t)
-                better_end = tl.where((end == 1) & (worst < worst_low), 1.0, 0.0).to(tl.float64)
-                gap_low, worst_low = tl.where(end == 0, gap, gap_low), tl.where(end == 0, worst, worst_low)
-                gap_high = gap
-            if METHOD == scratch.REVERSE:
-                spread = gap_high - gap_low
-                alpha = tl.where(spread > 1e-14, gap_high / tl.where(spread > 1e-14, spread, 1.0), 0.5)
-                alpha = tl.where(uneven & ((gap_low > 0) | (gap_high < 0)), better_end, alpha)
-                alpha = tl.minimum(tl.maximum(alpha, alpha_min), alpha_max)
-        alpha = tl.where((alpha >= 0) & (alpha <= 1), alpha, 0.5)
-        # the range is applied at the end, so that a root outside it is told from no root at all
-        while settled == 0:
-            at, up, down, norms = exact_sweep(
-                theta, t, masses, vocab_size, tops, inv_temperature, alpha, center, DRAW, TILE_GROUPS
+    better_end = tl.full([], 0.0, tl.float64)
+    if METHOD == scratch.BY_ENTROPY:
+        alpha = exact_entropy_ratio(theta, t, vocab_size, tops, inv_temperature, TILE_GROUPS)
+        alpha = tl.minimum(tl.maximum(alpha, alpha_min), alpha_max)
+    if (METHOD == scratch.REVERSE) | (METHOD == scratch.ESS_BALANCE):
+        # the slopes at both ends; and without a root, which takes different supports, the end with the smaller KL
+        ends = 2
+        if METHOD == scratch.ESS_BALANCE:
+            ends = tl.where(uneven, 2, 0)
+        gap_low, gap_high, worst_low = alpha, alpha, alpha
+        for end in range(ends):
+            at_end = tl.full([], 0.0, tl.float64) + end
+            at, _up, _down, norms = exact_sweep(
+                theta, t, masses, vocab_size, tops, inv_temperature, at_end, center, scratch.NO_TOKEN, TILE_GROUPS
             )
-            f, mean, variance = at
-            f_high, mean_high = up
-            f_low, mean_low = down
-            norm_theta, norm_t = norms
-            s = norm_theta - norm_t
-            slope = mean + center
-            residual, steepness = mean + (center - s), variance
-            rounding = 4e-16 * (tl.abs(slope) + tl.sqrt(variance))
-            if METHOD == scratch.ESS_BALANCE:
-                residual, steepness = f_low - f_high + 2 * s, mean_high - mean_low
-                rounding = 4e-16 * (tl.abs(f_low) + tl.abs(f_high))
-            count += 1
-            if f == -INF:
-                status = scratch.STATUS_DISJOINT
-                settled = 1
-            elif last == 1 or (METHOD != scratch.KL_SYMMETRY) & (METHOD != scratch.ESS_BALANCE):
-                settled = 1
+            gap = at[1] + (center - (norms[0] - norms[1]))
+            kl_theta, kl_t, _size = kls_of(at_end, at[1] + center, at[0], norms[0], norms[1])
+            worst = tl.maximum(kl_theta, kl_t)
+            better_end = tl.where((end == 1) & (worst < worst_low), 1.0, 0.0).to(tl.float64)
+            gap_low, worst_low = tl.where(end == 0, gap, gap_low), tl.where(end == 0, worst, worst_low)
+            gap_high = gap
+        if METHOD == scratch.REVERSE:
+            spread = gap_high - gap_low
+            alpha = tl.where(spread > 1e-14, gap_high / tl.where(spread > 1e-14, spread, 1.0), 0.5)
+            alpha = tl.where(uneven & ((gap_low > 0) | (gap_high < 0)), better_end, alpha)
+            alpha = tl.minimum(tl.maximum(alpha, alpha_min), alpha_max)
+    alpha = tl.where((alpha >= 0) & (alpha <= 1), alpha, 0.5)
+    # the range is applied at the end, so that a root outside it is told from no root at all
+    while settled == 0:
+        at, up, down, norms = exact_sweep(
+            theta, t, masses, vocab_size, tops, inv_temperature, alpha, center, DRAW, TILE_GROUPS
+        )
+        f, mean, variance = at
+        f_high, mean_high = up
+        f_low, mean_low = down
+        norm_theta, norm_t = norms
+        s = norm_theta - norm_t
+        slope = mean + center
+        residual, steepness = mean + (center - s), variance
+        rounding = 4e-16 * (tl.abs(slope) + tl.sqrt(variance))
+        if METHOD == scratch.ESS_BALANCE:
+            residual, steepness = f_low - f_high + 2 * s, mean_high - mean_low
+            rounding = 4e-16 * (tl.abs(f_low) + tl.abs(f_high))
+        count += 1
+        if f == -INF:
+            status = scratch.STATUS_DISJOINT
+            settled = 1
+        elif last == 1 or (METHOD != scratch.KL_SYMMETRY) & (METHOD != scratch.ESS_BALANCE):
+            settled = 1
+        else:
+            center = tl.where(tl.abs(s) < INF, s, 0.0)
+            size = tl.abs(residual)
+            rootless = ((alpha <= 0) & (residual > 0)) | ((alpha >= 1) & (residual < 0))
+            # convergence first: at the root rounding can put the Newton step on the bracket's end, and a bisection
+            # there would throw α half a bracket away
+            done = (size <= 1e-3 * tol) & (size <= 1e-7 * steepness)
+            done = done | (size <= tl.maximum(rounding, 1e-14)) | rootless
+            done = done | (high - low <= tl.maximum(2.3e-16 * high, 1e-30)) | (count >= scratch.MOST_SWEEPS)
+            if residual < 0:
+                low, low_known = alpha, 1
             else:
-                center = tl.where(tl.abs(s) < INF, s, 0.0)
-                size = tl.abs(residual)
-                rootless = ((alpha <= 0) & (residual > 0)) | ((alpha >= 1) & (residual < 0))
-                # convergence first: at the root rounding can put the Newton step on the bracket's end, and a bisection
-                # there would throw α half a bracket away
-                done = (size <= 1e-3 * tol) & (size <= 1e-7 * steepness)
-                done = done | (size <= tl.maximum(rounding, 1e-14)) | rootless
-                done = done | (high - low <= tl.maximum(2.3e-16 * high, 1e-30)) | (count >= scratch.MOST_SWEEPS)
-                if residual < 0:
-                    low, low_known = alpha, 1
-                else:
-                    high, high_known = alpha, 1
-                newton = alpha - residual / tl.where(steepness > 0, steepness, 1e-300)
-                # an end of [0, 1] is tried once before the bracket is halved; so it is where steps do not shrink, as in
-                # an exponential tail, which takes hundreds of them
-                middle = (low + high) / 2
-                step = tl.where(newton <= low, tl.where(low_known == 1, middle, low), newton)
-                step = tl.where(newton >= high, tl.where(high_known == 1, middle, high), step)
-                shrinks = (tl.abs(step - alpha) < step_before / 2) | (step <= low) | (step >= high)
-                step = tl.where(shrinks, step, middle)
-                step_before = last_step
-                last_step = tl.abs(step - alpha)
-                if done:
-                    step = tl.where(rootless & uneven, better_end, alpha) if METHOD == scratch.ESS_BALANCE else alpha
-                    step = tl.minimum(tl.maximum(step, alpha_min), alpha_max)
-                    last = 1
-                    if step == alpha:
-                        settled = 1
-                alpha = step
-        tl.store(row + scratch.ALPHA, alpha)
-        if status == 0:
-            sound = is_sound(alpha, slope, f, f_high, f_low, norm_theta, norm_t, alpha_min, alpha_max, 1e-9)
-            if (METHOD == scratch.KL_SYMMETRY) | (METHOD == scratch.ESS_BALANCE):
-                _kl_theta, _kl_t, size = kls_of(alpha, slope, f, norm_theta, norm_t)
-                at_low, at_high = alpha <= alpha_min, alpha >= alpha_max
-                stopped = (at_low & (residual > 0)) | (at_high & (residual < 0)) | (uneven & (at_low | at_high))
-                sound = sound & ((tl.abs(residual) <= tol * size) | stopped)
-            status = tl.where(sound, 0, scratch.STATUS_INEXACT)
-    tl.store(row + scratch.MASSES_ARE_LOGS, exact.to(tl.float64))
+                high, high_known = alpha, 1
+            newton = alpha - residual / tl.where(steepness > 0, steepness, 1e-300)
+            # an end of [0, 1] is tried once before the bracket is halved; so it is where steps do not shrink, as in
+            # an exponential tail, which takes hundreds of them
+            middle = (low + high) / 2
+            step = tl.where(newton <= low, tl.where(low_known == 1, middle, low), newton)
+            step = tl.where(newton >= high, tl.where(high_known == 1, middle, high), step)
+            shrinks = (tl.abs(step - alpha) < step_before / 2) | (step <= low) | (step >= high)
+            step = tl.where(shrinks, step, middle)
+            step_before = last_step
+            last_step = tl.abs(step - alpha)
+            if done:
+                step = tl.where(rootless & uneven, better_end, alpha) if METHOD == scratch.ESS_BALANCE else alpha
+                step = tl.minimum(tl.maximum(step, alpha_min), alpha_max)
+                last = 1
+                if step == alpha:
+                    settled = 1
+            alpha = step
+    tl.store(row + scratch.ALPHA, alpha)
+    if status == 0:
+        sound = is_sound(alpha, slope, f, f_high, f_low, norm_theta, norm_t, alpha_min, alpha_max, 1e-9)
+        if (METHOD == scratch.KL_SYMMETRY) | (METHOD == scratch.ESS_BALANCE):
+            _kl_theta, _kl_t, size = kls_of(alpha, slope, f, norm_theta, norm_t)
+            at_low, at_high = alpha <= alpha_min, alpha >= alpha_max
+            stopped = (at_low & (residual > 0)) | (at_high & (residual < 0)) | (uneven & (at_low | at_high))
+            sound = sound & ((tl.abs(residual) <= tol * size) | stopped)
+        status = tl.where(sound, 0, scratch.STATUS_INEXACT)
     tl.store(row + scratch.LOG_NORM, f)
     tl.store(row + scratch.TOP_X, f)
     tl.store(row + scratch.FLOOR_X, -INF)
     tl.store(row + scratch.FLOOR_T, -INF)
-
-    if status == 0:
-        kl_theta, kl_t, _size = kls_of(alpha, slope, f, norm_theta, norm_t)
-        tl.store(out, alpha.to(tl.float32))
-        tl.store(out + rows, tl.maximum(kl_theta, 0.0).to(tl.float32))
-        tl.store(out + 2 * rows, tl.maximum(kl_t, 0.0).to(tl.float32))
-        ess_theta = tl.exp(tl.minimum(2 * norm_theta - f - f_high, 0.0))
-        ess_t = tl.exp(tl.minimum(2 * norm_t - f - f_low, 0.0))
-        tl.store(out + 3 * rows, tl.where(tl.load(row + scratch.THETA_OUTSIDE) > 0, 0.0, ess_theta).to(tl.float32))
-        tl.store(out + 4 * rows, tl.where(tl.load(row + scratch.T_OUTSIDE) > 0, 0.0, ess_t).to(tl.float32))
-    return status, exact
-
-
-@triton.jit
-def leave_doubts(row, point, center, METHOD: tl.constexpr):
-    """Write down how far an α that a float32 sweep accepts may be from the rule's; and F' and √F'' there."""
-    _f, mean, variance, f_high, mean_high, f_low, mean_low = point
-    doubt = tl.zeros_like(mean)
-    if METHOD == scratch.KL_SYMMETRY:
-        rounding = scratch.WEIGHT_DOUBT * tl.sqrt(variance) + scratch.D_DOUBT
-        residual = tl.abs(mean + center - tl.load(row + scratch.SECANT))
-        doubt = (residual + rounding) / tl.maximum(variance, 1e-30)
-    elif METHOD == scratch.ESS_BALANCE:
-        residual = tl.abs(f_low - f_high + 2 * tl.load(row + scratch.SECANT))
-        doubt = (residual + 4 * scratch.WEIGHT_DOUBT) / tl.maximum(mean_high - mean_low, 1e-30)
-    elif METHOD != scratch.FIXED:
-        doubt += scratch.ALPHA_DOUBT
-    tl.store(row + scratch.DOUBT, tl.minimum(doubt, 1.0))
-    tl.store(row + scratch.SLOPE, mean + center)
+    tl.store(row + scratch.DOUBT, 0.0)
+    tl.store(row + scratch.SLOPE, slope)
     tl.store(row + scratch.DEVIATION, tl.sqrt(variance))
+    if status == 0:
+        store_diagnostics(out, rows, alpha, slope, f, f_high, f_low, norm_theta, norm_t, theta_alone, t_alone)
+    return status
 
 
 @triton.jit
@@ -349,66 +292,93 @@ def draw_token(
     tops,
     inv_temperature,
     exact,
-    DRAW: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
     """The group with the greatest log-mass plus noise, and within it the token with the greatest log q plus noise.
 
     Also says whether float32 may have decided, which it has no part in where the row is `exact`: whether another key
-    comes as near as rounding and the doubt about α (`leave_doubts`) allow. Logarithms are made small in float64 before
-    they are rounded: −40000.003 is −40000.004 in float32.
+    comes as near as rounding and the doubt about α allow. Logarithms are made small in float64 before they are
+    rounded: −40000.003 is −40000.004 in float32.
     """
     doubt, slope = tl.load(row + scratch.DOUBT), tl.load(row + scratch.SLOPE)
     o_group = tl.arange(0, GROUPS)  # [GROUPS]
     mass = tl.load(masses + o_group, mask=o_group < groups, other=-INF)  # [GROUPS]
-    if DRAW == scratch.SAMPLED:
-        if tl.load(row + scratch.MASSES_ARE_LOGS) == 0:
-            positive = mass > 0  # [GROUPS]
-            mass = tl.where(positive, tl.log(tl.where(positive, mass, 1.0)), -INF)  # [GROUPS]
-        mass -= tl.max(mass)
-        # of q's mass: a group's mean d is no further from F' than the deviation over the root of its share
-        log_share = mass - tl.log(tl.sum(tl.exp(mass)))  # [GROUPS]
-    else:
-        log_mass = (mass + mixing(row, tops, inv_temperature)[4]) * scratch.LN2  # [GROUPS]
-        log_share = log_mass - tl.load(row + scratch.LOG_NORM)  # [GROUPS]
+    slack = tl.load(masses + groups + o_group, mask=o_group < groups, other=0.0)  # [GROUPS]
+    mass -= tl.max(mass)
+    # of q's mass: a group's mean d is no further from F' than the deviation over the root of its share
+    log_share = mass - tl.log(tl.sum(tl.exp(mass)))  # [GROUPS]
     far = tl.load(row + scratch.DEVIATION) * tl.exp(-0.5 * tl.maximum(log_share, -100.0))  # [GROUPS]
-    slack = scratch.WEIGHT_DOUBT + scratch.NOISE_DOUBT + doubt * far  # [GROUPS]
-    group, close = chosen(mass, slack, o_group, seed, position, o_group, exact, scratch.STREAM_OF_GROUPS, DRAW)
-    first = group * GROUP
+    slack += scratch.NOISE_DOUBT + doubt * far  # [GROUPS]
+    group, close = chosen(mass, slack, seed, position, o_group, exact, scratch.STREAM_OF_GROUPS)
 
-    o = first + tl.arange(0, GROUP)  # [GROUP]
+    o = group * GROUP + tl.arange(0, GROUP)  # [GROUP]
     a = as_logits(tl.load(theta + o, mask=o < vocab_size, other=-INF))  # [GROUP]
     b = as_logits(tl.load(t + o, mask=o < vocab_size, other=-INF))  # [GROUP]
     log_q, d = exact_log_q(a, b, row, tops, inv_temperature)  # [GROUP] each
     log_q -= tl.max(log_q)
     slack = scratch.NOISE_DOUBT + doubt * tl.abs(d - slope)  # [GROUP]
-    token, close_token = chosen(log_q, slack, d, seed, position, o, exact, scratch.STREAM_OF_TOKENS, DRAW)
-    return first + token, close | close_token
+    token, close_token = chosen(log_q, slack, seed, position, o, exact, scratch.STREAM_OF_TOKENS)
+    return group * GROUP + token, close | close_token
 
 
 @triton.jit
-def chosen(value, slack, kind, seed, position, ids, exact, STREAM: tl.constexpr, DRAW: tl.constexpr):
-    """The index of the greatest value [N] (plus noise, if sampled), the first of equals; and whether another may be
-    greater, each being known to within its `slack` [N].
-
-    Equal values of one `kind` [N] are equal whatever was rounded.
-    """
-    o = tl.arange(0, value.shape[0])  # [N]
-    if DRAW == scratch.GREEDY:
-        best = tl.argmax(value, axis=0).to(tl.int32)
-        close = is_close(value, slack, (value == tl.max(value)) & (kind == tl.sum(tl.where(o == best, kind, 0))))
-    elif exact == 1:
+def chosen(value, slack, seed, position, ids, exact, STREAM: tl.constexpr):
+    """The index of the greatest value plus noise [N], and whether another may be greater, each being known to within
+    its `slack` [N]; but for a value of −inf, which has no chance."""
+    if exact == 1:
         best = tl.argmax(value + gumbel(seed, position, ids, STREAM, tl.float64), axis=0).to(tl.int32)
         close = 0
     else:
         key = value.to(tl.float32) + gumbel(seed, position, ids, STREAM, tl.float32)  # [N]
         best = tl.argmax(key, axis=0).to(tl.int32)
-        close = is_close(key, slack, o == best)
+        greatest = tl.arange(0, value.shape[0]) == best  # [N]
+        lead = tl.max(tl.where(greatest, key - slack, -INF))
+        rival = tl.max(tl.where(greatest | (key == -INF), -INF, key + slack))
+        close = (rival >= lead).to(tl.int32)
     return best, close
 
 
+@triton.jit
+def greedy_token(theta, t, row, partial, vocab_size, groups, tops, inv_temperature, GROUPS: tl.constexpr):
+    """The token with the greatest log q, the first of equals; and whether the doubt about α leaves another a chance.
+
+    Groups are read in the order of a bound, their two maxima mixed, until none can have a greater one.
+    """
+    doubt, slope = tl.load(row + scratch.DOUBT), tl.load(row + scratch.SLOPE)
+    norm = tl.load(row + scratch.LOG_NORM)
+    o_group = tl.arange(0, GROUPS)  # [GROUPS]
+    partial += o_group * scratch.GROUP_COLUMNS  # [GROUPS]
+    most_theta = tl.load(partial + scratch.MAX_THETA, mask=o_group < groups, other=-INF)  # [GROUPS]
+    most_t = tl.load(partial + scratch.MAX_T, mask=o_group < groups, other=-INF)  # [GROUPS]
+    most_theta, most_t, allow_theta, allow_t = exact_logits(most_theta, most_t, tops, inv_temperature)
+    most = exact_mix(most_theta, most_t, tl.load(row + scratch.ALPHA)) - norm  # [GROUPS]
+    most += doubt * tl.abs(most_theta - most_t - slope)  # [GROUPS]
+    most = tl.where(allow_theta & allow_t, most, -INF)
+    token, best, kind = tl.full([], -1, tl.int32), norm * 0 - INF, norm * 0
+    lead, rival = best, best  # the least that the best may be, the most that any other may be
+    while (tl.max(most) > -INF) & (tl.max(most) >= lead):
+        group = tl.argmax(most, axis=0).to(tl.int32)
+        most = tl.where(o_group == group, -INF, most)
+        o = group * GROUP + tl.arange(0, GROUP)  # [GROUP]
+        a = as_logits(tl.load(theta + o, mask=o < vocab_size, other=-INF))  # [GROUP]
+        b = as_logits(tl.load(t + o, mask=o < vocab_size, other=-INF))  # [GROUP]
+        value, d = exact_log_q(a, b, row, tops, inv_temperature)  # [GROUP] each
+        slack = doubt * tl.abs(d - slope)  # [GROUP]
+        here, first = tl.max(value), group * GROUP + tl.argmax(value, axis=0).to(tl.int32)
+        better = (here > best) | ((here == best) & (first < token) & (here > -INF))
+        if better:
+            rival = tl.maximum(rival, tl.where(best > -INF, best + doubt * tl.abs(kind - slope), -INF))
+            token, best, kind = first, here, tl.sum(tl.where(o == first, d, 0.0))
+            lead = best - doubt * tl.abs(kind - slope)
+        # equal logits of both models are equal whatever α is
+        other = (value > -INF) & ((value != best) | (d != kind))  # [GROUP]
+        rival = tl.maximum(rival, tl.max(tl.where(other, value + slack, -INF)))
+    return token, (rival >= lead).to(tl.int32)
+
+
 @triton.jit(
-    do_not_specialize=["rows", "chunks", "groups"], do_not_specialize_on_alignment=["seeds", "positions", "tokens"]
+    do_not_specialize=["rows", "groups", "s_partial"],
+    do_not_specialize_on_alignment=["seeds", "positions", "tokens"],
 )
 def finish_kernel(
     theta,
@@ -423,10 +393,10 @@ def finish_kernel(
     statuses,
     rows,
     vocab_size,
-    chunks,
     groups,
     s_theta,
     s_t,
+    s_partial,
     inv_temperature,
     inv_temperature_low,
     alpha_min,
@@ -438,69 +408,70 @@ def finish_kernel(
     DRAW: tl.constexpr,
     REFINE: tl.constexpr,
     CHOOSE: tl.constexpr,
-    CHUNKS: tl.constexpr,
     GROUPS: tl.constexpr,
     TILE_GROUPS: tl.constexpr,
 ):
-    """Check the residual (`REFINE`), then draw and look up (`CHOOSE`); truncation comes between the two."""
+    """Solve what is not settled (`REFINE`), then draw and look up (`CHOOSE`); truncation comes between the two."""
     i_row = tl.program_id(0).to(tl.int64)
     inv_temperature = as_double(inv_temperature, inv_temperature_low)
     alpha_min, alpha_max = as_double(alpha_min, alpha_min_low), as_double(alpha_max, alpha_max_low)
     theta += i_row * s_theta
     t += i_row * s_t
     row += i_row * scratch.ROW_COLUMNS
-    masses += i_row * groups
+    partial += i_row * s_partial
+    masses += i_row * 2 * groups
     out += i_row
     tops = (tl.load(row + scratch.TOP_THETA), tl.load(row + scratch.TOP_T))
     status = tl.load(row + scratch.STATUS).to(tl.int32)
     token = tl.full([], -1, tl.int64)
     exact, again = tl.full([], 0, tl.int32), (status == 0).to(tl.int32)
-    partial += i_row * chunks * scratch.EVALUATED_COLUMNS
+    if REFINE:
+        exact = ((status == 0) & (tl.load(row + scratch.SETTLED) == 0)).to(tl.int32)
     # once, and in float64 once more where float32 may have decided between two tokens
     while again == 1:
         again = tl.full([], 0, tl.int32)
-        if REFINE:
-            point = point_of(row, partial, tops, chunks, inv_temperature, CHUNKS)
-            if CHOOSE:
-                leave_doubts(row, point, center_of(row, inv_temperature), METHOD)
-            status, exact = refine(
-                theta,
-                t,
-                row,
-                masses,
-                out,
-                vocab_size,
-                rows,
-                tops,
-                inv_temperature,
-                alpha_min,
-                alpha_max,
-                tol,
-                point,
-                exact,
-                METHOD,
-                DRAW,
-                TILE_GROUPS,
-            )
-        if CHOOSE and seeds is not None:  # noqa: SIM102 - with `and` all would be asked at run time
-            if status == 0:
-                # the masses may be this very program's stores, made by other threads
-                tl.debug_barrier()
-                chosen_token, close = draw_token(
+        if REFINE:  # noqa: SIM102 - with `and` both would be asked at run time
+            if exact == 1:
+                status = refine(
                     theta,
                     t,
                     row,
                     masses,
-                    tl.load(seeds + i_row),
-                    tl.load(positions + i_row),
+                    out,
                     vocab_size,
-                    groups,
+                    rows,
                     tops,
                     inv_temperature,
-                    exact,
+                    alpha_min,
+                    alpha_max,
+                    tol,
+                    METHOD,
                     DRAW,
-                    GROUPS,
+                    TILE_GROUPS,
                 )
+                # what it stored is loaded by other threads
+                tl.debug_barrier()
+        if CHOOSE and seeds is not None:  # noqa: SIM102 - with `and` all would be asked at run time
+            if status == 0:
+                if DRAW == scratch.GREEDY:
+                    chosen_token, close = greedy_token(
+                        theta, t, row, partial, vocab_size, groups, tops, inv_temperature, GROUPS
+                    )
+                else:
+                    chosen_token, close = draw_token(
+                        theta,
+                        t,
+                        row,
+                        masses,
+                        tl.load(seeds + i_row),
+                        tl.load(positions + i_row),
+                        vocab_size,
+                        groups,
+                        tops,
+                        inv_temperature,
+                        exact,
+                        GROUPS,
+                    )
                 token = chosen_token.to(tl.int64)
                 if REFINE:
                     again = tl.where(exact == 0, close, 0)

@@ -1,28 +1,22 @@
-"""q* in two sweeps over the logits, in Triton (theory/computation.md, «Two sweeps» and «The draw»).
+"""q* from one sweep over the logits, in Triton (theory/computation.md, «One sweep» and «The draw»).
 
 The same launches for one row and for thousands, without a host synchronisation or an allocation that changes with the
 data, so that a step can be captured in a CUDA graph:
 
-1. `curve_kernel`, a program a chunk of a row: Σw, Σwd, Σwd² at seven equally spaced α, two exponentials a token. A
-   token's weights at the nodes are a geometric sequence; starting from the larger end its ratio is at most 1, so
-   nothing overflows whatever the logits are.
-2. `solve_kernel`, a program a row: merges the chunks in float64 and reads α off the polynomial that matches F' and F''
-   at all nodes.
-3. `evaluate_kernel`, a program a chunk: F, F', F'', F(2 − α) and F(−α) at that α, and the masses of the groups of ids.
-   Its exponents are taken relative to bounds on F that convexity gives from the nodes, so it carries no maxima.
-4. `correct_kernel` and `evaluate_kernel` again: a Newton step and a sweep for rows whose residual is too large, which
-   are rare under the KL rule; all others pass.
-5. `finish_kernel`, a program a row: sweeps in float64 until the residual is small where float32 is not enough, draws,
-   and reads the winning group again. With truncation `truncate_kernel` comes between the two.
+1. `sweep_kernel`, a warp some groups of 1024 ids: sums about α = ½ (about the α given, for the rule `fixed`).
+2. `settle_kernel`, a program a row: α, the diagnostics and the groups' masses by Taylor's formula, and a bound on what
+   that leaves out, which says whether they are accepted.
+3. Both again about the α found, for rows that were not accepted; all others pass.
+4. `finish_kernel`, a program a row: solves in float64 what is still not accepted, draws, and reads the winning group
+   again. With truncation `truncate_kernel` comes between the two.
 
-A row is always cut into the same chunks whatever the batch is, and chunks are merged in one fixed order: this is what
+A row is always cut into the same groups whatever the batch is, and they are merged in one fixed order: this is what
 makes a row's bits independent of its neighbours.
 """
 
 import ctypes
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
@@ -30,46 +24,27 @@ from torch import Tensor
 
 from qstar_kernels.gpu import scratch
 from qstar_kernels.gpu.finish import finish_kernel, log_q_kernel
-from qstar_kernels.gpu.sweep import correct_kernel, curve_kernel, evaluate_kernel, solve_kernel
+from qstar_kernels.gpu.settle import settle_kernel
+from qstar_kernels.gpu.sweep import sweep_kernel
 from qstar_kernels.gpu.truncate import truncate_kernel
 from qstar_kernels.noise import GROUP_SIZE
 from qstar_kernels.types import FIELDS, METHODS, QStarStep, Settings
 
-# Tokens of a program in the sweeps. Small enough for 16 programs on a row of 128k at batch 1, large enough that the
-# reductions over the program's threads, some 20 instructions each, stay below a tenth of the work.
-CHUNK = 8192
-
-# Newton steps followed by a sweep of all programs before a row is left to one program. Rows that need none skip them at
-# the price of a launch. The curve holds the root of the KL rule, but only a guess at that of the ESS rule.
-CORRECTIONS = {"kl_symmetry": 1, "ess_balance": 3}
-
-TILE_GROUPS = 4  # groups of ids in a tile of the second sweep: their four reductions over threads share a barrier
+WARP = 64 if torch.version.hip else 32
+THREADS = 16  # of a group in the sweep: with two groups a warp, no reduction leaves it
 
 
-@lru_cache(maxsize=8)
-def quadrature(device: torch.device) -> Tensor:
-    """Weights that give F' − s at the nodes from F'' there: float64 [2, 8, 8], through all nodes and every second one.
+def tile(bits: int, second: bool) -> dict[str, int]:
+    """The constants of a sweep over logits of so many bits: a load of 128 bits brings a thread its tokens of one row.
 
-    s is the mean of F' over [0, 1], so F'(x) − s = ∫ F''(y) (y − [y > x]) dy.
+    The second sweep passes most rows by, and programs that do nothing are not free: it has fewer of them.
     """
-    # whatever the default device is
-    nodes = torch.arange(7, dtype=torch.float64, device="cpu") / 6
-    weights = torch.zeros(2, 8, 8, dtype=torch.float64, device="cpu")
-    for which, used in enumerate((range(7), range(0, 7, 2))):
-        used = list(used)
-        powers = torch.arange(len(used), device="cpu")
-        # column j: coefficients of the polynomial that is 1 at node j and 0 at the others
-        lagrange = torch.linalg.inv(nodes[used][:, None] ** powers)
-        for k, x in enumerate(nodes):
-            # ∫₀¹ y^(p+1) dy − ∫ₓ¹ y^p dy
-            moments = 1 / (powers + 2.0) - (1 - x ** (powers + 1)) / (powers + 1.0)
-            weights[which, k, used] = moments.double() @ lagrange
-    return weights.to(device)
-
-
-def lanes() -> int:
-    """Sums a node that a program keeps: one a thread. The interpreter's time goes by operations, not by elements."""
-    return 1024 if triton.knobs.runtime.interpret else 128
+    sub = 128 // bits
+    # 8 tokens at once leave the registers for the sums; more where only maxima are taken
+    groups, pieces, ahead, times = WARP // THREADS, 8 // sub, 16 // sub, 2 if second else 1
+    if triton.knobs.runtime.interpret:  # its time goes by operations, not by elements
+        groups, pieces, ahead, times = 8, *2 * [GROUP_SIZE // (THREADS * sub)], 1
+    return {"TIMES": times, "GROUPS": groups, "AHEAD": ahead, "PIECES": pieces, "THREADS": THREADS, "SUB": sub}
 
 
 def groups_of_a_row_program() -> int:
@@ -87,8 +62,7 @@ class Launch:
     arguments: dict
 
     def __call__(self) -> None:
-        warp = 64 if torch.version.hip else 32
-        self.kernel[self.grid](**self.arguments, num_warps=max(1, self.threads // warp))
+        self.kernel[self.grid](**self.arguments, num_warps=max(1, self.threads // WARP))
 
 
 def halves(name: str, value: float) -> dict[str, float]:
@@ -126,8 +100,7 @@ def plan(
     rows, vocab_size = theta.shape
     method = METHODS.index(settings.method)
     tempering = settings.temperature if settings.temperature > 0 else 1.0
-    chunks, groups = triton.cdiv(vocab_size, CHUNK), triton.cdiv(vocab_size, GROUP_SIZE)
-    padded_chunks = triton.next_power_of_2(chunks)
+    groups = triton.cdiv(vocab_size, GROUP_SIZE)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=theta.device)
@@ -147,12 +120,13 @@ def plan(
         draw, tokens = scratch.GIVEN, tokens.contiguous()
     step = QStarStep.of(out, status, tokens)
     # what asks only for the groups' masses need not be compiled twice
-    drawing = draw if draw in (scratch.SAMPLED, scratch.GREEDY) else scratch.NO_TOKEN
+    drawing = draw if draw is scratch.SAMPLED else scratch.NO_TOKEN
 
-    partial = empty(rows, chunks, scratch.CURVE_COLUMNS.value)  # [B, C, 40]
-    evaluated = empty(rows, chunks, scratch.EVALUATED_COLUMNS.value)  # [B, C, 8]
-    masses = empty(rows, groups, dtype=torch.float64)  # [B, groups]
-    row = empty(rows, scratch.ROW_COLUMNS.value, dtype=torch.float64)  # [B, 27]
+    first, second = (tile(8 * max(theta.element_size(), t.element_size()), again) for again in (False, True))
+    most = second["GROUPS"] * second["TIMES"]
+    partial = empty(rows, triton.cdiv(groups, most) * most, scratch.GROUP_COLUMNS.value)  # [B, groups, 32]
+    masses = empty(rows, 2, groups, dtype=torch.float64)  # [B, 2, groups], logarithms and what they may be off by
+    row = empty(rows, scratch.ROW_COLUMNS.value, dtype=torch.float64)  # [B, 17]
     logits = {
         "theta": theta,
         "t": t,
@@ -160,58 +134,32 @@ def plan(
         "s_theta": theta.stride(0),
         "s_t": t.stride(0),
     } | halves("inv_temperature", 1 / tempering)
-    # a load of 128 bits brings a thread its tokens of one row
-    sub = 16 // max(theta.element_size(), t.element_size())
     alpha_range = halves("alpha_min", settings.alpha_min) | halves("alpha_max", settings.alpha_max)
-    curve = {k: v for k, v in logits.items() if k != "inv_temperature_low"} | {
-        "partial": partial,
-        "s_partial": partial.stride(0),
+    alpha = min(max(settings.alpha, settings.alpha_min), settings.alpha_max)
+    center = halves("center", alpha if settings.method == "fixed" else 0.5)["center"]
+    sums = {"row": row, "partial": partial, "s_partial": partial.stride(0), "center": center}
+    sweep = {k: v for k, v in logits.items() if k != "inv_temperature_low"} | sums
+    sweep |= {
+        "EXTRA": method if method in (scratch.BY_ENTROPY.value, scratch.REVERSE.value) else scratch.FIXED.value,
         "TEMPERED": tempering != 1,
-        "ENTROPIES": method == scratch.BY_ENTROPY.value,
-        "CHUNK": CHUNK,
-        "LANES": lanes(),
-        "SUB": sub,
     }
-    solve = alpha_range | halves("inv_temperature", 1 / tempering) | halves("fixed_alpha", settings.alpha)
-    solve |= {
-        "partial": partial,
-        "row": row,
-        "quadrature": quadrature(theta.device),
-        "chunks": chunks,
+    settle = alpha_range | halves("inv_temperature", 1 / tempering) | halves("fixed_alpha", alpha) | sums
+    settle |= {
+        "masses": masses,
+        "out": out,
+        "rows": rows,
+        "groups": groups,
+        "tol": settings.tol,
         "TEMPERED": tempering != 1,
         "METHOD": method,
-        "CHUNKS": padded_chunks,
+        "GROUPS": triton.next_power_of_2(groups),
     }
-    evaluate = logits | {
-        "row": row,
-        "partial": evaluated,
-        "masses": masses,
-        "chunks": chunks,
-        "groups": groups,
-        "SLOPES": method == scratch.ESS_BALANCE.value,
-        "DRAW": drawing.value,
-        "CHUNK": CHUNK,
-        "TILE_GROUPS": TILE_GROUPS,
-        "SUB": sub,
-    }
-    correct = (
-        alpha_range
-        | {
-            "row": row,
-            "partial": evaluated,
-            "chunks": chunks,
-            "tol": settings.tol,
-            "METHOD": method,
-            "CHUNKS": padded_chunks,
-        }
-        | halves("inv_temperature", 1 / tempering)
-    )
     finish = (
         logits
         | alpha_range
         | {
             "row": row,
-            "partial": evaluated,
+            "partial": partial,
             "masses": masses,
             "seeds": seeds,
             "positions": positions,
@@ -219,29 +167,25 @@ def plan(
             "out": out,
             "statuses": status,
             "rows": rows,
-            "chunks": chunks,
             "groups": groups,
+            "s_partial": partial.stride(0),
             "tol": settings.tol,
             "METHOD": method,
             "DRAW": draw.value,
             "REFINE": True,
             "CHOOSE": True,
-            "CHUNKS": padded_chunks,
             "GROUPS": triton.next_power_of_2(groups),
             "TILE_GROUPS": groups_of_a_row_program(),
         }
     )
-    # 128 threads: a tile of the first sweep is then one 128-bit load a thread and row. A program that has a row to
-    # itself has as many threads as leave it the registers for a float64 sweep.
-    launches = [
-        Launch(curve_kernel, (rows, chunks), 128, curve),
-        Launch(solve_kernel, (rows,), 32, solve),
-        Launch(evaluate_kernel, (rows, chunks), 128, evaluate),
-    ]
-    for _ in range(CORRECTIONS.get(settings.method, 0)):
+    # A program that has a row to itself has a thread a group, or as many as leave it the registers for float64.
+    width = min(max(triton.next_power_of_2(groups), 32), 128)
+    launches = []
+    for again, shape in enumerate((first,) if settings.method == "fixed" else (first, second)):
+        blocks = triton.cdiv(groups, shape["GROUPS"] * shape["TIMES"])
         launches += [
-            Launch(correct_kernel, (rows,), 32, correct),
-            Launch(evaluate_kernel, (rows, chunks), 128, evaluate),
+            Launch(sweep_kernel, (rows, blocks), WARP, sweep | shape | {"SECOND": bool(again)}),
+            Launch(settle_kernel, (rows,), width, settle | {"SECOND": bool(again)}),
         ]
     if settings.truncates:
         truncate = (
@@ -266,7 +210,7 @@ def plan(
         )
         # each half is told of the other's choices nothing that would have it compiled once more
         refine = {"CHOOSE": False, "DRAW": drawing.value, "GROUPS": 1, "seeds": None, "positions": None, "tokens": None}
-        choose = {"REFINE": False, "METHOD": scratch.FIXED.value, "CHUNKS": 1}
+        choose = {"REFINE": False, "METHOD": scratch.FIXED.value}
         launches += [
             Launch(finish_kernel, (rows,), 256, finish | refine),
             Launch(truncate_kernel, (rows,), 512, truncate),

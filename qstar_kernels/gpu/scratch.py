@@ -2,6 +2,8 @@
 
 # ruff: noqa: RUF005 - Triton knows no starred tuples
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -10,10 +12,6 @@ from qstar_kernels.noise import GROUP_SIZE, GROUP_STREAM, TOKEN_STREAM
 from qstar_kernels.reference import TINY_ENTROPY as TINY_ENTROPY_OF_FLOAT64
 from qstar_kernels.types import LARGEST_LOGIT, METHODS, Status, mask_of
 
-# Between the nodes α = 0, 1/6, …, 1. On pairs of Zipf rows that differ by normal noise of 2 nats, the polynomial
-# through all nodes leaves a residual of at most 1e-4 with four intervals, 3e-8 with six and 3e-9 with eight.
-INTERVALS = tl.constexpr(6)
-NODES = tl.constexpr(7)
 GROUP = tl.constexpr(GROUP_SIZE)
 STREAM_OF_GROUPS = tl.constexpr(GROUP_STREAM)
 STREAM_OF_TOKENS = tl.constexpr(TOKEN_STREAM)
@@ -26,77 +24,73 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
 
-# float32 sums leave F' accurate enough while Var_q[d] is below the first, and F while it is no deeper than the second
-# below the maxima: exponents are rounded to 1e-7 of what they are made of. Else the row is swept in float64
-WIDEST = tl.constexpr(100.0)
-DEEPEST = tl.constexpr(24.0)
-ALPHA_TOL = tl.constexpr(5e-6)  # largest Newton step still to be made at an accepted α
-CLOSE = tl.constexpr(1e-2)  # Var_q[d] below which float32's F' − s may be off by more than `ALPHA_TOL` of it
-FLAT = tl.constexpr(5e-7)  # Var_q[d] below which α does not matter
-SMOOTH = tl.constexpr(2e-5)  # the quadratures over 7 and 4 nodes agree to this part of F'': see `solve_kernel`
+# What the sums of a sweep leave open (theory/computation.md, «The bound»). Relative: of an exponential, and of its
+# exponent for each nat that lies below the maxima; of a sum of 1024 numbers, 19 of whose additions follow one another
+OF_AN_EXPONENTIAL = tl.constexpr(2.4e-7)
+OF_A_NAT = tl.constexpr(1.8e-7)
+OF_A_SUM = tl.constexpr(19 * 2.0**-24)
+DEEPEST = tl.constexpr(7.94)  # 1 + log 1024: how far down the tokens of a group lie, as a root of the mean square
 
-# What float32 leaves open before a token is drawn, as bounds: of the logarithm of a weight, and so of a sum of weights,
-# whose exponents are made of numbers up to 44 each where a row is not too deep; of d where it matters; of a key of the
-# draw, whose noise is known to 6e-7 and whose parts are below 90; and of α where the first sweep alone gives it
-WEIGHT_DOUBT = tl.constexpr(2e-5)
-D_DOUBT = tl.constexpr(3e-6)
+# How much of it is accepted, beside the rule's own tolerance
+MOST_OF_F = tl.constexpr(1e-6)  # in nats, left out by Taylor's formula
+MOST_OF_ESS = tl.constexpr(4e-5)  # of its logarithm
+MOST_OF_ALPHA = tl.constexpr(4e-6)
+ROUNDING = tl.constexpr(3e-5)  # in nats, of a KL, at worst: what is seen is some 30 times less
+ROUNDING_OF_ALPHA = tl.constexpr(6e-4)
+FLAT = tl.constexpr(5e-7)  # F'' below which α does not matter
+
+# What float32 leaves open of a key of the draw, whose noise is known to 6e-7 and whose parts are below 90
 NOISE_DOUBT = tl.constexpr(1e-5)
-ALPHA_DOUBT = tl.constexpr(2e-5)
+ENTROPY_DOUBT = tl.constexpr(2e-5)  # of the α that entropies give
 
-STEEP = tl.constexpr(0.1)  # derivative of the ESS rule above which the 1e-7 of float32's F does not move α by 5e-6
+FARTHEST = tl.constexpr(55.0)  # nats from a token's mass at the centre to that at an end, below underflow
+UNDERFLOW = tl.constexpr(1024 * 2.0**-126)  # the mass of a group that float32 may have taken for 0
+LOG_UNDERFLOW = tl.constexpr((10 - 126) * math.log(2))
 SMALL_ENTROPY = tl.constexpr(1e-30)  # below this float32's weights that make up a row's entropy may have underflowed
 TINY_ENTROPY = tl.constexpr(TINY_ENTROPY_OF_FLOAT64)
-OUTSIDE = tl.constexpr(1e-30)  # stands for the mass of a token that one model alone allows, however small it is
 
 MOST_SWEEPS = tl.constexpr(200)  # in float64, over a row
 
-# Partial sums of a chunk in the first sweep
-SUM_W = tl.constexpr(0)  # 8 columns each, a node a column
-SUM_WD = tl.constexpr(8)
-SUM_WDD = tl.constexpr(16)
-DIFFERENCE = tl.constexpr(24)  # Σ e^a − e^b over the common support
-OUTSIDE_THETA = tl.constexpr(25)  # Σ e^a where b is −inf
-OUTSIDE_T = tl.constexpr(26)
-NANS = tl.constexpr(27)
-MAX_THETA = tl.constexpr(28)
-MAX_T = tl.constexpr(29)
-COLD_THETA = tl.constexpr(30)  # Σ e^a at temperature 1
-COLD_T = tl.constexpr(31)
-ENTROPY = tl.constexpr(32)  # 6 columns: count of maxima, Σ e^a of the others, Σ e^a a; the same for b
-CURVE_COLUMNS = tl.constexpr(40)
+# What a sweep stores of a group: 32 columns of float32
+MAX_THETA = tl.constexpr(0)
+MAX_T = tl.constexpr(1)
+MOMENTS = tl.constexpr(2)  # 7 columns: Σ w dʲ at the centre
+END_THETA = tl.constexpr(9)  # Σ e^a, and Σ e^b
+END_T = tl.constexpr(10)
+SIDE_HIGH = tl.constexpr(11)  # 5 columns each: Σ w dʲ at 2 − c, and at −c
+SIDE_LOW = tl.constexpr(16)
+REACH = tl.constexpr(21)  # the greatest |d|
+FLAGS = tl.constexpr(22)  # a sum of the three below
+COLD_THETA = tl.constexpr(23)  # Σ e^a at temperature 1, and Σ e^b
+COLD_T = tl.constexpr(24)
+ENTROPY = tl.constexpr(25)  # 6 columns: count of maxima, Σ e^a of the others, Σ e^a a; the same for b
+TILTS = tl.constexpr(25)  # 2 columns: Σ e^a d, Σ e^b d
+DIFFERENCE = tl.constexpr(31)  # Σ e^a − e^b
+GROUP_COLUMNS = tl.constexpr(32)
 
-# Partial sums of a chunk in the second sweep
-EVALUATED_COLUMNS = tl.constexpr(8)  # Σw, Σw(d − s), Σw(d − s)², Σw at 2 − α and −α, and their Σw(d − s)
+HAS_NAN = tl.constexpr(4)
+THETA_ALONE = tl.constexpr(1)  # a token that π_θ alone allows
+T_ALONE = tl.constexpr(2)
 
 # What is known of a row after the solve, float64
 ALPHA = tl.constexpr(0)
 SECANT = tl.constexpr(1)
-NORM_THETA = tl.constexpr(2)
-NORM_T = tl.constexpr(3)
-TOP_THETA = tl.constexpr(4)
-TOP_T = tl.constexpr(5)
-BOUND = tl.constexpr(6)  # at least F(α)
-BOUND_HIGH = tl.constexpr(7)  # at most F(2 − α)
-BOUND_LOW = tl.constexpr(8)  # at most F(−α)
-STATUS = tl.constexpr(9)
-IS_SMOOTH = tl.constexpr(10)  # the first sweep's α is good to the last digit of float32
-LOG_COLD_THETA = tl.constexpr(11)  # log-normaliser at temperature 1, of the logits less their maximum
-LOG_COLD_T = tl.constexpr(12)
-THETA_OUTSIDE = tl.constexpr(13)  # 1 where π_θ allows a token outside the common support
-T_OUTSIDE = tl.constexpr(14)
-BETTER_END = tl.constexpr(15)  # 0 or 1, whichever has the smaller greater KL
-LOG_NORM = tl.constexpr(16)  # log Σ e^x over the tokens that truncation keeps
-FLOOR_X = tl.constexpr(17)  # truncation keeps tokens whose `value` is at least this
-FLOOR_T = tl.constexpr(18)  # and whose logit of π_t less the maximum is at least this
-MASSES_ARE_LOGS = tl.constexpr(19)
-SETTLED = tl.constexpr(20)  # 0 unknown, 1 α is accepted, 2 float32 cannot tell
-LOW = tl.constexpr(21)  # the root lies between these
-HIGH = tl.constexpr(22)
-TOP_X = tl.constexpr(23)  # what the `value` of a token is relative to: the greatest log of q's mass that is left
-DOUBT = tl.constexpr(24)  # how far α may be off before a token is drawn
-SLOPE = tl.constexpr(25)  # F' and √F'' as far as float32 knows them
-DEVIATION = tl.constexpr(26)
-ROW_COLUMNS = tl.constexpr(27)
+TOP_THETA = tl.constexpr(2)
+TOP_T = tl.constexpr(3)
+STATUS = tl.constexpr(4)
+SETTLED = tl.constexpr(5)  # 1 if the sums of a sweep were enough
+LOG_COLD_THETA = tl.constexpr(6)  # log-normaliser at temperature 1, of the logits less their maximum
+LOG_COLD_T = tl.constexpr(7)
+THETA_OUTSIDE = tl.constexpr(8)  # 1 where π_θ allows a token outside the common support
+T_OUTSIDE = tl.constexpr(9)
+LOG_NORM = tl.constexpr(10)  # log Σ e^x over the tokens that truncation keeps
+FLOOR_X = tl.constexpr(11)  # truncation keeps tokens whose `value` is at least this
+FLOOR_T = tl.constexpr(12)  # and whose logit of π_t less the maximum is at least this
+TOP_X = tl.constexpr(13)  # what the `value` of a token is relative to: the greatest log of q's mass that is left
+DOUBT = tl.constexpr(14)  # how far α may be off before a token is drawn
+SLOPE = tl.constexpr(15)  # F' and √F''
+DEVIATION = tl.constexpr(16)
+ROW_COLUMNS = tl.constexpr(17)
 
 STATUS_NAN = tl.constexpr(int(Status.NAN))
 STATUS_POSITIVE_INFINITY = tl.constexpr(int(Status.POSITIVE_INFINITY))
@@ -173,39 +167,36 @@ def relative_logit(b, top):
 
 
 @triton.jit
-def mixing(row, tops, inv_temperature):
-    """What `mix` needs to know of a row, float32: maxima, weights of both rows in log2 units, the bound on F."""
-    alpha, to_log2 = tl.load(row + ALPHA), inv_temperature * LOG2E
-    return (
-        tops[0].to(tl.float32),
-        tops[1].to(tl.float32),
-        (alpha * to_log2).to(tl.float32),
-        ((1 - alpha) * to_log2).to(tl.float32),
-        (tl.load(row + BOUND) * LOG2E).to(tl.float32),
-    )
-
-
-@triton.jit
-def mix(a, b, mixed):
-    """From raw logits: those less their maxima, and log2 of q's mass relative to the bound, −inf where forbidden."""
-    top_theta, top_t, weight_theta, weight_t, bound = mixed
-    usable = (a > MASK) & (b > MASK)
-    a = tl.maximum(a - top_theta, FLOOR)
-    b = tl.maximum(b - top_t, FLOOR)
-    return a, b, tl.where(usable, tl.fma(a, weight_theta, tl.fma(b, weight_t, -bound)), -INF), usable
-
-
-@triton.jit
-def bounds_of_sides(row, bound):
-    """The constants that make exponents at 2 − α and −α relative to their bounds, given those at α are."""
-    high = tl.load(row + BOUND_HIGH) * LOG2E + bound
-    low = tl.load(row + BOUND_LOW) * LOG2E + bound
-    return high.to(tl.float32), low.to(tl.float32)
-
-
-@triton.jit
 def entropy_of(maxima, others, first):
     """log Σ e^a − Σ e^a a / Σ e^a from the count of a = 0, the other Σ e^a and Σ e^a a: accurate on a certain row."""
     share = others / maxima
     log_share = tl.where(share < 1e-6, share - share * share / 2, tl.log(1 + share))
     return tl.log(maxima) + log_share - first / (maxima + others)
+
+
+@triton.jit
+def kls_of(alpha, slope, f, norm_theta, norm_t):
+    """KL(q‖π_θ), KL(q‖π_t), and the larger of them and 1."""
+    kl_theta, kl_t = (alpha - 1) * slope - f + norm_theta, alpha * slope - f + norm_t
+    return kl_theta, kl_t, tl.maximum(tl.maximum(kl_theta, kl_t), 1.0)
+
+
+@triton.jit
+def is_sound(alpha, slope, f, f_high, f_low, norm_theta, norm_t, alpha_min, alpha_max, rounding):
+    """The last look (`holds` of reference.py) but for the rule's residual; false where a number is NaN."""
+    kl_theta, kl_t, size = kls_of(alpha, slope, f, norm_theta, norm_t)
+    sound = (alpha >= alpha_min) & (alpha <= alpha_max) & (tl.minimum(kl_theta, kl_t) >= -rounding * size)
+    return sound & (size < INF) & (tl.abs(f) < INF) & (tl.abs(f_high) < INF) & (tl.abs(f_low) < INF)
+
+
+@triton.jit
+def store_diagnostics(out, rows, alpha, slope, f, f_high, f_low, norm_theta, norm_t, theta_alone, t_alone):
+    """The fields of a row: α, both KLs, both ESS."""
+    kl_theta, kl_t, _size = kls_of(alpha, slope, f, norm_theta, norm_t)
+    ess_theta = tl.exp(tl.minimum(2 * norm_theta - f - f_high, 0.0))
+    ess_t = tl.exp(tl.minimum(2 * norm_t - f - f_low, 0.0))
+    tl.store(out, alpha.to(tl.float32))
+    tl.store(out + rows, tl.maximum(kl_theta, 0.0).to(tl.float32))
+    tl.store(out + 2 * rows, tl.maximum(kl_t, 0.0).to(tl.float32))
+    tl.store(out + 3 * rows, tl.where(theta_alone, 0.0, ess_theta).to(tl.float32))
+    tl.store(out + 4 * rows, tl.where(t_alone, 0.0, ess_t).to(tl.float32))

@@ -179,7 +179,7 @@ def truncate_kernel(
     theta += i_row * s_theta
     t += i_row * s_t
     row += i_row * scratch.ROW_COLUMNS
-    masses += i_row * groups
+    masses += i_row * 2 * groups
     inv_temperature = as_double(inv_temperature, inv_temperature_low)
     BLOCK: tl.constexpr = BLOCK_GROUPS * GROUP
     if tl.load(row + scratch.STATUS) == 0:
@@ -280,12 +280,9 @@ def truncate_kernel(
                 group = start // GROUP + o_group  # [GROUPS]
                 if DRAW == scratch.SAMPLED:
                     by_group = tl.sum(tl.reshape(mass, [BLOCK_GROUPS, GROUP]), axis=1)  # [GROUPS]
-                    tl.store(masses + group, by_group, mask=group < groups)
-                elif DRAW == scratch.GREEDY:
-                    value = tl.where(kept, value, -INF)
-                    by_group = tl.max(tl.reshape(value, [BLOCK_GROUPS, GROUP]), axis=1)  # [GROUPS]
-                    tl.store(masses + group, by_group, mask=group < groups)
-            tl.store(row + scratch.MASSES_ARE_LOGS, 0.0)
+                    some = by_group > 0  # [GROUPS]
+                    log_mass = tl.where(some, tl.log(tl.where(some, by_group, 1.0).to(tl.float64)), -INF)  # [GROUPS]
+                    tl.store(masses + group, log_mass, mask=group < groups)
             tl.store(row + scratch.FLOOR_X, floor_x.to(tl.float64))
             tl.store(row + scratch.FLOOR_T, floor_t.to(tl.float64))
             tl.store(row + scratch.LOG_NORM, greatest + tl.log(total))
