@@ -1,16 +1,24 @@
-"""The KV cache of one model over the live rows of a batch.
+"""The cache of one model over the live rows of a batch: keys and values by column, recurrent states by row.
 
 Rows are left-padded: every cached row ends at the last column, whatever its length. Rows join and leave, and forget
-tokens that turn out not to belong to them.
+tokens that turn out not to belong to them. A recurrent or convolutional state has no columns and forgets nothing: it is
+joined and kept along the batch, and where drafts may turn out wrong it is put back to what it was before them.
 """
 
 import inspect
+from collections import defaultdict
 from collections.abc import Iterable
 from copy import copy
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import DynamicCache
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from qstar.rope import Ropes
 
@@ -45,6 +53,14 @@ class RoomyLayer(DynamicLayer):
         return room[:, :, :stop]
 
 
+class RoomyHybridLayer(LinearAttentionAndFullAttentionLayer, RoomyLayer):
+    """A layer with states by row beside its keys and values."""
+
+    def __init__(self, number_of_states: int):
+        super().__init__(number_of_states)
+        self._room = {}
+
+
 def check_mode(model: torch.nn.Module, name: str) -> None:
     """Refuse a model in training mode, or with a part of it that is.
 
@@ -73,18 +89,33 @@ def takes(model: torch.nn.Module, argument: str) -> bool:
     return False
 
 
+def with_room(layer):
+    """An empty layer of transformers' own cache, or in its place one that holds all its tokens and has room for more."""
+    if not isinstance(layer, DynamicLayer):
+        return layer
+    return RoomyHybridLayer(layer.number_of_states) if hasattr(layer, "number_of_states") else RoomyLayer()
+
+
+def has_states(model: torch.nn.Module) -> bool:
+    """Whether the model has layers with recurrent or convolutional states."""
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=model.config).layers)
+
+
 class Side:
-    """One model with its KV cache.
+    """One model with its cache.
 
     Args:
         model: a decoder-only causal language model.
         pad_id: what padding is filled with; it is masked.
         sees: whose prompts the model goes over, of `theta` and `t`; both where one model stands for both sides, which
             then has two cache rows of each sequence, beside each other.
+        forgets: whether tokens will be forgotten: states are then noted before each `advance`.
 
     Attributes:
         copies: cache rows of each sequence.
-        cache: keys and values of all layers, [B · copies, heads, L, head_dim] each.
+        cache: of every layer its keys and values, [B · copies, heads, L, head_dim] each, its states, [B · copies, …]
+            each, or both.
+        noted: since tokens were forgotten last, the number of columns before each `advance` and the states at that point.
         ids: int64 [B · copies, L], the token of each cached column, −1 on a row's left padding.
         lengths: tokens cached for each row, also the position id of its next token.
         long: whether a row's keys were computed with the long frequencies of a LongRoPE (`qstar.rope`).
@@ -94,12 +125,15 @@ class Side:
             than its RoPE allows.
     """
 
-    def __init__(self, model: torch.nn.Module, pad_id: int, sees: tuple[str, ...]):
+    def __init__(self, model: torch.nn.Module, pad_id: int, sees: tuple[str, ...], forgets: bool = False):
         check_mode(model, f"the model of {' and '.join(sees)}")
         self.model, self.pad_id, self.sees, self.copies = model, pad_id, sees, len(sees)
         self.takes_positions, self.takes_logits_to_keep = (takes(model, x) for x in ("position_ids", "logits_to_keep"))
         self.device = model.get_input_embeddings().weight.device
         self.ropes = Ropes(model)
+        self.has_states = has_states(model)
+        self.takes_cache = "past_key_values" if takes(model, "past_key_values") else "cache_params"
+        self.forgets = forgets
         self._clear()
 
     def _clear(self) -> None:
@@ -108,6 +142,9 @@ class Side:
         # counted from the padded start, and rows of different age could not be joined; the window is then applied by
         # the attention mask, which gives the same numbers.
         self.cache = Cache(layer_class_to_replicate=RoomyLayer)
+        if self.has_states:
+            self.cache = Cache([with_room(layer) for layer in DynamicCache(config=self.model.config).layers])
+        self.noted: list[tuple[int, list[Tensor]]] = []
         self.ids = torch.empty(0, 0, dtype=torch.int64, device=self.device)
         self.lengths: list[int] = []
         self.long: list[bool] = []
@@ -127,8 +164,8 @@ class Side:
             out = self.model(
                 input_ids=ids[:, columns].masked_fill(ids[:, columns] < 0, self.pad_id),
                 attention_mask=(ids >= 0).long(),
-                past_key_values=self.cache,
                 use_cache=True,
+                **{self.takes_cache: self.cache},
                 **extra,
             ).logits[:, -keep:]
         return tuple(out[copy :: self.copies] for copy in range(self.copies))
@@ -157,6 +194,8 @@ class Side:
         tokens = tokens.to(self.device)
         if self.copies > 1:
             tokens = tokens.repeat_interleave(self.copies, 0)  # [B · copies, K]
+        if self.forgets and self.has_states:
+            self.noted.append((self.ids.shape[1], [state.clone() for state in self._states()]))
         return self._append(tokens)
 
     def _append(self, tokens: Tensor) -> tuple[Tensor, ...]:
@@ -179,20 +218,73 @@ class Side:
         """Compute what is cached of a row anew, with the frequencies of a sequence that is `ahead` tokens longer."""
         n = self.lengths[row]
         new, _ = self.prefill([self.ids[row, -n:].tolist()], ahead)
-        for mine, theirs in zip(self.cache.layers, new.cache.layers, strict=True):
-            if mine.get_seq_length():
-                mine.keys[row, :, -n:], mine.values[row, :, -n:] = theirs.keys[0], theirs.values[0]
+        for mine, theirs in zip(self._columns(), new._columns(), strict=True):
+            mine.keys[row, :, -n:], mine.values[row, :, -n:] = theirs.keys[0], theirs.values[0]
+        self._put_states([row], new._states())
         self.long[row] = new.long[0]
+
+    def _columns(self) -> list[DynamicLayer]:
+        """The layers that hold keys and values; one that shares another one's has none of its own."""
+        return [layer for layer in self.cache.layers if isinstance(layer, DynamicLayer) and layer.get_seq_length()]
+
+    def _places(self) -> list[tuple[dict[int, Tensor], int]]:
+        """Where the states of all layers are: what holds each of them, and its key in there."""
+        layers = [layer for layer in self.cache.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
+        holders = [holder for layer in layers for holder in (layer.conv_states, layer.recurrent_states)]
+        return [(holder, key) for holder in holders for key, state in holder.items() if state is not None]
+
+    def _states(self) -> list[Tensor]:
+        """The states of all layers, [B · copies, …] each."""
+        return [holder[key] for holder, key in self._places()]
+
+    def _put_states(self, rows: list[int], states: list[Tensor]) -> None:
+        """Give these rows other states."""
+        for mine, theirs in zip(self._states(), states, strict=True):
+            mine[rows] = theirs
 
     def _replace(self, change) -> None:
         """Every layer's keys and values by `change` of them."""
-        for layer in self.cache.layers:
-            if layer.get_seq_length():  # a layer that shares another one's keys has none of its own
-                layer.keys, layer.values = change(layer.keys), change(layer.values)
+        for layer in self._columns():
+            layer.keys, layer.values = change(layer.keys), change(layer.values)
+
+    def _put_back(self, counts: list[int]) -> None:
+        """Put every row's states back to what they were before its newest `counts[i]` columns: to those noted last
+        before that point, from where the tokens that stay are read once more."""
+        width = self.ids.shape[1]
+        groups = defaultdict(list)  # rows, by what was noted and the columns to read from there
+        for row, count in enumerate(counts):
+            if count:
+                at = max(i for i, (columns, _) in enumerate(self.noted) if columns <= width - count)
+                groups[at, width - count - self.noted[at][0]].append(row)
+        for (at, count), rows in groups.items():
+            columns, states = self.noted[at]
+            states = [state[rows] for state in states]
+            if count:
+                part = self._before(rows, columns, states)
+                part._append(self.ids[rows, columns : columns + count])
+                states = part._states()
+            self._put_states(rows, states)
+        self.noted = []
+
+    def _before(self, rows: list[int], columns: int, states: list[Tensor]) -> "Side":
+        """A `Side` of these rows as they were when there were so many columns, with their states at that point."""
+        part, newer = copy(self), self.ids.shape[1] - columns
+        part.cache = copy(self.cache)
+        part.cache.layers = [copy(layer) for layer in self.cache.layers]
+        for layer in part.cache.layers:
+            vars(layer).update({name: copy(x) for name, x in vars(layer).items() if isinstance(x, dict)})
+        part.ids = self.ids[:, :columns]
+        part.lengths = [n - newer for n in self.lengths]
+        part._replace(lambda x: x[:, :, :columns])
+        part._take(rows)
+        part._put_states(list(range(len(rows))), states)
+        return part
 
     def forget(self, counts: list[int]) -> None:
         """Drop the newest `counts[i]` columns of row i; all rows end at the last column again."""
         counts = [n for n in counts for _ in range(self.copies)]
+        if self.has_states:
+            self._put_back(counts)
         fewest = min(counts)
         width = self.ids.shape[1] - fewest
         self.lengths = [n - count for n, count in zip(self.lengths, counts, strict=True)]
@@ -210,12 +302,17 @@ class Side:
 
     def keep(self, rows: list[int]) -> None:
         """Drop all sequences but these, and the columns that are padding in all that stay."""
-        rows = [row * self.copies + copy for row in rows for copy in range(self.copies)]
+        self._take([row * self.copies + copy for row in rows for copy in range(self.copies)])
+
+    def _take(self, rows: list[int]) -> None:
+        """`keep` by cache rows."""
         self.lengths, self.long = [self.lengths[i] for i in rows], [self.long[i] for i in rows]
         start = self.ids.shape[1] - max(self.lengths, default=0)
         index = torch.tensor(rows, dtype=torch.int64, device=self.device)
         self.ids = self.ids[index, start:]
         self._replace(lambda x: x[index.to(x.device), :, start:])
+        for holder, key in self._places():
+            holder[key] = holder[key][index.to(holder[key].device)]
 
     def join(self, other: "Side") -> None:
         """Take over the rows of `other`, behind this side's own."""
@@ -229,9 +326,10 @@ class Side:
             return torch.nn.functional.pad(x, (0, 0) * (x.ndim - 1 - dim) + (missing, 0), value=value) if missing else x
 
         self.ids = torch.cat([widened(self.ids, 1, -1), widened(other.ids, 1, -1)])
-        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
-            if mine.get_seq_length():
-                mine.keys = torch.cat([widened(mine.keys, 2), widened(theirs.keys, 2)])
-                mine.values = torch.cat([widened(mine.values, 2), widened(theirs.values, 2)])
+        for mine, theirs in zip(self._columns(), other._columns(), strict=True):
+            mine.keys = torch.cat([widened(mine.keys, 2), widened(theirs.keys, 2)])
+            mine.values = torch.cat([widened(mine.values, 2), widened(theirs.values, 2)])
+        for (holder, key), state in zip(self._places(), other._states(), strict=True):
+            holder[key] = torch.cat([holder[key], state])
         self.lengths += other.lengths
         self.long += other.long

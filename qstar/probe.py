@@ -8,8 +8,12 @@ from transformers import DynamicCache
 
 from qstar.cache import Side, check_mode
 
-# a subclass keeps something else beside its keys and values; a dummy belongs to a layer that has those of another one
-PLAIN_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
+# What a `Side` can hold, by transformers' names: keys and values, states, both, or nothing where a layer has those of
+# another one. A subclass keeps something else.
+LAYERS = {
+    "DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer", "LinearAttentionLayer",
+    "LinearAttentionAndFullAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer",
+}  # fmt: skip
 LONG, SHORT, NEW = 12, 2, 4  # tokens of two prompts and of what follows each
 # Relative errors that rounding alone does not reach, in 32 bits and in 16: of two passes of one shape, which round
 # nearly alike, and of others, where a deep mixture of experts that sends a token elsewhere for a tie comes to 0.1 in 16
@@ -53,11 +57,9 @@ def check_model(model: torch.nn.Module, name: str) -> None:
 
 def _state(model: torch.nn.Module) -> str | None:
     """What the model's layers remember beside keys and values; None if nothing."""
-    layers = DynamicCache(config=model.config).layers
-    other = next((type(layer) for layer in layers if type(layer).__name__ not in PLAIN_LAYERS), None)
-    if other and not hasattr(other, "update_recurrent_state"):
-        return f"keeps more than keys and values ({other.__name__})"
-    return "keeps recurrent state" if other or getattr(model, "_is_stateful", False) else None
+    names = [type(layer).__name__ for layer in DynamicCache(config=model.config).layers]
+    other = next((name for name in names if name not in LAYERS), None)
+    return f"keeps more than keys, values and states by row ({other})" if other else None
 
 
 def _behaviour(model: torch.nn.Module) -> str | None:
