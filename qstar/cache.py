@@ -9,6 +9,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Iterable
 from copy import copy
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -21,8 +22,12 @@ from transformers.cache_utils import (
 )
 
 from qstar.rope import Ropes
+from qstar.time_steps import TimeSteps
 
 PREFILL_COLUMNS = 1024  # of a prompt in one forward pass: a longer one takes several, so that memory does not grow
+
+
+_own_caches: WeakKeyDictionary[torch.nn.Module, type[Cache]] = WeakKeyDictionary()
 
 
 class RoomyLayer(DynamicLayer):
@@ -89,6 +94,11 @@ def takes(model: torch.nn.Module, argument: str) -> bool:
     return False
 
 
+def cache_argument(model: torch.nn.Module) -> str:
+    """What the model's forward pass, and its output, call the cache."""
+    return "cache_params" if takes(model, "cache_params") else "past_key_values"
+
+
 def with_room(layer):
     """An empty layer of transformers' own cache, or in its place one that holds all its tokens and has room for more."""
     if not isinstance(layer, DynamicLayer):
@@ -97,8 +107,22 @@ def with_room(layer):
 
 
 def has_states(model: torch.nn.Module) -> bool:
-    """Whether the model has layers with recurrent or convolutional states."""
+    """Whether layers of the model have recurrent or convolutional states, by its configuration."""
     return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=model.config).layers)
+
+
+def has_columns(model: torch.nn.Module) -> bool:
+    """Whether layers of the model have keys and values, by its configuration."""
+    return any(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=model.config).layers)
+
+
+def own_cache(model: torch.nn.Module) -> type[Cache]:
+    """The class of the cache that the model makes for itself."""
+    if model not in _own_caches:
+        ids = torch.zeros(1, 1, dtype=torch.int64, device=model.get_input_embeddings().weight.device)
+        with torch.inference_mode():
+            _own_caches[model] = type(model(input_ids=ids, use_cache=True)[cache_argument(model)])
+    return _own_caches[model]
 
 
 class Side:
@@ -130,9 +154,9 @@ class Side:
         self.model, self.pad_id, self.sees, self.copies = model, pad_id, sees, len(sees)
         self.takes_positions, self.takes_logits_to_keep = (takes(model, x) for x in ("position_ids", "logits_to_keep"))
         self.device = model.get_input_embeddings().weight.device
-        self.ropes = Ropes(model)
-        self.has_states = has_states(model)
-        self.takes_cache = "past_key_values" if takes(model, "past_key_values") else "cache_params"
+        self.ropes, self.time_steps = Ropes(model), TimeSteps(model)
+        self.has_states, self.has_columns = has_states(model), has_columns(model)
+        self.takes_cache = cache_argument(model)
         self.forgets = forgets
         self._clear()
 
@@ -143,7 +167,11 @@ class Side:
         # the attention mask, which gives the same numbers.
         self.cache = Cache(layer_class_to_replicate=RoomyLayer)
         if self.has_states:
-            self.cache = Cache([with_room(layer) for layer in DynamicCache(config=self.model.config).layers])
+            self.cache = own_cache(self.model)()
+            for lists in self._lists():  # of states by layer, in a cache of the model's own (MiniMax)
+                lists[:] = [None] * self.model.config.get_text_config().num_hidden_layers
+            self.cache.layers = [with_room(layer) for layer in DynamicCache(config=self.model.config).layers]
+            self.cache.layer_class_to_replicate = None
         self.noted: list[tuple[int, list[Tensor]]] = []
         self.ids = torch.empty(0, 0, dtype=torch.int64, device=self.device)
         self.lengths: list[int] = []
@@ -160,10 +188,12 @@ class Side:
         ids = self.ids[:, : columns.stop]
         extra = {"position_ids": positions} if self.takes_positions else {}
         extra |= {"logits_to_keep": keep} if self.takes_logits_to_keep else {}
-        with self.ropes.of_rows(self.long):
+        # what looks back at no column wants the mask of those it reads
+        mask = (ids if self.has_columns else ids[:, columns]) >= 0
+        with self.ropes.of_rows(self.long), self.time_steps.limited():
             out = self.model(
                 input_ids=ids[:, columns].masked_fill(ids[:, columns] < 0, self.pad_id),
-                attention_mask=(ids >= 0).long(),
+                attention_mask=mask.long(),
                 use_cache=True,
                 **{self.takes_cache: self.cache},
                 **extra,
@@ -227,11 +257,17 @@ class Side:
         """The layers that hold keys and values; one that shares another one's has none of its own."""
         return [layer for layer in self.cache.layers if isinstance(layer, DynamicLayer) and layer.get_seq_length()]
 
-    def _places(self) -> list[tuple[dict[int, Tensor], int]]:
+    def _lists(self) -> list[list]:
+        """The lists of the cache beside that of its layers."""
+        return [x for name, x in vars(self.cache).items() if isinstance(x, list) and name != "layers"]
+
+    def _places(self) -> list[tuple[dict | list, int]]:
         """Where the states of all layers are: what holds each of them, and its key in there."""
         layers = [layer for layer in self.cache.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
-        holders = [holder for layer in layers for holder in (layer.conv_states, layer.recurrent_states)]
-        return [(holder, key) for holder in holders for key, state in holder.items() if state is not None]
+        holders = [x for layer in layers for x in (layer.conv_states, layer.recurrent_states)]
+        places = [(holder, key) for holder in holders for key in holder]
+        places += [(holder, key) for holder in self._lists() for key in range(len(holder))]
+        return [(holder, key) for holder, key in places if isinstance(holder[key], Tensor)]
 
     def _states(self) -> list[Tensor]:
         """The states of all layers, [B · copies, …] each."""
@@ -271,8 +307,8 @@ class Side:
         part, newer = copy(self), self.ids.shape[1] - columns
         part.cache = copy(self.cache)
         part.cache.layers = [copy(layer) for layer in self.cache.layers]
-        for layer in part.cache.layers:
-            vars(layer).update({name: copy(x) for name, x in vars(layer).items() if isinstance(x, dict)})
+        for holder in (part.cache, *part.cache.layers):
+            vars(holder).update({name: copy(x) for name, x in vars(holder).items() if isinstance(x, (dict, list))})
         part.ids = self.ids[:, :columns]
         part.lengths = [n - newer for n in self.lengths]
         part._replace(lambda x: x[:, :, :columns])

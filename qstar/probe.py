@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from qstar.cache import Side, check_mode
+from qstar.cache import Side, check_mode, has_states
 
 # What a `Side` can hold, by transformers' names: keys and values, states, both, or nothing where a layer has those of
 # another one. A subclass keeps something else.
@@ -59,7 +59,13 @@ def _state(model: torch.nn.Module) -> str | None:
     """What the model's layers remember beside keys and values; None if nothing."""
     names = [type(layer).__name__ for layer in DynamicCache(config=model.config).layers]
     other = next((name for name in names if name not in LAYERS), None)
-    return f"keeps more than keys, values and states by row ({other})" if other else None
+    if other:
+        return f"keeps more than keys, values and states by row ({other})"
+    if not has_states(model):
+        return "keeps states in a form of its own" if getattr(model, "_is_stateful", False) else None
+    if model.get_input_embeddings().weight.is_meta:
+        return "keeps recurrent states, which two models in one engine cannot; use the transformers backend"
+    return None
 
 
 def _behaviour(model: torch.nn.Module) -> str | None:
@@ -85,8 +91,11 @@ def _behaviour(model: torch.nn.Module) -> str | None:
         first, (of_prompts,) = side.prefill([row[:-NEW] for row in rows])
         second, (of_last,) = side.prefill([rows[-1][:-NEW]])
         first.join(second)
-        (of_new,) = first.advance(torch.tensor([row[-NEW:] for row in (*rows, rows[-1])]))
-        return list(torch.cat([torch.cat([of_prompts, of_last]), of_new], 1))
+        new = torch.tensor([row[-NEW:] for row in (*rows, rows[-1])])
+        # layers with states go other ways for one token and for several
+        blocks = new.split([1, NEW - 1], 1) if first.has_states else [new]
+        of_new = [logits for block in blocks for logits in first.advance(block)]
+        return list(torch.cat([torch.cat([of_prompts, of_last]), *of_new], 1))
 
     def behind(other: list[int]) -> Tensor:
         return plain([*short[:-NEW], *other])[:SHORT]
