@@ -27,7 +27,8 @@ from qstar.time_steps import TimeSteps
 PREFILL_COLUMNS = 1024  # of a prompt in one forward pass: a longer one takes several, so that memory does not grow
 
 
-_own_caches: WeakKeyDictionary[torch.nn.Module, type[Cache]] = WeakKeyDictionary()
+_own_caches: WeakKeyDictionary[torch.nn.Module, type[Cache] | None] = WeakKeyDictionary()
+_continues: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
 
 
 class RoomyLayer(DynamicLayer):
@@ -116,13 +117,65 @@ def has_columns(model: torch.nn.Module) -> bool:
     return any(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=model.config).layers)
 
 
-def own_cache(model: torch.nn.Module) -> type[Cache]:
-    """The class of the cache that the model makes for itself."""
+@torch.inference_mode()
+def own_cache(model: torch.nn.Module) -> type[Cache] | None:
+    """The class of the cache that a model with states makes for itself; None if it makes none."""
     if model not in _own_caches:
         ids = torch.zeros(1, 1, dtype=torch.int64, device=model.get_input_embeddings().weight.device)
-        with torch.inference_mode():
-            _own_caches[model] = type(model(input_ids=ids, use_cache=True)[cache_argument(model)])
+        cache = model(input_ids=ids, use_cache=True).get(cache_argument(model))
+        _own_caches[model] = None if cache is None else type(cache)
     return _own_caches[model]
+
+
+def new_cache(model: torch.nn.Module) -> Cache:
+    """An empty cache that keeps all tokens of all layers.
+
+    Without the model's config every layer of transformers' cache does. Sliding-window layers would drop old columns,
+    counted from the padded start, and rows of different age could not be joined; the window is then applied by the
+    attention mask, which gives the same numbers. With states it is a cache of the class that the model makes for itself.
+    """
+    if not has_states(model):
+        return Cache(layer_class_to_replicate=RoomyLayer)
+    cache = own_cache(model)()
+    for states in lists_of(cache):
+        states[:] = [None] * model.config.get_text_config().num_hidden_layers
+    cache.layers = [with_room(layer) for layer in DynamicCache(config=model.config).layers]
+    cache.layer_class_to_replicate = None
+    return cache
+
+
+def lists_of(cache: Cache) -> list[list]:
+    """The lists of states by layer that a cache of a model's own has beside its layers (MiniMax)."""
+    return [x for name, x in vars(cache).items() if isinstance(x, list) and name != "layers"]
+
+
+def places_of(cache: Cache) -> list[tuple[dict | list, int]]:
+    """Where the states of all layers are: what holds each of them, and its key in there; convolutional ones first."""
+    layers = [layer for layer in cache.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
+    holders = [layer.conv_states for layer in layers] + [layer.recurrent_states for layer in layers]
+    places = [(holder, key) for holder in holders for key in holder]
+    places += [(holder, key) for holder in lists_of(cache) for key in range(len(holder))]
+    return [(holder, key) for holder, key in places if isinstance(holder[key], Tensor)]
+
+
+@torch.inference_mode()
+def continues(model: torch.nn.Module) -> bool:
+    """Whether several tokens that a model with states reads at once go on from those before them.
+
+    Mamba and Jamba go on where they read one token, and begin anew where they read several.
+    """
+    if model not in _continues:
+        ids = torch.tensor([[1, 2, 3, 4, 3]], device=model.get_input_embeddings().weight.device)
+
+        def logits(change: float) -> Tensor:
+            cache = {cache_argument(model): new_cache(model)}
+            model(input_ids=ids[:, :3], use_cache=True, **cache)
+            holder, key = places_of(*cache.values())[-1]  # recurrent, if there is such a one, and of the last layer
+            holder[key] += change
+            return model(input_ids=ids[:, 3:], use_cache=True, **cache).logits
+
+        _continues[model] = not torch.equal(logits(0.0), logits(1.0))
+    return _continues[model]
 
 
 class Side:
@@ -156,22 +209,13 @@ class Side:
         self.device = model.get_input_embeddings().weight.device
         self.ropes, self.time_steps = Ropes(model), TimeSteps(model)
         self.has_states, self.has_columns = has_states(model), has_columns(model)
-        self.takes_cache = cache_argument(model)
+        self.takes_cache, self.continues = cache_argument(model), not self.has_states or continues(model)
         self.forgets = forgets
         self._clear()
 
     def _clear(self) -> None:
         """Hold nothing."""
-        # Without the model's config every layer keeps all its tokens. Sliding-window layers would drop old columns,
-        # counted from the padded start, and rows of different age could not be joined; the window is then applied by
-        # the attention mask, which gives the same numbers.
-        self.cache = Cache(layer_class_to_replicate=RoomyLayer)
-        if self.has_states:
-            self.cache = own_cache(self.model)()
-            for lists in self._lists():  # of states by layer, in a cache of the model's own (MiniMax)
-                lists[:] = [None] * self.model.config.get_text_config().num_hidden_layers
-            self.cache.layers = [with_room(layer) for layer in DynamicCache(config=self.model.config).layers]
-            self.cache.layer_class_to_replicate = None
+        self.cache = new_cache(self.model)
         self.noted: list[tuple[int, list[Tensor]]] = []
         self.ids = torch.empty(0, 0, dtype=torch.int64, device=self.device)
         self.lengths: list[int] = []
@@ -214,8 +258,9 @@ class Side:
         new.lengths = [len(p) for p in prompts]
         new.long = [self.ropes.is_long(n + ahead) for n in new.lengths]
         positions = ((new.ids >= 0).cumsum(-1) - 1).clamp(min=0)
-        for start in range(0, width, PREFILL_COLUMNS):
-            columns = slice(start, min(start + PREFILL_COLUMNS, width))
+        piece = PREFILL_COLUMNS if self.continues else width
+        for start in range(0, width, piece):
+            columns = slice(start, min(start + piece, width))
             logits = new._forward(columns, positions[:, columns], 1)
         return new, logits
 
@@ -231,6 +276,9 @@ class Side:
     def _append(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """`advance` by a column of each cache row, int64 [B · copies, K]."""
         count, switch = tokens.shape[1], self.ropes.switch
+        if count > 1 and not self.continues:
+            parts = [self._append(column) for column in tokens.split(1, 1)]
+            return tuple(torch.cat(of_copy, 1) for of_copy in zip(*parts, strict=True))
         if switch is not None:
             short = min((switch - n for n in self.lengths if n < switch), default=count)
             if short < count:  # rows change their frequencies between forward passes only
@@ -257,21 +305,9 @@ class Side:
         """The layers that hold keys and values; one that shares another one's has none of its own."""
         return [layer for layer in self.cache.layers if isinstance(layer, DynamicLayer) and layer.get_seq_length()]
 
-    def _lists(self) -> list[list]:
-        """The lists of the cache beside that of its layers."""
-        return [x for name, x in vars(self.cache).items() if isinstance(x, list) and name != "layers"]
-
-    def _places(self) -> list[tuple[dict | list, int]]:
-        """Where the states of all layers are: what holds each of them, and its key in there."""
-        layers = [layer for layer in self.cache.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
-        holders = [x for layer in layers for x in (layer.conv_states, layer.recurrent_states)]
-        places = [(holder, key) for holder in holders for key in holder]
-        places += [(holder, key) for holder in self._lists() for key in range(len(holder))]
-        return [(holder, key) for holder, key in places if isinstance(holder[key], Tensor)]
-
     def _states(self) -> list[Tensor]:
         """The states of all layers, [B · copies, …] each."""
-        return [holder[key] for holder, key in self._places()]
+        return [holder[key] for holder, key in places_of(self.cache)]
 
     def _put_states(self, rows: list[int], states: list[Tensor]) -> None:
         """Give these rows other states."""
@@ -347,7 +383,7 @@ class Side:
         index = torch.tensor(rows, dtype=torch.int64, device=self.device)
         self.ids = self.ids[index, start:]
         self._replace(lambda x: x[index.to(x.device), :, start:])
-        for holder, key in self._places():
+        for holder, key in places_of(self.cache):
             holder[key] = holder[key][index.to(holder[key].device)]
 
     def join(self, other: "Side") -> None:
@@ -365,7 +401,7 @@ class Side:
         for mine, theirs in zip(self._columns(), other._columns(), strict=True):
             mine.keys = torch.cat([widened(mine.keys, 2), widened(theirs.keys, 2)])
             mine.values = torch.cat([widened(mine.values, 2), widened(theirs.values, 2)])
-        for (holder, key), state in zip(self._places(), other._states(), strict=True):
+        for (holder, key), state in zip(places_of(self.cache), other._states(), strict=True):
             holder[key] = torch.cat([holder[key], state])
         self.lengths += other.lengths
         self.long += other.long

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from qstar.cache import Side, check_mode, has_states
+from qstar.cache import Side, check_mode, has_states, own_cache
 
 # What a `Side` can hold, by transformers' names: keys and values, states, both, or nothing where a layer has those of
 # another one. A subclass keeps something else.
@@ -24,7 +24,7 @@ _sound: WeakSet[torch.nn.Module] = WeakSet()
 
 
 def check_model(model: torch.nn.Module, name: str) -> None:
-    """Refuse a model that is not a causal language model with a plain KV cache, or minds its neighbours in a batch.
+    """Refuse a model that is not a causal language model with a plain cache, or minds its neighbours in a batch.
 
     The configuration tells some; others show in a few short forward passes: tokens of left-padded rows, read through
     the cache, must have the logits of a plain pass over their row alone. A model that has passed is not tried again.
@@ -49,9 +49,9 @@ def check_model(model: torch.nn.Module, name: str) -> None:
         raise
     except Exception as error:  # whatever a model raises that takes other inputs, or another cache
         message = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{kind} cannot be decoded with a plain KV cache: {message}") from error
+        raise ValueError(f"{kind} cannot be decoded with a plain cache: {message}") from error
     if reason is not None:
-        raise ValueError(f"{kind} {reason}; a causal language model with a plain KV cache is needed")
+        raise ValueError(f"{kind} {reason}; a causal language model with a plain cache is needed")
     _sound.add(model)
 
 
@@ -63,8 +63,8 @@ def _state(model: torch.nn.Module) -> str | None:
         return f"keeps more than keys, values and states by row ({other})"
     if not has_states(model):
         return "keeps states in a form of its own" if getattr(model, "_is_stateful", False) else None
-    if model.get_input_embeddings().weight.is_meta:
-        return "keeps recurrent states, which two models in one engine cannot; use the transformers backend"
+    if not model.get_input_embeddings().weight.is_meta and own_cache(model) is None:
+        return "keeps states in itself, and in no cache"
     return None
 
 
@@ -105,7 +105,7 @@ def _behaviour(model: torch.nn.Module) -> str | None:
     if (error := _error(behind(long[:NEW]), behind(short[-NEW:]))) > SAME_SHAPE[size]:
         return f"lets a token see those behind it, which change its logits {_by(error)}"
     if (error := max(map(_error, cached(long), [wanted[0]] * 2))) > OTHER_SHAPE[size]:
-        return f"has logits through a KV cache that differ {_by(error)} from those without"
+        return f"has logits through a cache that differ {_by(error)} from those without"
     if (error := max(map(_error, cached(long, short), [*wanted, wanted[1]]))) > OTHER_SHAPE[size]:
         return f"has logits of a left-padded row that differ {_by(error)} from those of the row alone"
     return None

@@ -70,7 +70,7 @@ CHANGES = {
     "mamba2": {"num_heads": 8},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"]},
-    "qwen4_exp_text": {"layer_types": ["linear_attention"] * 2},
+    "qwen4_exp_text": {"layer_types": ["linear_attention", "indexed_attention"]},
     "reformer": {"is_decoder": True, "axial_pos_shape": (16, 16), "axial_pos_embds_dim": (16, 16)},
     "xlm": {"n_words": VOCAB_SIZE, "causal": True},
     "xmod": {"default_language": "en_XX"},
