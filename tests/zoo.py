@@ -36,6 +36,9 @@ VISION = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "
           "image_size": 32, "patch_size": 16}  # fmt: skip
 VISION_OUT = {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}
 VISION_HEADS = {"num_key_value_heads": 2, "head_dim": 16}
+DEEP_VISION = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 32}
+INDEXER = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
+           "indexer_compress_ratio": 2}  # fmt: skip
 PER_LAYER = {"vocab_size_per_layer_input": VOCAB_SIZE, "hidden_size_per_layer_input": 8}
 SHARED = PER_LAYER | {"num_hidden_layers": 4, "num_kv_shared_layers": 2,
                       "layer_types": ["sliding_attention", "full_attention"] * 2}  # fmt: skip
@@ -70,7 +73,8 @@ CHANGES = {
     "mamba2": {"num_heads": 8},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"]},
-    "qwen4_exp_text": {"layer_types": ["linear_attention", "indexed_attention"]},
+    **{name: {"text_config": {"of": f"{name}_text"}, "vision_config": DEEP_VISION} for name in ("qwen3_5", "qwen3_5_moe")},
+    "qwen4_exp_text": {"layer_types": ["linear_attention", "indexed_attention"], **INDEXER},
     "reformer": {"is_decoder": True, "axial_pos_shape": (16, 16), "axial_pos_embds_dim": (16, 16)},
     "xlm": {"n_words": VOCAB_SIZE, "causal": True},
     "xmod": {"default_language": "en_XX"},
