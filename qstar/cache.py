@@ -158,6 +158,11 @@ def places_of(cache: Cache) -> list[tuple[dict | list, int]]:
     return [(holder, key) for holder, key in places if isinstance(holder[key], Tensor)]
 
 
+def holds_tokens(cache: Cache) -> bool:
+    """Whether anything has been read into a cache."""
+    return bool(places_of(cache)) or any(x.get_seq_length() for x in cache.layers if hasattr(x, "get_seq_length"))
+
+
 @torch.inference_mode()
 def continues(model: torch.nn.Module) -> bool:
     """Whether several tokens that a model with states reads at once go on from those before them.
