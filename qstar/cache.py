@@ -27,6 +27,8 @@ from qstar.time_steps import TimeSteps
 PREFILL_COLUMNS = 1024  # of a prompt in one forward pass: a longer one takes several, so that memory does not grow
 
 
+# by model, as each takes a look at its configuration or a few passes
+_kept: WeakKeyDictionary[torch.nn.Module, set[str]] = WeakKeyDictionary()
 _own_caches: WeakKeyDictionary[torch.nn.Module, type[Cache] | None] = WeakKeyDictionary()
 _continues: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
 
@@ -107,14 +109,14 @@ def with_room(layer):
     return RoomyHybridLayer(layer.number_of_states) if hasattr(layer, "number_of_states") else RoomyLayer()
 
 
-def has_states(model: torch.nn.Module) -> bool:
-    """Whether layers of the model have recurrent or convolutional states, by its configuration."""
-    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=model.config).layers)
-
-
-def has_columns(model: torch.nn.Module) -> bool:
-    """Whether layers of the model have keys and values, by its configuration."""
-    return any(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=model.config).layers)
+def kept(model: torch.nn.Module) -> set[str]:
+    """What the model's layers keep of the tokens they have read, by its configuration: `columns` of keys and values,
+    `states` by row (recurrent or convolutional), or both."""
+    if model not in _kept:
+        layers = DynamicCache(config=model.config).layers
+        kinds = {"columns": DynamicLayer, "states": LinearAttentionCacheLayerMixin}
+        _kept[model] = {name for name, kind in kinds.items() if any(isinstance(layer, kind) for layer in layers)}
+    return _kept[model]
 
 
 @torch.inference_mode()
@@ -134,7 +136,7 @@ def new_cache(model: torch.nn.Module) -> Cache:
     counted from the padded start, and rows of different age could not be joined; the window is then applied by the
     attention mask, which gives the same numbers. With states it is a cache of the class that the model makes for itself.
     """
-    if not has_states(model):
+    if "states" not in kept(model):
         return Cache(layer_class_to_replicate=RoomyLayer)
     cache = own_cache(model)()
     for states in lists_of(cache):
@@ -165,10 +167,12 @@ def holds_tokens(cache: Cache) -> bool:
 
 @torch.inference_mode()
 def continues(model: torch.nn.Module) -> bool:
-    """Whether several tokens that a model with states reads at once go on from those before them.
+    """Whether several tokens that a model reads at once go on from those before them.
 
-    Mamba and Jamba go on where they read one token, and begin anew where they read several.
+    Keys and values do. Mamba and Jamba go on where they read one token, and begin anew where they read several.
     """
+    if "states" not in kept(model):
+        return True
     if model not in _continues:
         ids = torch.tensor([[1, 2, 3, 4, 3]], device=model.get_input_embeddings().weight.device)
 
@@ -191,12 +195,12 @@ class Side:
         pad_id: what padding is filled with; it is masked.
         sees: whose prompts the model goes over, of `theta` and `t`; both where one model stands for both sides, which
             then has two cache rows of each sequence, beside each other.
-        forgets: whether tokens will be forgotten: states are then noted before each `advance`.
 
     Attributes:
         copies: cache rows of each sequence.
         cache: of every layer its keys and values, [B · copies, heads, L, head_dim] each, its states, [B · copies, …]
             each, or both.
+        forgets: whether tokens will be forgotten; False until it is set. States are then noted before each `advance`.
         noted: since tokens were forgotten last, the number of columns before each `advance` and the states at that point.
         ids: int64 [B · copies, L], the token of each cached column, −1 on a row's left padding.
         lengths: tokens cached for each row, also the position id of its next token.
@@ -207,15 +211,15 @@ class Side:
             than its RoPE allows.
     """
 
-    def __init__(self, model: torch.nn.Module, pad_id: int, sees: tuple[str, ...], forgets: bool = False):
+    def __init__(self, model: torch.nn.Module, pad_id: int, sees: tuple[str, ...]):
         check_mode(model, f"the model of {' and '.join(sees)}")
         self.model, self.pad_id, self.sees, self.copies = model, pad_id, sees, len(sees)
         self.takes_positions, self.takes_logits_to_keep = (takes(model, x) for x in ("position_ids", "logits_to_keep"))
         self.device = model.get_input_embeddings().weight.device
         self.ropes, self.time_steps = Ropes(model), TimeSteps(model)
-        self.has_states, self.has_columns = has_states(model), has_columns(model)
-        self.takes_cache, self.continues = cache_argument(model), not self.has_states or continues(model)
-        self.forgets = forgets
+        self.has_states, self.has_columns = ("states" in kept(model), "columns" in kept(model))
+        self.takes_cache, self.continues = cache_argument(model), continues(model)
+        self.forgets = False
         self._clear()
 
     def _clear(self) -> None:

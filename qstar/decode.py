@@ -211,10 +211,9 @@ class Decoder:
     def sides(self, together: bool = True) -> list[Side]:
         """Empty caches of the two models, π_θ's first; one for both where they are one model and go `together`."""
         theta, t = self.models
-        drafts = self.options.speculate != 0
         if theta is t and together:
-            return [Side(theta, self.pad_id, ("theta", "t"), drafts)]
-        return [Side(theta, self.pad_id, ("theta",), drafts), Side(t, self.pad_id, ("t",), drafts)]
+            return [Side(theta, self.pad_id, ("theta", "t"))]
+        return [Side(theta, self.pad_id, ("theta",)), Side(t, self.pad_id, ("t",))]
 
     def _sides_and_drafter(self) -> tuple[list[Side], Side | None]:
         """Empty caches of the two models, and the one that drafts, maybe one of them."""
@@ -223,7 +222,10 @@ class Decoder:
         sides = self.sides(together=not one_of_them or speculate in (0, "auto"))
         if speculate == 0 or (one_of_them and len(sides) == 1):
             return sides, None
-        return sides, sides[self.draft == "t"] if one_of_them else Side(self.draft, self.pad_id, ("theta",), True)
+        drafter = sides[self.draft == "t"] if one_of_them else Side(self.draft, self.pad_id, ("theta",))
+        for side in (*sides, drafter):
+            side.forgets = True
+        return sides, drafter
 
     def run(self, requests: Iterable[Request]) -> Iterator[Sample]:
         """Generate all requests; samples come in the order in which they finish, which is the same every time."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from qstar.cache import Side, check_mode, has_states, own_cache
+from qstar.cache import Side, check_mode, kept, own_cache
 
 # What a `Side` can hold, by transformers' names: keys and values, states, both, or nothing where a layer has those of
 # another one. A subclass keeps something else.
@@ -61,7 +61,7 @@ def _state(model: torch.nn.Module) -> str | None:
     other = next((name for name in names if name not in LAYERS), None)
     if other:
         return f"keeps more than keys, values and states by row ({other})"
-    if not has_states(model):
+    if "states" not in kept(model):
         return "keeps states in a form of its own" if getattr(model, "_is_stateful", False) else None
     if not model.get_input_embeddings().weight.is_meta and own_cache(model) is None:
         return "keeps states in itself, and in no cache"

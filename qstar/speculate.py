@@ -11,7 +11,7 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from qstar.cache import continues, has_states
+from qstar.cache import continues, kept
 from qstar_kernels.noise import GROUP_SIZE
 
 MAX_DRAFT = 15
@@ -82,8 +82,7 @@ class ModelCosts:
         costs, config = CPU_COSTS if model.device.type == "cpu" else OTHER_COSTS, model.config.get_text_config()
         parameters = sum(p.numel() for p in model.parameters())
         self.fixed, self.token = config.num_hidden_layers * costs.layer + parameters, parameters / costs.balance
-        self.has_states = has_states(model)
-        self.continues = not self.has_states or continues(model)
+        self.has_states, self.continues = "states" in kept(model), continues(model)
         self.fixed_draw, self.row = costs.draw, config.vocab_size * costs.logit
 
     def forward(self, rows: int, tokens: int) -> float:

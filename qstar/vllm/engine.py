@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from qstar.cache import has_states
+from qstar.cache import kept
 from qstar.decode import DecodeOptions, Ending, Request, Sample
 from qstar.output import OutputError
 from qstar.pair import Pair
@@ -67,7 +67,7 @@ class EnginePair(Pair):
     ):
         (model_theta, tokenizer_theta), (model_t, tokenizer_t) = (description(x, trust_remote_code) for x in (theta, t))
         for name, model in (("theta", model_theta), ("t", model_t)):
-            if has_states(model):
+            if "states" in kept(model):
                 raise ValueError(
                     f"{name} ({model.config.model_type}) has recurrent layers, whose states a vLLM engine does not hold for "
                     "two models; the transformers backend of qstar.generate does"
