@@ -38,7 +38,9 @@ PROMPTS = ["Hi.", "How many eggs are 9 times 8 eggs?", "Tell me about " + "very 
            "A farmer has 17 hens, and each of them lays 3 eggs a day. How many eggs are that?", "Why?"]  # fmt: skip
 MANY_ENDS = list(range(0, zoo.VOCAB_SIZE, 16))  # so that rows leave, and others join, all the time
 # whose `generate` differs from their own plain forward pass
-GENERATE_DIFFERS = {"moshi", "nemotron_h", "zamba2", "llama with LongRoPE", "phimoe with LongRoPE"}
+GENERATE_DIFFERS = {
+    "moshi", "minimax with a linear layer first", "nemotron_h", "zamba2", "llama with LongRoPE", "phimoe with LongRoPE",
+}  # fmt: skip
 
 
 def lists() -> list[tuple[str, int, list[str]]]:

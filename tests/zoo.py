@@ -91,6 +91,7 @@ VARIANTS = {
     "phimoe with LongRoPE": ("phimoe", {"rope_parameters": LONGROPE | {"short_mscale": 1.1, "long_mscale": 1.3}}),
     "llama with LongRoPE": ("llama", {"rope_parameters": LONGROPE}),
     "llama with dynamic NTK": ("llama", {"rope_parameters": NTK}),
+    "minimax with a linear layer first": ("minimax", {"layer_types": ["linear_attention", "full_attention"]}),
     "gemma4_text with shared keys": ("gemma4_text", SHARED),
     "gpt_bigcode with many heads": ("gpt_bigcode", {"multi_query": False}),
     "falcon with ALiBi": ("falcon", {"alibi": True}),
