@@ -103,7 +103,7 @@ def cache_argument(model: torch.nn.Module) -> str:
 
 
 def with_room(layer):
-    """An empty layer of transformers' own cache, or in its place one that holds all its tokens and has room for more."""
+    """An empty layer of transformers' own cache, or in its place one that holds all its tokens, with room for more."""
     if not isinstance(layer, DynamicLayer):
         return layer
     return RoomyHybridLayer(layer.number_of_states) if hasattr(layer, "number_of_states") else RoomyLayer()
@@ -134,7 +134,7 @@ def new_cache(model: torch.nn.Module) -> Cache:
 
     Without the model's config every layer of transformers' cache does. Sliding-window layers would drop old columns,
     counted from the padded start, and rows of different age could not be joined; the window is then applied by the
-    attention mask, which gives the same numbers. With states it is a cache of the class that the model makes for itself.
+    attention mask, which gives the same numbers. With states it is of the class that the model makes for itself.
     """
     if "states" not in kept(model):
         return Cache(layer_class_to_replicate=RoomyLayer)
@@ -201,7 +201,7 @@ class Side:
         cache: of every layer its keys and values, [B · copies, heads, L, head_dim] each, its states, [B · copies, …]
             each, or both.
         forgets: whether tokens will be forgotten; False until it is set. States are then noted before each `advance`.
-        noted: since tokens were forgotten last, the number of columns before each `advance` and the states at that point.
+        noted: of each `advance` since tokens were forgotten, the number of columns before it and the states.
         ids: int64 [B · copies, L], the token of each cached column, −1 on a row's left padding.
         lengths: tokens cached for each row, also the position id of its next token.
         long: whether a row's keys were computed with the long frequencies of a LongRoPE (`qstar.rope`).

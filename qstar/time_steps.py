@@ -1,7 +1,8 @@
 """Time steps of state spaces that are kept within limits.
 
-A Mamba-2 layer whose time step has a least value (Nemotron-H, Zamba2) keeps to it where transformers reads several tokens at
-once, and not where it reads one, so that text it generates is not what its own forward pass says. Here every pass keeps to it.
+A Mamba-2 layer whose time step has a least value (Nemotron-H, Zamba2) keeps to it where transformers reads several
+tokens at once, and not where it reads one, so that what it generates is not what its own forward pass says. Here every
+pass keeps to it.
 """
 
 from collections.abc import Iterator

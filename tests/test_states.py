@@ -107,7 +107,7 @@ def test_time_steps_keep_to_their_limits():
 
 def test_states_in_a_models_own_hands_are_refused(demo_pair, tokenizer):
     for name, reason in (("recurrent_gemma", "in itself, and in no cache"), ("rwkv", "in a form of its own")):
-        with pytest.raises(ValueError, match=rf"^t \({name}\) keeps states {reason}; a causal language model with a plain"):
+        with pytest.raises(ValueError, match=rf"^t \({name}\) keeps states {reason}; a causal language model with a"):
             Pair(demo_pair.theta, zoo.model(name, 3, torch.float32), tokenizer, tokenizer)
 
 
@@ -135,7 +135,7 @@ def test_inside_generate(name):
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """A dense π_θ and a mixture of experts for π_t, each inside a model that takes images too, as they are published."""
+    """A dense π_θ and a mixture of experts for π_t, each inside a model that takes images too, as published."""
     folders = {}
     for seed, name in enumerate(("qwen3_5", "qwen3_5_moe")):
         torch.manual_seed(seed)

@@ -68,9 +68,10 @@ class EnginePair(Pair):
         (model_theta, tokenizer_theta), (model_t, tokenizer_t) = (description(x, trust_remote_code) for x in (theta, t))
         for name, model in (("theta", model_theta), ("t", model_t)):
             if "states" in kept(model):
+                kind = f"{name} ({model.config.model_type})"
                 raise ValueError(
-                    f"{name} ({model.config.model_type}) has recurrent layers, whose states a vLLM engine does not hold for "
-                    "two models; the transformers backend of qstar.generate does"
+                    f"{kind} has recurrent layers, whose states a vLLM engine does not hold for two models; the "
+                    "transformers backend of qstar.generate does"
                 )
         super().__init__(model_theta, model_t, tokenizer_theta, tokenizer_t)
         self.names = str(theta), str(t)
