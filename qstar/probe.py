@@ -101,7 +101,7 @@ def _behaviour(model: torch.nn.Module) -> str | None:
         return plain([*short[:-NEW], *other])[:SHORT]
 
     wanted = [plain(row)[-NEW - 1 :] for row in (long, short)]
-    size = min(wanted[0].dtype.itemsize, 4)
+    size = min(wanted[0].dtype.itemsize, weight.dtype.itemsize, 4)  # some turn logits of 16 bits into 32
     if (error := _error(behind(long[:NEW]), behind(short[-NEW:]))) > SAME_SHAPE[size]:
         return f"lets a token see those behind it, which change its logits {_by(error)}"
     if (error := max(map(_error, cached(long), [wanted[0]] * 2))) > OTHER_SHAPE[size]:
