@@ -160,9 +160,11 @@ def places_of(cache: Cache) -> list[tuple[dict | list, int]]:
     return [(holder, key) for holder, key in places if isinstance(holder[key], Tensor)]
 
 
-def holds_tokens(cache: Cache) -> bool:
-    """Whether anything has been read into a cache."""
-    return bool(places_of(cache)) or any(x.get_seq_length() for x in cache.layers if hasattr(x, "get_seq_length"))
+def holds_tokens(cache) -> bool:
+    """Whether anything has been read into a cache, whatever its class."""
+    layers = [layer for layer in getattr(cache, "layers", ()) if hasattr(layer, "get_seq_length")]
+    states = isinstance(cache, Cache) and places_of(cache)
+    return bool(states) or any(layer.get_seq_length() for layer in layers)
 
 
 @torch.inference_mode()
