@@ -32,7 +32,7 @@ setup(
         "triton>=3.7; platform_system == 'Linux'",
         "numpy>=1.24",
         "pyarrow>=20",
-        "transformers>=5.2,<6",
+        "transformers>=5.19,<6",
         "datasets>=5.0",
         "accelerate>=1.1",
         "jinja2>=3.1",

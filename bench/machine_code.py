@@ -342,8 +342,8 @@ def main() -> None:
             rows.append((r.kernel, architecture, r.registers, r.spilled, r.shared, wide, code, barriers, *looped))
     print_table(header, rows)
     print(
-        "\n128-bit: loads in the loop over whole tiles where there is one; a token: instructions of the sweep a pair of\n"
-        "logits; special: those of its loop for the exponential unit.\n"
+        "\n128-bit: loads in the loop over whole tiles where there is one; a token: instructions of the sweep a pair\n"
+        "of logits; special: those of its loop for the exponential unit.\n"
     )
     print("Estimate, not measured: the sweep, by issue slots and bytes, against reading both rows once\n")
     rows = []

@@ -71,7 +71,10 @@ class Decoder:
         sides = self.sides(together=not one_of_them or speculate in (0, "auto"))
         if speculate == 0 or (one_of_them and len(sides) == 1):
             return sides, None
-        return sides, sides[self.draft == "t"] if one_of_them else Side(self.draft, self.pad_id, ("theta",))
+        drafter = sides[self.draft == "t"] if one_of_them else Side(self.draft, self.pad_id, ("theta",))
+        for side in (*sides, drafter):
+            side.forgets = True
+        return sides, drafter
 
     def run(self, requests: Iterable[Request]) -> Iterator[Sample]:
         """Generate all requests; samples come in the order in which they finish, which is the same every time."""

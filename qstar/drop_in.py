@@ -24,7 +24,7 @@ from transformers.generation import (
     TopKLogitsWarper,
 )
 
-from qstar.cache import Side
+from qstar.cache import Side, holds_tokens
 from qstar.decode import Decoder
 from qstar.probe import check_model
 from qstar.sample import DecodeOptions, Ending, Request, Sample
@@ -203,14 +203,14 @@ def check_model_kwargs(model_kwargs: dict[str, Any], prompts: list[list[int]]) -
         ValueError: there is something beside the prompts and their mask.
     """
     given = {name: value for name, value in model_kwargs.items() if value is not None}
-    others = given.keys() - {"attention_mask", "position_ids", "past_key_values", "logits_to_keep", "use_cache"}
-    positions, cache = given.get("position_ids"), given.get("past_key_values")
+    caches = {"past_key_values", "cache_params"}
+    others = given.keys() - caches - {"attention_mask", "position_ids", "logits_to_keep", "use_cache"}
+    positions = given.get("position_ids")
     if positions is not None:
         rows = positions.tolist() if positions.dim() == 2 else [[]] * len(prompts)
         if any(row[-len(ids) :] != list(range(len(ids))) for row, ids in zip(rows, prompts, strict=True)):
             others.add("position_ids")
-    if cache is not None and cache.get_seq_length():
-        others.add("past_key_values")
+    others |= {name for name in caches & given.keys() if holds_tokens(given[name])}
     if others:
         raise ValueError(
             f"{', '.join(sorted(others))} would be for one model of the two; give input_ids and attention_mask only"

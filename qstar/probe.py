@@ -6,10 +6,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from qstar.cache import Side, check_mode
+from qstar.cache import Side, check_mode, kept, own_cache
 
-# a subclass keeps something else beside its keys and values; a dummy belongs to a layer that has those of another one
-PLAIN_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
+# What a `Side` can hold, by transformers' names: keys and values, states, both, or nothing where a layer has those of
+# another one. A subclass keeps something else.
+LAYERS = {
+    "DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer", "LinearAttentionLayer",
+    "LinearAttentionAndFullAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer",
+}  # fmt: skip
 LONG, SHORT, NEW = 12, 2, 4  # tokens of two prompts and of what follows each
 # Relative errors that rounding alone does not reach, in 32 bits and in 16: of two passes of one shape, which round
 # nearly alike, and of others, where a deep mixture of experts that sends a token elsewhere for a tie comes to 0.1 in 16
@@ -20,7 +24,7 @@ _sound: WeakSet[torch.nn.Module] = WeakSet()
 
 
 def check_model(model: torch.nn.Module, name: str) -> None:
-    """Refuse a model that is not a causal language model with a plain KV cache, or minds its neighbours in a batch.
+    """Refuse a model that is not a causal language model with a plain cache, or minds its neighbours in a batch.
 
     The configuration tells some; others show in a few short forward passes: tokens of left-padded rows, read through
     the cache, must have the logits of a plain pass over their row alone. A model that has passed is not tried again.
@@ -45,19 +49,23 @@ def check_model(model: torch.nn.Module, name: str) -> None:
         raise
     except Exception as error:  # whatever a model raises that takes other inputs, or another cache
         message = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{kind} cannot be decoded with a plain KV cache: {message}") from error
+        raise ValueError(f"{kind} cannot be decoded with a plain cache: {message}") from error
     if reason is not None:
-        raise ValueError(f"{kind} {reason}; a causal language model with a plain KV cache is needed")
+        raise ValueError(f"{kind} {reason}; a causal language model with a plain cache is needed")
     _sound.add(model)
 
 
 def _state(model: torch.nn.Module) -> str | None:
     """What the model's layers remember beside keys and values; None if nothing."""
-    layers = DynamicCache(config=model.config).layers
-    other = next((type(layer) for layer in layers if type(layer).__name__ not in PLAIN_LAYERS), None)
-    if other and not hasattr(other, "update_recurrent_state"):
-        return f"keeps more than keys and values ({other.__name__})"
-    return "keeps recurrent state" if other or getattr(model, "_is_stateful", False) else None
+    names = [type(layer).__name__ for layer in DynamicCache(config=model.config).layers]
+    other = next((name for name in names if name not in LAYERS), None)
+    if other:
+        return f"keeps more than keys, values and states by row ({other})"
+    if "states" not in kept(model):
+        return "keeps states in a form of its own" if getattr(model, "_is_stateful", False) else None
+    if not model.get_input_embeddings().weight.is_meta and own_cache(model) is None:
+        return "keeps states in itself, and in no cache"
+    return None
 
 
 def _behaviour(model: torch.nn.Module) -> str | None:
@@ -83,18 +91,21 @@ def _behaviour(model: torch.nn.Module) -> str | None:
         first, (of_prompts,) = side.prefill([row[:-NEW] for row in rows])
         second, (of_last,) = side.prefill([rows[-1][:-NEW]])
         first.join(second)
-        (of_new,) = first.advance(torch.tensor([row[-NEW:] for row in (*rows, rows[-1])]))
-        return list(torch.cat([torch.cat([of_prompts, of_last]), of_new], 1))
+        new = torch.tensor([row[-NEW:] for row in (*rows, rows[-1])])
+        # layers with states go other ways for one token and for several
+        blocks = new.split([1, NEW - 1], 1) if first.has_states else [new]
+        of_new = [logits for block in blocks for logits in first.advance(block)]
+        return list(torch.cat([torch.cat([of_prompts, of_last]), *of_new], 1))
 
     def behind(other: list[int]) -> Tensor:
         return plain([*short[:-NEW], *other])[:SHORT]
 
     wanted = [plain(row)[-NEW - 1 :] for row in (long, short)]
-    size = min(wanted[0].dtype.itemsize, 4)
+    size = min(wanted[0].dtype.itemsize, weight.dtype.itemsize, 4)  # some turn logits of 16 bits into 32
     if (error := _error(behind(long[:NEW]), behind(short[-NEW:]))) > SAME_SHAPE[size]:
         return f"lets a token see those behind it, which change its logits {_by(error)}"
     if (error := max(map(_error, cached(long), [wanted[0]] * 2))) > OTHER_SHAPE[size]:
-        return f"has logits through a KV cache that differ {_by(error)} from those without"
+        return f"has logits through a cache that differ {_by(error)} from those without"
     if (error := max(map(_error, cached(long, short), [*wanted, wanted[1]]))) > OTHER_SHAPE[size]:
         return f"has logits of a left-padded row that differ {_by(error)} from those of the row alone"
     return None

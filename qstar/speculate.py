@@ -11,6 +11,8 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
+from qstar.cache import continues, kept
+
 MAX_DRAFT = 15
 PROBE_EVERY = 16  # rounds without drafts after which one token is drafted, to see whether it pays by now
 PRIOR_ACCEPTANCE, PRIOR_DRAFTS = 0.8, 4  # what a sequence is believed to accept before it has been tried
@@ -79,11 +81,20 @@ class ModelCosts:
         costs, config = CPU_COSTS if model.device.type == "cpu" else OTHER_COSTS, model.config.get_text_config()
         parameters = sum(p.numel() for p in model.parameters())
         self.fixed, self.token = config.num_hidden_layers * costs.layer + parameters, parameters / costs.balance
+        self.has_states, self.continues = "states" in kept(model), continues(model)
         self.fixed_draw, self.row = costs.draw, config.vocab_size * costs.logit
 
     def forward(self, rows: int, tokens: int) -> float:
         """Of one pass over `tokens` tokens in each of `rows` rows."""
         return self.fixed + self.token * rows * tokens
+
+    def verify(self, rows: int, tokens: int) -> float:
+        """Of a pass over a token and its drafts in each row, and of what puts states back behind wrong ones."""
+        if not self.continues:
+            return tokens * self.forward(rows, 1)
+        # rows with as many right drafts are read again together, half of the tokens in the mean
+        again = self.fixed * min(rows, tokens - 1) + self.token * rows * tokens / 2
+        return self.forward(rows, tokens) + (again if self.has_states and tokens > 1 else 0.0)
 
     def draw(self, rows: int) -> float:
         """Of one draw from `rows` rows of logits."""
@@ -107,7 +118,7 @@ class DraftLength:
     def cost(self, rows: int, drafts: int) -> float:
         """Rough cost of a round."""
         drafting = (drafts + 1) * self.draft.forward(rows, 1) + drafts * self.draft.draw(rows)
-        verifying = sum(model.forward(rows, drafts + 1) for model in self.verify)
+        verifying = sum(model.verify(rows, drafts + 1) for model in self.verify)
         return drafting + verifying + self.draft.draw(rows * (drafts + 1))
 
     def choose(self, sequences: Sequence[Tally]) -> int:

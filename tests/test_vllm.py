@@ -23,6 +23,7 @@ from transformers import (
     AutoTokenizer,
     Gemma3TextConfig,
     LlamaConfig,
+    Mamba2Config,
     MistralConfig,
     Qwen2Config,
 )
@@ -36,6 +37,7 @@ from qstar.demo import PROMPTS, THETA, T
 from qstar.generate import main
 from qstar.pair import sample_seed
 from qstar.sample import DecodeOptions, Request
+from qstar.serve import main as serve
 from qstar.vllm.engine import EnginePair
 from qstar.vllm.params import ELSEWHERE, UNSUPPORTED, PairParams, numbers_key, place, rule
 from qstar.vllm.worker import FORGOTTEN, PairSampler
@@ -50,6 +52,7 @@ LARGE = {"num_hidden_layers": 3, "hidden_size": 128, "intermediate_size": 192, "
 LARGE |= {"num_key_value_heads": 2, "head_dim": 64}
 MIXED = SMALL | {"num_hidden_layers": 4, "sliding_window": 32}
 MIXED |= {"layer_types": ["sliding_attention", "full_attention"] * 2}
+MAMBA = {"num_hidden_layers": 1, "hidden_size": 32, "num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 8}
 PAIRS = {
     "other depth, width and head_dim": ((LlamaConfig, SMALL, 2048), (LlamaConfig, LARGE, 2048)),
     "Llama and Qwen2": ((LlamaConfig, SMALL, 2048), (Qwen2Config, SMALL | {"num_hidden_layers": 4}, 2048)),
@@ -422,6 +425,21 @@ def test_what_vllm_refuses_is_said_in_one_line(options, said):
     pair = EnginePair(THETA, T, options=options)
     with pytest.raises(ValueError, match=said):
         pair.start()
+
+
+@pytest.mark.parametrize("side", ["theta", "t"])
+def test_recurrent_layers_are_refused_in_one_line(side, tmp_path, capsys):
+    """By the command line and by the server."""
+    write_model(tmp_path / "recurrent", Mamba2Config, MAMBA, 2048, 1)
+    models = {"theta": THETA, "t": T} | {side: tmp_path / "recurrent"}
+    argv = [x for name, folder in models.items() for x in (f"--model-{name}", str(folder))]
+    assert main([*argv, "--backend", "vllm", "--output", str(tmp_path / "x.jsonl")]) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    said = f"{side} (mamba2) has recurrent layers, whose states a vLLM engine does not hold for two models; the transf"
+    assert said in line
+    with pytest.raises(SystemExit):
+        serve(argv)
+    assert said in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize(

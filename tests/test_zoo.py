@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import qstar.cache
 from qstar import Pair
+from qstar.cache import kept
 from qstar.demo import THETA
 from qstar.drop_in import QStarLogitsProcessor, qstar_generate
 from qstar.forced import Scorer
@@ -27,17 +28,19 @@ from qstar.sample import DecodeOptions, Sample
 ROOT = Path(__file__).parents[1]
 GUIDE, README = ROOT / "docs" / "guide.md", ROOT / "README.md"
 REASONS = {
-    "recurrent state": "keeps recurrent state",
-    "more than keys and values": "keeps more than keys and values|cannot be decoded with a plain KV cache",
+    "states elsewhere": "keeps states in (itself|a form of its own)",
+    "more than keys and values": "keeps more than keys, values and states by row|cannot be decoded with a plain cache",
     "padding": "logits of a left-padded row",
     "not causal": "lets a token see those behind it",
-    "cache": "logits through a KV cache that differ",
+    "cache": "logits through a cache that differ",
 }
 PROMPTS = ["Hi.", "How many eggs are 9 times 8 eggs?", "Tell me about " + "very " * 50 + "old books.", "Hello there.",
            "A farmer has 17 hens, and each of them lays 3 eggs a day. How many eggs are that?", "Why?"]  # fmt: skip
 MANY_ENDS = list(range(0, zoo.VOCAB_SIZE, 16))  # so that rows leave, and others join, all the time
 # whose `generate` differs from their own plain forward pass
-GENERATE_DIFFERS = {"moshi", "llama with LongRoPE", "phimoe with LongRoPE"}
+GENERATE_DIFFERS = {
+    "moshi", "minimax with a linear layer first", "nemotron_h", "zamba2", "llama with LongRoPE", "phimoe with LongRoPE",
+}  # fmt: skip
 
 
 def lists() -> list[tuple[str, int, list[str]]]:
@@ -99,6 +102,17 @@ def check(name: str, model, pair: Pair, tokenizer, tolerance: float) -> None:
         torch.testing.assert_close(
             torch.tensor(sample.fields["logp_theta"]), torch.tensor(before.fields["logp_theta"]), rtol=0, atol=tolerance
         )
+    if "states" in kept(model):
+        few, options = PROMPTS[:3], options | {"max_new_tokens": 6}
+        alone = pair.generate(few, **options | {"batch_size": 1}).token_ids
+        assert pair.generate(few, **options).token_ids == alone
+        # where it verifies, and where it stands for both sides, the states of rows are put back one by one
+        verifying = Pair(model, pair.t, tokenizer, tokenizer, "t")
+        assert verifying.generate(few, speculate=3, **options).token_ids == alone
+        both = Pair(model, model, tokenizer, tokenizer, pair.t, tokenizer)
+        twice = [both.generate(few, prompts_t=few[::-1], speculate=k, **options).token_ids for k in (0, 2)]
+        assert twice[0] == twice[1]
+    options = options | {"max_new_tokens": 16}
     greedy = pair.generate(PROMPTS, temperature=0.0, method="fixed", alpha=1.0, **options)
     prompts = [encode(tokenizer, prompt) for prompt in PROMPTS]
     assert greedy.token_ids == [greedily(model, p, 16, name in GENERATE_DIFFERS) for p in prompts]
@@ -123,7 +137,9 @@ def kind_of(name: str, tokenizer) -> str:
         except ValueError as error:
             refused = str(error)
             continue
-        check(name, model, pair, tokenizer, 1e-5 if model.dtype == torch.float64 else 1e-3)
+        # state spaces and linear attention compute in float32, whatever the model's type
+        tolerance = {torch.float64: 1e-4 if "states" in kept(model) else 1e-5, torch.float32: 1e-3}[model.dtype]
+        check(name, model, pair, tokenizer, tolerance)
         return "exact"
     assert "\n" not in refused
     assert refused.startswith("theta (")
@@ -132,7 +148,7 @@ def kind_of(name: str, tokenizer) -> str:
 
 HANDFUL = (
     "bert with is_decoder", "deepseek_v3", "falcon with ALiBi", "gemma3n_text", "gpt_oss", "llama4_text",
-    "bart", "bert", "deepseek_v32", "mamba2",
+    "bart", "bert", "deepseek_v32", "jamba", "lfm2", "nemotron_h", "recurrent_gemma",
 )  # fmt: skip
 
 
@@ -175,7 +191,7 @@ def test_the_guide_lists_every_architecture():
 def test_sixteen_bits(dtype):
     """Their rounding, in 24 layers and with experts to choose from, refuses no sound model, and hides no other."""
     deep = {"num_hidden_layers": 24, "layer_types": None}
-    for name in ("llama", "mixtral", "qwen3_moe"):
+    for name in ("llama", "mixtral", "qwen3_moe", "mamba2"):  # the last has logits in 32 bits
         model = zoo.model(name, 3, dtype, **deep)
         for p in model.parameters():
             p.data.mul_(0.5)

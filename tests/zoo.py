@@ -27,6 +27,7 @@ SIZES = {
     **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8},
     # state spaces
     **{"mamba_n_heads": 8, "mamba_d_head": 8, "n_mamba_heads": 4, "mamba_num_heads": 8, "mamba_head_dim": 8},
+    **dict.fromkeys(("chunk_size", "mamba_chunk_size", "block_size"), 8),  # shorter than the prompts
     **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 0},
 }  # fmt: skip
 MLA = {"head_dim": None, "num_key_value_heads": 4}
@@ -35,6 +36,9 @@ VISION = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "
           "image_size": 32, "patch_size": 16}  # fmt: skip
 VISION_OUT = {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}
 VISION_HEADS = {"num_key_value_heads": 2, "head_dim": 16}
+DEEP_VISION = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 32}
+INDEXER = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
+           "indexer_compress_ratio": 2}  # fmt: skip
 PER_LAYER = {"vocab_size_per_layer_input": VOCAB_SIZE, "hidden_size_per_layer_input": 8}
 SHARED = PER_LAYER | {"num_hidden_layers": 4, "num_kv_shared_layers": 2,
                       "layer_types": ["sliding_attention", "full_attention"] * 2}  # fmt: skip
@@ -49,26 +53,33 @@ CHANGES = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa"), MLA),
     **dict.fromkeys(("glm4_moe_lite", "minicpm3", "youtu", "bailing_hybrid", "kimi_linear"), MLA),
     **dict.fromkeys(("qwen2", "qwen3", "qwen2_moe", "smollm3"), WINDOWS),
+    "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "dots1": {"n_shared_experts": 1},
     "dots3_note_text": {"num_key_value_heads": 4, "layer_types": ["indexed_attention", "sliding_attention"]},
     "falcon_h1": {"mamba_n_heads": None, "mamba_d_head": None},
     "gemma3n_text": SHARED | {"laurel_rank": 8, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]},
     "gemma4_text": PER_LAYER,
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "git": {"vision_config": VISION},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "gemma3": {"vision_config": VISION, "text_config": {"of": "gemma3_text"}},
     "gemma4": {"text_config": {"of": "gemma4_text"}, "vision_config": VISION | VISION_HEADS},
     "llama4": {"text_config": {"of": "llama4_text"}, "vision_config": VISION | VISION_OUT},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "longcat_flash": {"num_key_value_heads": 4},
     "mamba2": {"num_heads": 8},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"]},
-    "qwen4_exp_text": {"layer_types": ["linear_attention"] * 2},
+    "qwen3_5": {"text_config": {"of": "qwen3_5_text"}, "vision_config": DEEP_VISION},
+    "qwen3_5_moe": {"text_config": {"of": "qwen3_5_moe_text"}, "vision_config": DEEP_VISION},
+    "qwen4_exp_text": {"layer_types": ["linear_attention", "indexed_attention"], **INDEXER},
     "reformer": {"is_decoder": True, "axial_pos_shape": (16, 16), "axial_pos_embds_dim": (16, 16)},
     "xlm": {"n_words": VOCAB_SIZE, "causal": True},
     "xmod": {"default_language": "en_XX"},
+    "xlstm": {"hidden_size": 128},
     "zamba": {"num_hidden_layers": 6, "layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
@@ -81,6 +92,7 @@ VARIANTS = {
     "phimoe with LongRoPE": ("phimoe", {"rope_parameters": LONGROPE | {"short_mscale": 1.1, "long_mscale": 1.3}}),
     "llama with LongRoPE": ("llama", {"rope_parameters": LONGROPE}),
     "llama with dynamic NTK": ("llama", {"rope_parameters": NTK}),
+    "minimax with a linear layer first": ("minimax", {"layer_types": ["linear_attention", "full_attention"]}),
     "gemma4_text with shared keys": ("gemma4_text", SHARED),
     "gpt_bigcode with many heads": ("gpt_bigcode", {"multi_query": False}),
     "falcon with ALiBi": ("falcon", {"alibi": True}),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from qstar.cache import kept
 from qstar.pair import Pair
 from qstar.sample import DecodeOptions, Ending, Request, Sample
 from qstar.speculate import Tally
@@ -65,6 +66,13 @@ class EnginePair(Pair):
         options: dict[str, Any] | None = None,
     ):
         (model_theta, tokenizer_theta), (model_t, tokenizer_t) = (description(x, trust_remote_code) for x in (theta, t))
+        for name, model in (("theta", model_theta), ("t", model_t)):
+            if "states" in kept(model):
+                kind = f"{name} ({model.config.model_type})"
+                raise ValueError(
+                    f"{kind} has recurrent layers, whose states a vLLM engine does not hold for two models; the "
+                    "transformers backend of qstar.generate does"
+                )
         super().__init__(model_theta, model_t, tokenizer_theta, tokenizer_t)
         self.names = str(theta), str(t)
         self.engine_options = engine_options(self, dtype) | {"max_num_seqs": max_num_seqs}
