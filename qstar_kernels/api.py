@@ -36,8 +36,8 @@ def qstar_sample(
             PyTorch in float64, which `auto` takes for float64 logits on a GPU, on other devices, and in place of `cpu`
             where no C compiler was found at installation).
         **settings: the fields of `qstar_kernels.types.Settings`, with its defaults:
-            method: the rule for α: `kl_symmetry` (KL(q*‖π_θ) = KL(q*‖π_t), the minimax point), `ess_balance`,
-                `reverse_kl_symmetry`, `entropy`, or `fixed` with `alpha`.
+            method: the rule for α, one of `METHODS`: `kl_symmetry` (KL(q*‖π_θ) = KL(q*‖π_t), the minimax point),
+                `fixed` with `alpha`, or another of the guide's table.
             alpha_min, alpha_max: α is clamped to this range after the solve.
             temperature: divides both rows before they are mixed, 1e-6 to 1e6; 0 takes the most probable token that is
                 left of q* at temperature 1.

@@ -169,13 +169,13 @@ def refine(
     last_step, step_before = tl.full([], 1.0, tl.float64), tl.full([], 1.0, tl.float64)
     low_known, high_known, last, count = 0, 0, 0, 0
     better_end = tl.full([], 0.0, tl.float64)
-    if METHOD == scratch.BY_ENTROPY:
+    if METHOD == "entropy":
         alpha = exact_entropy_ratio(theta, t, vocab_size, tops, inv_temperature, TILE_GROUPS)
         alpha = tl.minimum(tl.maximum(alpha, alpha_min), alpha_max)
-    if (METHOD == scratch.REVERSE) | (METHOD == scratch.ESS_BALANCE):
+    if (METHOD == "reverse_kl_symmetry") | (METHOD == "ess_balance"):
         # the slopes at both ends; and without a root, which takes different supports, the end with the smaller KL
         ends = 2
-        if METHOD == scratch.ESS_BALANCE:
+        if METHOD == "ess_balance":
             ends = tl.where(uneven, 2, 0)
         gap_low, gap_high, worst_low = alpha, alpha, alpha
         for end in range(ends):
@@ -189,7 +189,7 @@ def refine(
             better_end = tl.where((end == 1) & (worst < worst_low), 1.0, 0.0).to(tl.float64)
             gap_low, worst_low = tl.where(end == 0, gap, gap_low), tl.where(end == 0, worst, worst_low)
             gap_high = gap
-        if METHOD == scratch.REVERSE:
+        if METHOD == "reverse_kl_symmetry":
             spread = gap_high - gap_low
             alpha = tl.where(spread > 1e-14, gap_high / tl.where(spread > 1e-14, spread, 1.0), 0.5)
             alpha = tl.where(uneven & ((gap_low > 0) | (gap_high < 0)), better_end, alpha)
@@ -208,14 +208,14 @@ def refine(
         slope = mean + center
         residual, steepness = mean + (center - s), variance
         rounding = 4e-16 * (tl.abs(slope) + tl.sqrt(variance))
-        if METHOD == scratch.ESS_BALANCE:
+        if METHOD == "ess_balance":
             residual, steepness = f_low - f_high + 2 * s, mean_high - mean_low
             rounding = 4e-16 * (tl.abs(f_low) + tl.abs(f_high))
         count += 1
         if f == -INF:
             status = scratch.STATUS_DISJOINT
             settled = 1
-        elif last == 1 or (METHOD != scratch.KL_SYMMETRY) & (METHOD != scratch.ESS_BALANCE):
+        elif last == 1 or (METHOD != "kl_symmetry") & (METHOD != "ess_balance"):
             settled = 1
         else:
             center = tl.where(tl.abs(s) < INF, s, 0.0)
@@ -241,7 +241,7 @@ def refine(
             step_before = last_step
             last_step = tl.abs(step - alpha)
             if done:
-                step = tl.where(rootless & uneven, better_end, alpha) if METHOD == scratch.ESS_BALANCE else alpha
+                step = tl.where(rootless & uneven, better_end, alpha) if METHOD == "ess_balance" else alpha
                 step = tl.minimum(tl.maximum(step, alpha_min), alpha_max)
                 last = 1
                 if step == alpha:
@@ -250,7 +250,7 @@ def refine(
     tl.store(row + scratch.ALPHA, alpha)
     if status == 0:
         sound = is_sound(alpha, slope, f, f_high, f_low, norm_theta, norm_t, alpha_min, alpha_max, 1e-9)
-        if (METHOD == scratch.KL_SYMMETRY) | (METHOD == scratch.ESS_BALANCE):
+        if (METHOD == "kl_symmetry") | (METHOD == "ess_balance"):
             _kl_theta, _kl_t, size = kls_of(alpha, slope, f, norm_theta, norm_t)
             at_low, at_high = alpha <= alpha_min, alpha >= alpha_max
             stopped = (at_low & (residual > 0)) | (at_high & (residual < 0)) | (uneven & (at_low | at_high))

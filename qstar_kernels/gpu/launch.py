@@ -28,7 +28,7 @@ from qstar_kernels.gpu.settle import settle_kernel
 from qstar_kernels.gpu.sweep import sweep_kernel
 from qstar_kernels.gpu.truncate import truncate_kernel
 from qstar_kernels.noise import GROUP_SIZE
-from qstar_kernels.types import FIELDS, METHODS, QStarStep, Settings
+from qstar_kernels.types import FIELDS, QStarStep, Settings
 
 WARP = 64 if torch.version.hip else 32
 THREADS = 16  # of a group in the sweep: with two groups a warp, no reduction leaves it
@@ -98,7 +98,6 @@ def plan(
     The logits are `aligned`.
     """
     rows, vocab_size = theta.shape
-    method = METHODS.index(settings.method)
     tempering = settings.temperature if settings.temperature > 0 else 1.0
     groups = triton.cdiv(vocab_size, GROUP_SIZE)
 
@@ -140,7 +139,7 @@ def plan(
     sums = {"row": row, "partial": partial, "s_partial": partial.stride(0), "center": center}
     sweep = {k: v for k, v in logits.items() if k != "inv_temperature_low"} | sums
     sweep |= {
-        "EXTRA": method if method in (scratch.BY_ENTROPY.value, scratch.REVERSE.value) else scratch.FIXED.value,
+        "EXTRA": settings.method if settings.method in ("entropy", "reverse_kl_symmetry") else "",
         "TEMPERED": tempering != 1,
     }
     settle = alpha_range | halves("inv_temperature", 1 / tempering) | halves("fixed_alpha", alpha) | sums
@@ -151,7 +150,7 @@ def plan(
         "groups": groups,
         "tol": settings.tol,
         "TEMPERED": tempering != 1,
-        "METHOD": method,
+        "METHOD": settings.method,
         "GROUPS": triton.next_power_of_2(groups),
     }
     finish = (
@@ -170,7 +169,7 @@ def plan(
             "groups": groups,
             "s_partial": partial.stride(0),
             "tol": settings.tol,
-            "METHOD": method,
+            "METHOD": settings.method,
             "DRAW": draw.value,
             "REFINE": True,
             "CHOOSE": True,
@@ -210,7 +209,7 @@ def plan(
         )
         # each half is told of the other's choices nothing that would have it compiled once more
         refine = {"CHOOSE": False, "DRAW": drawing.value, "GROUPS": 1, "seeds": None, "positions": None, "tokens": None}
-        choose = {"REFINE": False, "METHOD": scratch.FIXED.value}
+        choose = {"REFINE": False, "METHOD": "fixed"}
         launches += [
             Launch(finish_kernel, (rows,), 256, finish | refine),
             Launch(truncate_kernel, (rows,), 512, truncate),

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from qstar_kernels.noise import GROUP_SIZE, GROUP_STREAM, TOKEN_STREAM
 from qstar_kernels.reference import TINY_ENTROPY as TINY_ENTROPY_OF_FLOAT64
-from qstar_kernels.types import LARGEST_LOGIT, METHODS, Status, mask_of
+from qstar_kernels.types import LARGEST_LOGIT, Status, mask_of
 
 GROUP = tl.constexpr(GROUP_SIZE)
 STREAM_OF_GROUPS = tl.constexpr(GROUP_STREAM)
@@ -98,12 +98,6 @@ STATUS_NO_SUPPORT = tl.constexpr(int(Status.NO_SUPPORT))
 STATUS_DISJOINT = tl.constexpr(int(Status.DISJOINT))
 STATUS_EMPTY = tl.constexpr(int(Status.EMPTY))
 STATUS_INEXACT = tl.constexpr(int(Status.INEXACT))
-
-KL_SYMMETRY = tl.constexpr(METHODS.index("kl_symmetry"))
-ESS_BALANCE = tl.constexpr(METHODS.index("ess_balance"))
-REVERSE = tl.constexpr(METHODS.index("reverse_kl_symmetry"))
-BY_ENTROPY = tl.constexpr(METHODS.index("entropy"))
-FIXED = tl.constexpr(METHODS.index("fixed"))
 
 NO_TOKEN = tl.constexpr(0)
 SAMPLED = tl.constexpr(1)

@@ -336,7 +336,7 @@ def near_residual(moments, x, c, rise, METHOD: tl.constexpr):
 
     `rise`: that of log E e^{xy} from α = 0 to 1.
     """
-    if METHOD == scratch.ESS_BALANCE:
+    if METHOD == "ess_balance":
         high, low = 2 - 2 * c - x, -2 * c - x
         tilt_high, _width = tilt_of(moments, high)
         tilt_low, _width = tilt_of(moments, low)
@@ -351,7 +351,7 @@ def near_bound(last, reach, x, c, METHOD: tl.constexpr):
     """What the moments leave out of `near_residual`."""
     off_high, _off = left_out(last, reach, 1 - c)
     off_low, _off = left_out(last, reach, -c)
-    if METHOD == scratch.ESS_BALANCE:
+    if METHOD == "ess_balance":
         far_high, _off = left_out(last, reach, 2 - 2 * c - x)
         far_low, _off = left_out(last, reach, -2 * c - x)
         return 1.1 * (2 * (off_high + off_low) + far_high + far_low)
@@ -377,10 +377,10 @@ def reverse_alpha(moments, last, reach, f_one, slope_one, f_zero, slope_zero, c)
     By the row's moments, or by log-mass and F' [G] of each group at α = 1 and 0.
     """
     rise = rise_of(moments, 1 - c, -c)
-    near_high, _width = near_residual(moments, 1 - c, c, rise, scratch.KL_SYMMETRY)
-    near_low, _width = near_residual(moments, -c, c, rise, scratch.KL_SYMMETRY)
-    off = near_bound(last, reach, 1 - c, c, scratch.KL_SYMMETRY)
-    off += near_bound(last, reach, -c, c, scratch.KL_SYMMETRY)
+    near_high, _width = near_residual(moments, 1 - c, c, rise, "kl_symmetry")
+    near_low, _width = near_residual(moments, -c, c, rise, "kl_symmetry")
+    off = near_bound(last, reach, 1 - c, c, "kl_symmetry")
+    off += near_bound(last, reach, -c, c, "kl_symmetry")
     one, zero = exp64(f_one), exp64(f_zero)
     far_high, far_low, size, _w = sums_of_4(
         one * slope_one, zero * slope_zero, one * tl.abs(slope_one) + zero * tl.abs(slope_zero), one
@@ -477,7 +477,7 @@ def solve(
     """α before it is clamped; the centre to try next should it not be accepted; 1 if it is from the row's moments; and
     what it may be off by under the rules that have no residual."""
     near, guess, doubt = 0, c, c * 0
-    if METHOD == scratch.BY_ENTROPY:
+    if METHOD == "entropy":
         entropy_theta = entropy_of_row(partial, 0, norms.drop_theta, o, groups, inv_temperature)
         entropy_t = entropy_of_row(partial, 3, norms.drop_t, o, groups, inv_temperature)
         total = entropy_theta + entropy_t
@@ -490,7 +490,7 @@ def solve(
         end_t = tl.maximum(column(partial, scratch.END_T, o, groups), scratch.UNDERFLOW)
         at_one = tl.where(present, norms.drop_theta - norms.theta + log64(end_theta), -INF)
         at_zero = tl.where(present, norms.drop_t - norms.t + log64(end_t), -INF)
-        if METHOD == scratch.REVERSE:
+        if METHOD == "reverse_kl_symmetry":
             shift = norms.drop_theta - norms.drop_t - norms.secant
             tilt_one = column(partial, scratch.TILTS, o, groups) * inv_temperature
             tilt_zero = column(partial, scratch.TILTS + 1, o, groups) * inv_temperature
@@ -508,11 +508,11 @@ def solve(
                 x = c * 0
                 if SECOND == 0:
                     x = guess_of(curve, at_one, at_zero)
-                    if METHOD == scratch.ESS_BALANCE:
+                    if METHOD == "ess_balance":
                         # to leading order the root lies three times as far from 1/2 as that of the KL rule
                         x = tl.minimum(tl.maximum(3 * x, -0.48), 0.48)
                 guess = c + x
-                if METHOD == scratch.ESS_BALANCE:
+                if METHOD == "ess_balance":
                     x = ess_root(high, low, x, c)
                     guess = tl.where(tl.abs(x) < 0.48, c + x, guess)
                 else:
@@ -552,7 +552,7 @@ def settle_row(
     )
     low = side_of(partial, scratch.SIDE_LOW, lean - c * shift, shift, c, present, o, groups, inv_temperature)
     guess, near, doubt = alpha, 0, c * 0
-    if METHOD != scratch.FIXED:
+    if METHOD != "fixed":
         alpha, guess, near, doubt = solve(
             partial, curve, high, low, norms, present, o, groups, c, inv_temperature, METHOD, SECOND
         )
@@ -572,10 +572,10 @@ def settle_row(
     # what a token's exponentials leave of the models' own norms
     reach = tl.max(tl.where(present, column(partial, scratch.REACH, o, groups), 0.0)) * inv_temperature
     fit = fit & (reach * tl.maximum(c, 1 - c) <= scratch.FARTHEST)
-    if (METHOD == scratch.KL_SYMMETRY) | (METHOD == scratch.ESS_BALANCE):
+    if (METHOD == "kl_symmetry") | (METHOD == "ess_balance"):
         residual, steep, off = slope, width, off_slope
         stoppable = slope == slope
-        if METHOD == scratch.ESS_BALANCE:
+        if METHOD == "ess_balance":
             residual, steep, off = at_low[0] - at_high[0], at_high[1] - at_low[1], at_high[2] + at_low[2]
             rounding = 4 * rounding_f + 2 * rounding
             stoppable = (norms.theta_alone | norms.t_alone) == 0

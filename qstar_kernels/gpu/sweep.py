@@ -97,9 +97,9 @@ def add_tile(
     reach = tl.maximum(reach, greatest(tl.abs(d)))
     if TEMPERED:
         cold = (cold[0] + total(tl.exp2(a * scratch.LOG2E)), cold[1] + total(tl.exp2(b * scratch.LOG2E)))
-    if EXTRA == scratch.BY_ENTROPY:
+    if EXTRA == "entropy":
         extra = add_entropy(extra, a, at_one, 0) + add_entropy(extra, b, at_zero, 3)
-    elif EXTRA == scratch.REVERSE:
+    elif EXTRA == "reverse_kl_symmetry":
         extra = (extra[0] + total(at_one * d), extra[1] + total(at_zero * d))
     return new, cold, extra, reach
 
@@ -182,7 +182,7 @@ def sweep_groups(
     o = ids_of(first, PIECES, GROUPS, THREADS, SUB)
     zero = tl.zeros([GROUPS, THREADS], tl.float32)
     sums, cold, extra, reach = zeros_of(zero, 20), zeros_of(zero, 2), zeros_of(zero, 6), zero
-    if EXTRA == scratch.REVERSE:
+    if EXTRA == "reverse_kl_symmetry":
         extra = zeros_of(zero, 2)
     for i in range(0, GROUP // LINE, PIECES):
         a, b = load_logits(theta, t, o + i * LINE, vocab_size, MASKED)
@@ -201,10 +201,10 @@ def sweep_groups(
     if TEMPERED:
         tl.store(partial + scratch.COLD_THETA, tl.sum(cold[0], axis=1))
         tl.store(partial + scratch.COLD_T, tl.sum(cold[1], axis=1))
-    if EXTRA == scratch.BY_ENTROPY:
+    if EXTRA == "entropy":
         for k in tl.static_range(6):
             tl.store(partial + scratch.ENTROPY + k, tl.sum(extra[k], axis=1))
-    elif EXTRA == scratch.REVERSE:
+    elif EXTRA == "reverse_kl_symmetry":
         tl.store(partial + scratch.TILTS, tl.sum(extra[0], axis=1))
         tl.store(partial + scratch.TILTS + 1, tl.sum(extra[1], axis=1))
     flags = zero  # [GROUPS, THREADS]
