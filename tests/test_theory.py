@@ -196,10 +196,8 @@ double guess(const float *theta, const float *t, int64_t vocab_size) {
     const Passes *pass = best_passes();
     Row row = {.logits = {theta, t}, .stride = {1, 1}, .vocab_size = vocab_size, .scale = 1, .mask = {-1e15, -1e15}};
     Scan scan;
-    pass->scan(&row, &scan);
-    for (int side = 0; side < 2; side++) row.high[side] = scan.high[side];
     Outline outline;
-    pass->outline(&row, &outline);
+    pass->scan(&row, &scan, &outline);
     return guess_alpha(&outline);
 }
 """
@@ -243,9 +241,22 @@ def test_the_measured_interpolation_is_that_of_the_c_code(tmp_path):
     subprocess.run([compiler, *flags, "-o", built, "-lm"], input=SHIM, text=True, check=True)
     guess = ctypes.CDLL(built).guess
     guess.restype = ctypes.c_double
+
+    def of_code(theta: np.ndarray, t: np.ndarray) -> np.ndarray:
+        pointers = [[x[i].ctypes.data_as(ctypes.c_void_p) for x in (theta, t)] for i in range(len(theta))]
+        return np.array([guess(*pair, ctypes.c_int64(theta.shape[1])) for pair in pointers])
+
     theta, t = rows()
-    pointers = [[x[i].ctypes.data_as(ctypes.c_void_p) for x in (theta, t)] for i in range(len(theta))]
-    check_guesses(np.array([guess(*pair, ctypes.c_int64(theta.shape[1])) for pair in pointers]), guesses(quartic_guess))
+    check_guesses(of_code(theta, t), guesses(quartic_guess))
+    # sums follow the maxima: the greatest last, behind tiles that one model or both mask
+    order = np.argsort(theta + t, axis=1)
+    masks = np.full((2, len(theta), 600), -np.inf, np.float32)
+    masks[0, :, 300:] = theta.max() + 5
+    late = [np.hstack([mask, np.take_along_axis(x, order, 1)]) for mask, x in zip(masks, (theta, t), strict=True)]
+    early = [
+        np.hstack([np.take_along_axis(x, order, 1)[:, ::-1], mask]) for mask, x in zip(masks, (theta, t), strict=True)
+    ]
+    np.testing.assert_allclose(of_code(*late), of_code(*early), atol=2e-6)
 
 
 def test_the_measured_sweeps_are_those_of_the_kernels(tmp_path):

@@ -40,9 +40,9 @@ def quartic_guess(theta: np.ndarray, t: np.ndarray, dtype: type) -> float:
     """
     a, b = ((x - x.max()).astype(dtype) for x in (theta, t))
     d = a - b
-    at_one, at_zero = np.exp(a), np.exp(b)
+    root_one, root_zero = np.exp(a / 2), np.exp(b / 2)
     f, slope, curvature = [], [], []
-    for w in (at_zero, np.sqrt(at_zero * at_one), at_one):
+    for w in (root_zero**2, root_zero * root_one, root_one**2):
         m0, m1, m2 = (summed(x, (TILE // VECTOR, VECTOR), (1, 1)) for x in (w, w * d, w * d * d))
         f.append(np.log(m0))
         slope.append(m1 / m0)

@@ -1,7 +1,7 @@
 /* The passes of rows.c over one row of logits, in vectors. rows.c includes this file once for each instruction set that
  * it can choose from, with NAME(x) giving every function a name of its own.
  *
- * A row goes by in tiles of 256 ids that stay in the L1 cache. All arithmetic is float64 but that of `outline`, which
+ * A row goes by in tiles of 256 ids that stay in the L1 cache. All arithmetic is float64 but that of the outline, which
  * only guesses. Sums run in one fixed order, so a row's bits depend on the row alone.
  */
 
@@ -23,7 +23,7 @@ static inline d4 NAME(exp_d)(d4 x) {
     const double magic = 0x1.8p52; /* the sum's low bits are round(x / ln 2) */
     l4 keep = x >= -708.0;
     d4 n = x * 0x1.71547652b82fep0 + magic;
-    l4 exponent = ((l4)n << 52) & keep;
+    l4 exponent = (l4)n << 52;
     n -= magic;
     d4 r = x - n * 0x1.62e42fefa39efp-1;
     r -= n * 0x1.abc9e3b39803fp-56;
@@ -45,7 +45,7 @@ static inline f8 NAME(exp_f)(f8 x) {
     const float magic = 0x1.8p23f;
     i8 keep = x >= -87.0f;
     f8 n = x * 0x1.715476p0f + magic;
-    i8 exponent = ((i8)n << 23) & keep;
+    i8 exponent = (i8)n << 23;
     n -= magic;
     f8 r = x - n * 0x1.62e4p-1f;
     r -= n * 0x1.7f7d1cp-20f;
@@ -72,9 +72,6 @@ static inline float NAME(from_bfloat)(uint16_t h) {
 }
 
 /* Logits start, …, start + TILE − 1 of one side; what lies beyond the row reads as a mask. */
-static void NAME(load)(const Row *row, int side, int64_t start, double *restrict out) {
-    const int64_t stride = row->stride[side], left = row->vocab_size - start;
-    const int count = left >= TILE ? TILE : left > 0 ? (int)left : 0;
 #define READ(type, convert)                                                          \
     {                                                                                \
         const type *from = (const type *)row->logits[side] + start * stride;         \
@@ -84,53 +81,172 @@ static void NAME(load)(const Row *row, int side, int64_t start, double *restrict
             for (int i = 0; i < count; i++) out[i] = convert(from[i * stride]);      \
         break;                                                                       \
     }
-    switch (row->dtype[side]) {
-    case FLOAT32: READ(float, )
-    case BFLOAT16: READ(uint16_t, NAME(from_bfloat))
-    case FLOAT16: READ(uint16_t, NAME(from_half))
-    default: READ(double, )
+#define LOAD(load, real)                                                             \
+    static void load(const Row *row, int side, int64_t start, real *restrict out) {  \
+        const int64_t stride = row->stride[side], left = row->vocab_size - start;    \
+        const int count = left >= TILE ? TILE : left > 0 ? (int)left : 0;            \
+        switch (row->dtype[side]) {                                                  \
+        case FLOAT32: READ(float, )                                                  \
+        case BFLOAT16: READ(uint16_t, NAME(from_bfloat))                             \
+        case FLOAT16: READ(uint16_t, NAME(from_half))                                \
+        default: READ(double, )                                                      \
+        }                                                                            \
+        for (int i = count; i < TILE; i++) out[i] = -INFINITY;                       \
     }
+LOAD(NAME(load), double)
+LOAD(NAME(load_f), float)
+#undef LOAD
 #undef READ
-    for (int i = count; i < TILE; i++) out[i] = -INFINITY;
+
+/* What `scan` sees of a tile, in the type of the logits: maxima, minima over what is not masked, and which kinds of token
+ * there are; then a, b and d in float32, less the maxima so far, −inf and 0 where there is none. */
+#define SURVEY(survey, load, real, same, v, l)                                                                         \
+    static void survey(const Row *row, int64_t start, Scan *scan, Near *near) {                                        \
+        enum { WIDTH = sizeof(v) / sizeof(real) };                                                                     \
+        _Alignas(32) real space[2][TILE];                                                                              \
+        const real *raw[2];                                                                                            \
+        for (int side = 0; side < 2; side++) {                                                                         \
+            if (row->dtype[side] == same && row->stride[side] == 1 && start + TILE <= row->vocab_size) {               \
+                raw[side] = (const real *)row->logits[side] + start; /* a copy would take as long as the rest */       \
+            } else {                                                                                                   \
+                load(row, side, start, space[side]);                                                                   \
+                raw[side] = space[side];                                                                               \
+            }                                                                                                          \
+        }                                                                                                              \
+        const real *a = raw[0], *b = raw[1], scale = (real)row->scale, half = scale / 2;                               \
+        v high[2], low[2];                                                                                             \
+        l nan = {0};                                                                                                   \
+        for (int side = 0; side < 2; side++) memcpy(&high[side], raw[side], sizeof(v)), low[side] = high[side];        \
+        for (int i = 0; i < TILE; i += WIDTH)                                                                          \
+            for (int side = 0; side < 2; side++) {                                                                     \
+                v x;                                                                                                   \
+                memcpy(&x, raw[side] + i, sizeof x);                                                                   \
+                l higher = x > high[side], lower = x < low[side];                                                      \
+                nan |= x != x;                                                                                         \
+                high[side] = (v)(((l)x & higher) | ((l)high[side] & ~higher));                                         \
+                low[side] = (v)(((l)x & lower) | ((l)low[side] & ~lower));                                             \
+            }                                                                                                          \
+        double least[2];                                                                                               \
+        for (int i = 0; i < WIDTH; i++) scan->nan |= nan[i] != 0;                                                      \
+        for (int side = 0; side < 2; side++) {                                                                         \
+            least[side] = low[side][0];                                                                                \
+            for (int i = 0; i < WIDTH; i++) {                                                                          \
+                if (high[side][i] > scan->high[side]) scan->high[side] = high[side][i];                                \
+                if (low[side][i] < least[side]) least[side] = low[side][i];                                            \
+            }                                                                                                          \
+        }                                                                                                              \
+        const real high_a = (real)scan->high[0], high_b = (real)scan->high[1], apart = high_a - high_b;                \
+        for (int i = 0; i < TILE; i++) {                                                                               \
+            near->a[i] = (float)((a[i] - high_a) * half);                                                              \
+            near->b[i] = (float)((b[i] - high_b) * half);                                                              \
+            near->d[i] = (float)((a[i] - b[i] - apart) * scale);                                                       \
+        }                                                                                                              \
+        if (least[0] > row->mask[0] && least[1] > row->mask[1]) {                                                      \
+            for (int side = 0; side < 2; side++) scan->low[side] = fmin(least[side], scan->low[side]);                 \
+            scan->common = 1;                                                                                          \
+            return;                                                                                                    \
+        }                                                                                                              \
+        l theta = {0}, t = {0}, both = {0}; /* how many there are of each kind */                                      \
+        real mask[2];                                                                                                  \
+        for (int side = 0; side < 2; side++) {                                                                         \
+            mask[side] = (real)row->mask[side];                                                                        \
+            if (mask[side] > row->mask[side]) mask[side] = (real)nextafterf((float)mask[side], -INFINITY);             \
+            low[side] = (v){0} + INFINITY;                                                                             \
+        }                                                                                                              \
+        for (int i = 0; i < TILE; i += WIDTH) {                                                                        \
+            l ok[2];                                                                                                   \
+            for (int side = 0; side < 2; side++) {                                                                     \
+                v x;                                                                                                   \
+                memcpy(&x, raw[side] + i, sizeof x);                                                                   \
+                ok[side] = x > mask[side];                                                                             \
+                l lower = (x < low[side]) & ok[side];                                                                  \
+                low[side] = (v)(((l)x & lower) | ((l)low[side] & ~lower));                                             \
+            }                                                                                                          \
+            theta -= ok[0];                                                                                            \
+            t -= ok[1];                                                                                                \
+            both -= ok[0] & ok[1];                                                                                     \
+        }                                                                                                              \
+        int64_t thetas = 0, ts = 0, boths = 0;                                                                         \
+        for (int i = 0; i < WIDTH; i++) {                                                                              \
+            thetas += theta[i], ts += t[i], boths += both[i];                                                          \
+            for (int side = 0; side < 2; side++)                                                                       \
+                if (low[side][i] < scan->low[side]) scan->low[side] = low[side][i];                                    \
+        }                                                                                                              \
+        scan->masked |= boths < TILE && boths < row->vocab_size - start;                                               \
+        scan->only_theta |= boths < thetas;                                                                            \
+        scan->only_t |= boths < ts;                                                                                    \
+        scan->common |= boths > 0;                                                                                     \
+        for (int i = 0; i < TILE; i++) {                                                                               \
+            const int has_theta = a[i] > mask[0], has_t = b[i] > mask[1];                                              \
+            near->a[i] = has_theta ? near->a[i] : -INFINITY;                                                           \
+            near->b[i] = has_t ? near->b[i] : -INFINITY;                                                               \
+            near->d[i] = has_theta & has_t ? near->d[i] : 0;                                                           \
+        }                                                                                                              \
+    }
+SURVEY(NAME(survey), NAME(load), double, FLOAT64, d4, l4)
+SURVEY(NAME(survey_f), NAME(load_f), float, FLOAT32, f8, i8)
+#undef SURVEY
+
+/* Take the sums of `scan` to maxima that have risen. */
+static void NAME(lower)(const Row *row, const double *before, const double *high, double *sums) {
+    double rise[2];
+    for (int side = 0; side < 2; side++) /* nothing has been summed of a side that was masked so far */
+        rise[side] = before[side] > row->mask[side] ? (high[side] - before[side]) * row->scale : 0;
+    const double less = rise[0] - rise[1];
+    const double factor[3] = {exp(-rise[1]), exp(-(rise[0] + rise[1]) / 2), exp(-rise[0])};
+    for (int k = 0; k < 3; k++) {
+        double *s = sums + 3 * k;
+        s[2] = factor[k] * (s[2] - less * (2 * s[1] - less * s[0]));
+        s[1] = factor[k] * (s[1] - less * s[0]);
+        s[0] *= factor[k];
+    }
+    sums[9] *= factor[2];
+    sums[10] *= factor[0];
 }
 
-/* Maxima, minima over what is not masked, and which kinds of token there are. */
-static void NAME(scan)(const Row *row, Scan *scan) {
-    _Alignas(32) double raw[2][TILE];
-    d4 high[2], low[2];
-    l4 nan = {0}, masked = {0}, only_theta = {0}, only_t = {0}, common = {0};
-    for (int side = 0; side < 2; side++) high[side] = (d4){0} - INFINITY, low[side] = (d4){0} + INFINITY;
+/* First sweep: maxima, minima over what is not masked, and which kinds of token there are. If `outline` is wanted, in
+ * float32 and about the maxima so far: Σ w, Σ w d, Σ w d² over the common support for w = q_α not normalised, α = 0, ½, 1,
+ * and the two normalisers. */
+static void NAME(scan)(const Row *row, Scan *scan, Outline *outline) {
+    const int wide = row->dtype[0] == FLOAT64 || row->dtype[1] == FLOAT64;
+    Near near;
+    double sums[11] = {0};
+    *scan = (Scan){.high = {-INFINITY, -INFINITY}, .low = {INFINITY, INFINITY}};
     for (int64_t start = 0; start < row->vocab_size; start += TILE) {
-        NAME(load)(row, 0, start, raw[0]);
-        NAME(load)(row, 1, start, raw[1]);
-        for (int i = 0; i < TILE; i += 4) {
-            l4 ok[2];
-            for (int side = 0; side < 2; side++) {
-                d4 x = AT(d4, raw[side], i);
-                ok[side] = x > row->mask[side];
-                nan |= x != x;
-                l4 higher = x > high[side], lower = (x < low[side]) & ok[side];
-                high[side] = (d4)(((l4)x & higher) | ((l4)high[side] & ~higher));
-                low[side] = (d4)(((l4)x & lower) | ((l4)low[side] & ~lower));
+        const double before[2] = {scan->high[0], scan->high[1]};
+        if (wide) NAME(survey)(row, start, scan, &near);
+        else NAME(survey_f)(row, start, scan, &near);
+        if (!outline) continue;
+        if (scan->high[0] > before[0] || scan->high[1] > before[1]) NAME(lower)(row, before, scan->high, sums);
+        f8 s[11] = {{0}};
+        for (int i = 0; i < TILE; i += 8) {
+            f8 d = AT(f8, near.d, i), theta = NAME(exp_f)(AT(f8, near.a, i)), t = NAME(exp_f)(AT(f8, near.b, i));
+            f8 e[3] = {t * t, theta * t, theta * theta}; /* the third exponential is for nothing */
+            s[9] += e[2];
+            s[10] += e[0];
+            if (scan->masked) {
+                i8 common = (AT(f8, near.a, i) > -INFINITY) & (AT(f8, near.b, i) > -INFINITY);
+                e[2] = (f8)((i8)e[2] & common);
+                e[0] = (f8)((i8)e[0] & common);
             }
-            masked |= ~(ok[0] & ok[1]);
-            only_theta |= ok[0] & ~ok[1];
-            only_t |= ok[1] & ~ok[0];
-            common |= ok[0] & ok[1];
+            for (int k = 0; k < 3; k++) {
+                f8 wd = e[k] * d;
+                s[3 * k] += e[k];
+                s[3 * k + 1] += wd;
+                s[3 * k + 2] += wd * d;
+            }
         }
+        for (int k = 0; k < 11; k++)
+            sums[k] += ((double)(s[k][0] + s[k][4]) + (s[k][1] + s[k][5])) + ((s[k][2] + s[k][6]) + (s[k][3] + s[k][7]));
     }
-    for (int side = 0; side < 2; side++) {
-        scan->high[side] = -INFINITY, scan->low[side] = INFINITY;
-        for (int i = 0; i < 4; i++) {
-            if (high[side][i] > scan->high[side]) scan->high[side] = high[side][i];
-            if (low[side][i] < scan->low[side]) scan->low[side] = low[side][i];
-        }
+    if (!outline) return;
+    for (int k = 0; k < 3; k++) {
+        outline->f[k] = log(sums[3 * k]);
+        outline->slope[k] = sums[3 * k + 1] / sums[3 * k];
+        outline->curvature[k] = sums[3 * k + 2] / sums[3 * k] - outline->slope[k] * outline->slope[k];
     }
-    scan->nan = (nan[0] | nan[1] | nan[2] | nan[3]) != 0;
-    scan->masked = (masked[0] | masked[1] | masked[2] | masked[3]) != 0;
-    scan->only_theta = (only_theta[0] | only_theta[1] | only_theta[2] | only_theta[3]) != 0;
-    scan->only_t = (only_t[0] | only_t[1] | only_t[2] | only_t[3]) != 0;
-    scan->common = (common[0] | common[1] | common[2] | common[3]) != 0;
+    outline->norm[0] = log(sums[9]);
+    outline->norm[1] = log(sums[10]);
 }
 
 /* a, b, d = a − b and x = b + α d of a tile, ABSENT for −inf, d = 0 there. Not inlined: thresholds on x bind only if
@@ -160,49 +276,6 @@ static __attribute__((noinline)) void NAME(tile)(const Row *row, int64_t start, 
 
 static inline void NAME(exp_all)(const double *x, double *out) {
     for (int i = 0; i < TILE; i += 4) AT(d4, out, i) = NAME(exp_d)(AT(d4, x, i));
-}
-
-/* First sweep, in float32: Σ w, Σ w d, Σ w d² over the common support for w = q_α not normalised, α = 0, ½, 1, and the
- * two normalisers. */
-static void NAME(outline)(const Row *row, Outline *outline) {
-    Tile tile;
-    double sums[11] = {0};
-    for (int64_t start = 0; start < row->vocab_size; start += TILE) {
-        NAME(tile)(row, start, 0.5, &tile);
-        _Alignas(32) float a[TILE], b[TILE], d[TILE], common[TILE];
-        for (int i = 0; i < TILE; i++) a[i] = (float)tile.a[i], b[i] = (float)tile.b[i], d[i] = (float)tile.d[i];
-        if (row->masked)
-            for (int i = 0; i < TILE; i++) common[i] = tile.x[i] > ABSENT ? 1.0f : 0.0f;
-        f8 s[11] = {{0}};
-        for (int i = 0; i < TILE; i += 8) {
-            f8 e[3], x = AT(f8, d, i);
-            e[2] = NAME(exp_f)(AT(f8, a, i));
-            e[0] = NAME(exp_f)(AT(f8, b, i));
-            s[9] += e[2];
-            s[10] += e[0];
-            if (row->masked) {
-                e[2] *= AT(f8, common, i);
-                e[0] *= AT(f8, common, i);
-            }
-            f8 product = e[0] * e[2];
-            for (int j = 0; j < 8; j++) e[1][j] = sqrtf(product[j]); /* the geometric mean spares an exponential */
-            for (int k = 0; k < 3; k++) {
-                f8 wd = e[k] * x;
-                s[3 * k] += e[k];
-                s[3 * k + 1] += wd;
-                s[3 * k + 2] += wd * x;
-            }
-        }
-        for (int k = 0; k < 11; k++)
-            sums[k] += ((double)(s[k][0] + s[k][4]) + (s[k][1] + s[k][5])) + ((s[k][2] + s[k][6]) + (s[k][3] + s[k][7]));
-    }
-    for (int k = 0; k < 3; k++) {
-        outline->f[k] = log(sums[3 * k]);
-        outline->slope[k] = sums[3 * k + 1] / sums[3 * k];
-        outline->curvature[k] = sums[3 * k + 2] / sums[3 * k] - outline->slope[k] * outline->slope[k];
-    }
-    outline->norm[0] = log(sums[9]);
-    outline->norm[1] = log(sums[10]);
 }
 
 /* Normalisers, entropies and the slopes of F at both ends. Maxima are counted apart: on a nearly certain row the
@@ -286,9 +359,9 @@ static void NAME(sweep)(const Row *row, double alpha, Point *point, double *grou
                     low = AT(d4, lo, i);
                 } else { /* π_θ² / q and π_t² / q, the integrands of F(2 − α) and F(−α), by one division */
                     l4 common = mass > 0;
-                    d4 inverse = 1.0 / mass;
-                    high = (d4)((l4)(theta * theta * inverse) & common);
-                    low = (d4)((l4)(t * t * inverse) & common);
+                    d4 inverse = (d4)((l4)(1.0 / mass) & common);
+                    high = theta * theta * inverse;
+                    low = t * t * inverse;
                 }
                 s[0] += mass;
                 s[1] += first;
@@ -367,7 +440,7 @@ static void NAME(philox)(int64_t seed, int64_t position, uint32_t stream, int64_
 }
 
 static const Passes NAME(passes) = {
-    NAME(scan), NAME(outline), NAME(ends), NAME(sweep), NAME(log_q), NAME(weights),
+    NAME(scan), NAME(ends), NAME(sweep), NAME(log_q), NAME(weights),
     NAME(philox),
 };
 

@@ -1,6 +1,6 @@
 /* q* on a CPU (theory/computation.md, «On a CPU»): rows of logits in, one token and its numbers a row out.
  *
- * A row is read three times: for its maxima, for an outline of the curve F that gives a guess at α, and exactly at that
+ * A row is read twice: for its maxima and an outline of the curve F that gives a guess at α, and exactly at that
  * guess. What the guess is off by is mended by Taylor's formula from the moments of the last sweep, or by another sweep
  * if it is off by much. `launch.py` calls `qstar_rows` and says what the fields of `Job` are; the passes over the logits
  * are in passes.h.
@@ -79,6 +79,10 @@ typedef struct {
 } Tile;
 
 typedef struct {
+    _Alignas(32) float a[TILE], b[TILE], d[TILE];
+} Near; /* a tile of the outline: half of a, half of b, and d */
+
+typedef struct {
     double alpha, f, extra;   /* log q = x − f − extra; truncation adds the last */
     double lowest, lowest_b;  /* truncation keeps the tokens whose x − f and b reach these */
 } Mixture;
@@ -93,8 +97,7 @@ typedef struct {
 } Solved;
 
 typedef struct {
-    void (*scan)(const Row *, Scan *);
-    void (*outline)(const Row *, Outline *);
+    void (*scan)(const Row *, Scan *, Outline *);
     void (*ends)(const Row *, Ends *);
     void (*sweep)(const Row *, double, Point *, double *);
     void (*log_q)(const Row *, int64_t, const Mixture *, double *);
@@ -216,8 +219,8 @@ static void center_on_secant(Row *row, const double *norm) {
 
 /* α by the rule, and the curve and the group masses there. `carefully` takes nothing for granted: every exponent is
  * relative to its own maximum, and α is where a sweep was. */
-static double solve(const Job *job, Row *row, const Passes *pass, int even, int carefully, Point *point, double *groups,
-                    double *doubt) {
+static double solve(const Job *job, Row *row, const Passes *pass, const Outline *outline, int even, int carefully,
+                    Point *point, double *groups, double *doubt) {
     const double min = job->alpha_min, max = job->alpha_max;
     const int far = row->far |= carefully;
     double alpha = 0.5;
@@ -236,11 +239,9 @@ static double solve(const Job *job, Row *row, const Passes *pass, int even, int 
         alpha = spread > ROUNDING ? (ends.slope[0] - s) / spread : 0.5;
     } else {
         held = job->method == REVERSE_KL_SYMMETRY;
-        if (!far) {
-            Outline outline;
-            pass->outline(row, &outline);
-            center_on_secant(row, outline.norm);
-            alpha = guess_alpha(&outline);
+        if (!far && !held) {
+            center_on_secant(row, outline->norm);
+            alpha = guess_alpha(outline);
         }
         if (far || !even) {
             /* different supports may leave the rule without a root: then the end with the smaller max{KL, KL} */
@@ -530,7 +531,9 @@ static void solve_row(const Job *job, int64_t i, const Passes *pass, int careful
         row->logits[side] = (const char *)job->logits[side] + i * job->row_stride[side] * size[job->dtype[side]];
     }
     Scan scan;
-    pass->scan(row, &scan);
+    Outline outline;
+    const int guessed = !carefully && (job->method == KL_SYMMETRY || job->method == ESS_BALANCE);
+    pass->scan(row, &scan, guessed ? &outline : NULL);
     const double *high = scan.high;
     solved->status = scan.nan                                                  ? HAS_NAN
                      : fmax(high[0], high[1]) >= job->largest_logit             ? POSITIVE_INFINITY
@@ -548,7 +551,7 @@ static void solve_row(const Job *job, int64_t i, const Passes *pass, int careful
     solved->theta_inside = !scan.only_theta, solved->t_inside = !scan.only_t;
     Point *point = &solved->point;
     const int even = solved->theta_inside && solved->t_inside;
-    solved->q.alpha = solve(job, row, pass, even, carefully, point, groups, &solved->doubt);
+    solved->q.alpha = solve(job, row, pass, &outline, even, carefully, point, groups, &solved->doubt);
     solved->q.f = point->f;
     solved->q.lowest = solved->q.lowest_b = -INFINITY;
     if (!holds(job, solved, groups)) {
