@@ -54,6 +54,14 @@ def test_a_number_like_a_mask_is_allowed():
     assert (step.ess_theta[0] > 0) & (step.ess_t[1] > 0)
 
 
+def test_each_model_allows_what_the_other_forbids():
+    """In one group, by different threads: both ESS are 0."""
+    theta, t = zipf_pair(1, 1024, 1.0)
+    theta[0, 3], t[0, 900] = -INF, -INF
+    step = draw(theta, t)
+    assert step.ess_theta.item() == step.ess_t.item() == 0
+
+
 @pytest.mark.parametrize("case", NEAR_TIES)
 def test_two_tokens_nearly_tied(case):
     check_near_ties("triton", case)

@@ -116,13 +116,13 @@ def add_entropy(extra, a, mass, first: tl.constexpr):
 
 @triton.jit
 def flags_of(theta, t, o, vocab_size):
-    """What is odd about a tile: [GROUPS, THREADS]."""
+    """Whether a tile has a NaN, a token that π_θ alone allows, one that π_t alone allows: [GROUPS, THREADS] each."""
     a = as_logits(tl.load(theta + o, mask=o < vocab_size, other=-INF))
     b = as_logits(tl.load(t + o, mask=o < vocab_size, other=-INF))
     nan = greatest(((a != a) | (b != b)).to(tl.float32))
     theta_alone = greatest(((a > scratch.MASK) & (b <= scratch.MASK)).to(tl.float32))
     t_alone = greatest(((b > scratch.MASK) & (a <= scratch.MASK)).to(tl.float32))
-    return nan * scratch.HAS_NAN + theta_alone * scratch.THETA_ALONE + t_alone * scratch.T_ALONE
+    return nan, theta_alone, t_alone
 
 
 @triton.jit
@@ -207,11 +207,14 @@ def sweep_groups(
     elif EXTRA == "reverse_kl_symmetry":
         tl.store(partial + scratch.TILTS, tl.sum(extra[0], axis=1))
         tl.store(partial + scratch.TILTS + 1, tl.sum(extra[1], axis=1))
-    flags = zero  # [GROUPS, THREADS]
+    nan, theta_alone, t_alone = zero, zero, zero
     if MASKED:
         for i in range(0, GROUP // LINE, PIECES):
-            flags = tl.maximum(flags, flags_of(theta, t, o + i * LINE, vocab_size))
-    tl.store(partial + scratch.FLAGS, tl.max(flags, axis=1))
+            flags = flags_of(theta, t, o + i * LINE, vocab_size)
+            nan = tl.maximum(nan, flags[0])
+            theta_alone, t_alone = tl.maximum(theta_alone, flags[1]), tl.maximum(t_alone, flags[2])
+    flag = tl.max(nan, axis=1) * scratch.HAS_NAN + tl.max(theta_alone, axis=1) * scratch.THETA_ALONE  # [GROUPS]
+    tl.store(partial + scratch.FLAGS, flag + tl.max(t_alone, axis=1) * scratch.T_ALONE)
     # NaN, infinities and masks in one model make these sums NaN; a group of nothing but masks has one for its maximum
     whole = tl.sum(sums[6], axis=1) + tl.sum(sums[19], axis=1)  # [GROUPS], Σ w d⁶ and the difference
     plain = (whole == whole) & (tops[0] > scratch.HALF_MASK) & (tops[1] > scratch.HALF_MASK)
