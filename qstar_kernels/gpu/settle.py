@@ -274,9 +274,10 @@ def guess_of(curve, at_one, at_zero):
             slope = curve.mean + x * (c2 + x * (c3 * R2 + x * (4 * rest)))
             width = tl.maximum(c2 + x * (c3 + x * (12 * rest)), 0.0)
             mass, mean, square, _w = sums_of_4(w, w * slope, w * (slope * slope + width), w)
-            mean, square = mean / mass, square / mass
+            per = inverse(mass)
+            mean, square = mean * per, square * per
             low, high = tl.where(mean < 0, x, low), tl.where(mean < 0, high, x)
-            step = x - mean / tl.maximum(square - mean * mean, 1e-30)
+            step = x - mean * inverse(tl.maximum(square - mean * mean, 1e-30))
             step = tl.where((step > low) & (step < high), step, (low + high) / 2)
             go = (tl.abs(step - x) > 1e-5).to(tl.int32)
             x = step
@@ -290,7 +291,7 @@ def far_root(curve, x, c):
     for _ in range(6):
         if go == 1:
             _f, _mass, slope, width = row_at(curve, x)
-            step = tl.minimum(tl.maximum(x - slope / tl.maximum(width, 1e-30), -c), 1 - c)
+            step = tl.minimum(tl.maximum(x - slope * inverse(tl.maximum(width, 1e-30)), -c), 1 - c)
             go = (tl.abs(step - x) > 1e-9).to(tl.int32)
             x = step
     return x
@@ -303,7 +304,7 @@ def ess_root(high, low, x, c):
     for _ in range(10):
         if go == 1:
             at_high, at_low = sides_at(high, low, x)
-            step = x - (at_low[0] - at_high[0]) / tl.maximum(at_high[1] - at_low[1], 1e-30)
+            step = x - (at_low[0] - at_high[0]) * inverse(tl.maximum(at_high[1] - at_low[1], 1e-30))
             step = tl.minimum(tl.maximum(step, -c), 1 - c)
             go = (tl.abs(step - x) > 1e-9).to(tl.int32)
             x = step
@@ -319,15 +320,16 @@ def rise_of(moments, high, low):
     high4, low4 = high2 * high2, low2 * low2
     difference = c2 * R2 * (high2 - low2) + c3 * R3 * (high2 * high - low2 * low) + c4 * R4 * (high4 - low4)
     difference += c5 * R5 * (high4 * high - low4 * low) + c6 * R6 * (high4 * high2 - low4 * low2)
-    return log1p64(difference / at_low)
+    return log1p64(difference * inverse(at_low))
 
 
 @triton.jit
 def tilt_of(moments, x):
     """The first two derivatives of log E e^{xy} by the row's moments."""
     value, first, second = exponential(moments, x)
-    tilt = first / value
-    return tilt, second / value - tilt * tilt
+    per = inverse(value)
+    tilt = first * per
+    return tilt, second * per - tilt * tilt
 
 
 @triton.jit
@@ -366,7 +368,7 @@ def near_root(moments, c, rise, METHOD: tl.constexpr):
     x = c * 0
     for _ in range(5):
         gap, steep = near_residual(moments, x, c, rise, METHOD)
-        x = tl.minimum(tl.maximum(x - gap / tl.maximum(steep, 1e-300), -c), 1 - c)
+        x = tl.minimum(tl.maximum(x - gap * inverse(tl.maximum(steep, 1e-30)), -c), 1 - c)
     return x
 
 
