@@ -35,6 +35,10 @@ MOST_REGISTERS = {
 }
 
 
+# Instructions of a loop that move registers to memory and back. None in a loop over logits; those of `settle_kernel` are
+# Newton's, a few turns a row.
+MOST_SPILLED = {"settle_kernel": 16}
+
 PADDED = Side(torch.bfloat16, "padded")
 
 
@@ -44,7 +48,7 @@ def check_all_compile(found: Distinct, strength: int | None, architecture: str) 
     bad = [
         f"launch {i} of {call}: {result if isinstance(result, str) else f'spills {result.spilled}'}"
         for (call, i), result in zip(launches, attempts(launches, architecture), strict=True)
-        if isinstance(result, str) or result.spilled
+        if isinstance(result, str) or result.spilled > MOST_SPILLED.get(result.kernel, 0)
     ]
     assert not bad, "\n".join(bad)
 
@@ -163,7 +167,7 @@ def test_machine_code(architecture):
     assert found.keys() == MOST_REGISTERS.keys()
     ceiling = 256 if architecture == "gfx942" else 0  # its threads have twice the registers
     for name, r in found.items():
-        assert r.spilled == 0, name
+        assert r.spilled <= MOST_SPILLED.get(name, 0), name
         assert r.registers <= max(MOST_REGISTERS[name], ceiling), name
     sweep = found["sweep_kernel"]
     # 8 tokens of two rows a thread are two loads of 128 bits, and there are no other loads of logits
