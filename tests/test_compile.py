@@ -35,8 +35,8 @@ MOST_REGISTERS = {
 }
 
 
-# Instructions of a loop that move registers to memory and back. None in a loop over logits; those of `settle_kernel` are
-# Newton's, a few turns a row.
+# Instructions of a loop that move registers to memory and back: none in a loop over logits. Those of `settle_kernel`
+# are Newton's, a few turns a row.
 MOST_SPILLED = {"settle_kernel": 16}
 
 PADDED = Side(torch.bfloat16, "padded")
