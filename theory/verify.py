@@ -823,7 +823,33 @@ def sweeps(dtype: type = np.float64) -> Iterator[tuple[np.ndarray, np.ndarray, S
         for i in range(min(len(log_theta), 8)):
             for center in (0.5, 0.2):
                 with np.errstate(all="ignore"):  # overflows make a bound infinite or NaN: the row is refused
-                    yield log_theta[i], log_t[i], Sweep(*(x[i] for x in rounded), center, dtype, center != 0.5)
+                    sweep = Sweep(*(x[i] for x in rounded), center, dtype, center != 0.5)
+                yield log_theta[i], log_t[i], sweep
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A place beside the centre of a sweep, and what is true there by the definition, in log-probabilities."""
+
+    log_theta: np.ndarray
+    log_t: np.ndarray
+    sweep: Sweep
+    alpha: float
+
+    def f(self, alpha: float) -> float:
+        return float(logsumexp(alpha * self.log_theta + (1 - alpha) * self.log_t))
+
+    @property
+    def slope(self) -> float:
+        q = direct.log_q(self.log_theta[None], self.log_t[None], np.array([self.alpha]))[0]
+        return float(np.exp(q) @ (self.log_theta - self.log_t))
+
+
+def beside(steps: Sequence[float], dtype: type = np.float64) -> Iterator[Beside]:
+    """All sweeps at some steps from their centres."""
+    for log_theta, log_t, sweep in sweeps(dtype):
+        for x in steps:
+            yield Beside(log_theta, log_t, sweep, sweep.center + x)
 
 
 STEPS = (-0.45, -0.2, -0.05, 0.02, 0.1, 0.3)
@@ -837,36 +863,25 @@ def beyond(error: float, bound: float) -> float:
 def about_a_centre(impl: str) -> float:
     """F and F′ beside the centre, F(2 − α) and F(−α): no farther from the definition than their bounds."""
     worst, bounded = 0.0, 0
-    for log_theta, log_t, sweep in sweeps():
-        for x in STEPS:
-            alpha = sweep.center + x
-            with np.errstate(all="ignore"):
-                (norm, slope, _), (of_f, of_slope), sides = sweep.at(alpha), sweep.left_out(alpha), sweep.sides(alpha)
-            log_w = alpha * log_theta + (1 - alpha) * log_t
-            f = logsumexp(log_w)
-            f_prime = np.exp(log_w - f) @ (log_theta - log_t)
-            size = 1 + np.abs(log_theta).max() + np.abs(log_t).max()
-            worst = max(
-                worst, beyond(abs(norm - f) / size, of_f / size), beyond(abs(slope - f_prime) / size, of_slope / size)
-            )
-            for (norm, off), at in zip(sides, (2 - alpha, -alpha), strict=True):
-                f = logsumexp(at * log_theta + (1 - at) * log_t)
-                worst = max(worst, beyond(abs(norm - f) / size, off / size))
-            bounded += 1e-9 < of_f < 1e-3
+    for at in beside(STEPS):
+        alpha, sweep = at.alpha, at.sweep
+        with np.errstate(all="ignore"):
+            (norm, slope, _), (of_f, of_slope), sides = sweep.at(alpha), sweep.left_out(alpha), sweep.sides(alpha)
+        size = 1 + np.abs(at.log_theta).max() + np.abs(at.log_t).max()
+        worst = max(worst, beyond(abs(slope - at.slope) / size, of_slope / size))
+        for (got, off), place in zip(((norm, of_f), *sides), (alpha, 2 - alpha, -alpha), strict=True):
+            worst = max(worst, beyond(abs(got - at.f(place)) / size, off / size))
+        bounded += 1e-9 < of_f < 1e-3
     return worst if bounded > 20 else np.inf
 
 
 def by_the_rows_moments(impl: str) -> float:
     """F′ of close pairs from the row's moments alone: no farther from the definition than its bound."""
     worst, bounded = 0.0, 0
-    for log_theta, log_t, sweep in sweeps():
-        for x in STEPS:
-            alpha = sweep.center + x
-            with np.errstate(all="ignore"):
-                gap, off = sweep.near(alpha)
-            q = direct.log_q(log_theta[None], log_t[None], np.array([alpha]))
-            f_prime = np.exp(q[0]) @ (log_theta - log_t)
-            worst, bounded = max(worst, beyond(abs(gap - f_prime), off)), bounded + (1e-9 < off < 1e-3)
+    for at in beside(STEPS):
+        with np.errstate(all="ignore"):
+            gap, off = at.sweep.near(at.alpha)
+        worst, bounded = max(worst, beyond(abs(gap - at.slope), off)), bounded + (1e-9 < off < 1e-3)
     return worst if bounded > 20 else np.inf
 
 
@@ -895,13 +910,12 @@ def rounding_of_a_sweep(impl: str) -> float:
     """F′ of a float32 sweep is no farther from the definition than its bounds, and α of an accepted row no farther from
     equal KLs than the tolerance and the rounding."""
     worst, accepted = 0.0, 0
+    for at in beside((0.0, 0.02, -0.05), np.float32):
+        with np.errstate(all="ignore"):
+            slope = at.sweep.at(at.alpha)[1]
+            bound = at.sweep.left_out(at.alpha)[1] + at.sweep.rounding(at.alpha)
+        worst = max(worst, beyond(abs(slope - at.slope), bound))
     for log_theta, log_t, sweep in sweeps(np.float32):
-        for x in (0.0, 0.02, -0.05):
-            alpha = sweep.center + x
-            with np.errstate(all="ignore"):
-                slope, bound = sweep.at(alpha)[1], sweep.left_out(alpha)[1] + sweep.rounding(alpha)
-            q = direct.log_q(log_theta[None], log_t[None], np.array([alpha]))
-            worst = max(worst, beyond(abs(slope - np.exp(q[0]) @ (log_theta - log_t)), bound))
         with np.errstate(all="ignore"):
             alpha, fit = sweep.solve()
         if fit:

@@ -2,8 +2,6 @@
 
 # ruff: noqa: RUF005 - Triton knows no starred tuples
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -21,7 +19,6 @@ NO_MAXIMUM = tl.constexpr(2 * mask_of(torch.float32))  # the maximum of a row wi
 LARGEST = tl.constexpr(LARGEST_LOGIT)
 FLOOR = tl.constexpr(-LARGEST_LOGIT)  # logits less their maximum are raised to this: d² stays finite in float32
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
 
 # What the sums of a sweep leave open (theory/computation.md, «The bound»). Relative: of an exponential, and of its
@@ -45,7 +42,6 @@ ENTROPY_DOUBT = tl.constexpr(2e-5)  # of the α that entropies give
 
 FARTHEST = tl.constexpr(55.0)  # nats from a token's mass at the centre to that at an end, below underflow
 UNDERFLOW = tl.constexpr(1024 * 2.0**-126)  # the mass of a group that float32 may have taken for 0
-LOG_UNDERFLOW = tl.constexpr((10 - 126) * math.log(2))
 SMALL_ENTROPY = tl.constexpr(1e-30)  # below this float32's weights that make up a row's entropy may have underflowed
 TINY_ENTROPY = tl.constexpr(TINY_ENTROPY_OF_FLOAT64)
 

@@ -435,9 +435,9 @@ def norms_of(partial, row, present, o, groups, inv_temperature, TEMPERED: tl.con
     tops_theta = tl.load(at + scratch.MAX_THETA, mask=present, other=scratch.NO_MAXIMUM)
     tops_t = tl.load(at + scratch.MAX_T, mask=present, other=scratch.NO_MAXIMUM)
     flags = tl.load(at + scratch.FLAGS, mask=present, other=0.0).to(tl.int32)
-    alone = (flags & scratch.THETA_ALONE) + tl.where((flags & scratch.T_ALONE) > 0, 1 << 10, 0)
-    top_theta, top_t, nan, _w = maxima_of_4(tops_theta, tops_t, (flags & scratch.HAS_NAN).to(tl.float32), tops_t)
-    theta_alone, t_alone = tl.max(alone & 1) > 0, tl.max(alone) > 1
+    nan, theta_alone = (flags & scratch.HAS_NAN).to(tl.float32), (flags & scratch.THETA_ALONE).to(tl.float32)
+    top_theta, top_t, nan, theta_alone = maxima_of_4(tops_theta, tops_t, nan, theta_alone)
+    theta_alone, t_alone = theta_alone > 0, tl.max(flags & scratch.T_ALONE) > 0
     status = tl.where((top_theta == scratch.NO_MAXIMUM) | (top_t == scratch.NO_MAXIMUM), scratch.STATUS_NO_SUPPORT, 0)
     infinite = (top_theta >= scratch.LARGEST) | (top_t >= scratch.LARGEST)
     status = tl.where(infinite, scratch.STATUS_POSITIVE_INFINITY, status)
@@ -474,10 +474,23 @@ def norms_of(partial, row, present, o, groups, inv_temperature, TEMPERED: tl.con
 
 @triton.jit
 def solve(
-    partial, curve, high, low, norms, present, o, groups, c, inv_temperature, METHOD: tl.constexpr, SECOND: tl.constexpr
+    partial,
+    curve,
+    of_row,
+    high,
+    low,
+    norms,
+    present,
+    o,
+    groups,
+    c,
+    inv_temperature,
+    METHOD: tl.constexpr,
+    SECOND: tl.constexpr,
 ):
     """α before it is clamped; the centre to try next should it not be accepted; 1 if it is from the row's moments; and
     what it may be off by under the rules that have no residual."""
+    moments, last, reach = of_row
     near, guess, doubt = 0, c, c * 0
     if METHOD == "entropy":
         entropy_theta = entropy_of_row(partial, 0, norms.drop_theta, o, groups, inv_temperature)
@@ -486,7 +499,6 @@ def solve(
         alpha = tl.where(total > 0, entropy_theta / tl.where(total > 0, total, 1.0), 0.5)
         return alpha, alpha, near, tl.where(total > scratch.SMALL_ENTROPY, doubt + scratch.ENTROPY_DOUBT, INF)
     else:
-        moments, last, reach = row_moments(curve)
         uneven = norms.theta_alone | norms.t_alone
         end_theta = tl.maximum(column(partial, scratch.END_THETA, o, groups), scratch.UNDERFLOW)
         end_t = tl.maximum(column(partial, scratch.END_T, o, groups), scratch.UNDERFLOW)
@@ -555,8 +567,9 @@ def settle_row(
     low = side_of(partial, scratch.SIDE_LOW, lean - c * shift, shift, c, present, o, groups, inv_temperature)
     guess, near, doubt = alpha, 0, c * 0
     if METHOD != "fixed":
+        of_row = row_moments(curve)
         alpha, guess, near, doubt = solve(
-            partial, curve, high, low, norms, present, o, groups, c, inv_temperature, METHOD, SECOND
+            partial, curve, of_row, high, low, norms, present, o, groups, c, inv_temperature, METHOD, SECOND
         )
     alpha = tl.minimum(tl.maximum(alpha, alpha_min), alpha_max)
     x = alpha - c
@@ -582,7 +595,7 @@ def settle_row(
             rounding = 4 * rounding_f + 2 * rounding
             stoppable = (norms.theta_alone | norms.t_alone) == 0
         if near == 1:
-            moments, last, far = row_moments(curve)
+            moments, last, far = of_row
             residual, steep = near_residual(moments, x, c, rise_of(moments, 1 - c, -c), METHOD)
             off = near_bound(last, far, x, c, METHOD)
             rounding = 16 * rounding_f * steep * (tl.abs(x) + tl.sqrt(width))

@@ -262,39 +262,22 @@ def sweep_kernel(
             block = i_block * TIMES + i
             sums, first = partial + block * (GROUPS * scratch.GROUP_COLUMNS), block * (GROUPS * GROUP)
             plain = 0
-            if first + GROUPS * GROUP <= vocab_size:
-                plain = sweep_groups(
-                    theta,
-                    t,
-                    sums,
-                    first,
-                    vocab_size,
-                    weights,
-                    EXTRA,
-                    TEMPERED,
-                    SECOND,
-                    False,
-                    GROUPS,
-                    AHEAD,
-                    PIECES,
-                    THREADS,
-                    SUB,
-                )
-            if plain == 0:
-                sweep_groups(
-                    theta,
-                    t,
-                    sums,
-                    first,
-                    vocab_size,
-                    weights,
-                    EXTRA,
-                    TEMPERED,
-                    SECOND,
-                    True,
-                    GROUPS,
-                    AHEAD,
-                    PIECES,
-                    THREADS,
-                    SUB,
-                )
+            for masked in tl.static_range(2):
+                if (plain == 0) & ((masked == 1) | (first + GROUPS * GROUP <= vocab_size)):
+                    plain = sweep_groups(
+                        theta,
+                        t,
+                        sums,
+                        first,
+                        vocab_size,
+                        weights,
+                        EXTRA,
+                        TEMPERED,
+                        SECOND,
+                        masked == 1,
+                        GROUPS,
+                        AHEAD,
+                        PIECES,
+                        THREADS,
+                        SUB,
+                    )
