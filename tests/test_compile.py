@@ -172,7 +172,8 @@ def test_machine_code(architecture):
     sweep = found["sweep_kernel"]
     # 8 tokens of two rows a thread are two loads of 128 bits, and there are no other loads of logits
     assert sweep.wide_loads() == sweep.loads() == 2 * sweep.tokens / 8
-    assert sweep.special() / sweep.tokens <= 3.1
+    # three exponentials a token; on sm_120 ptxas computes four of a turn's twice
+    assert sweep.special() <= 3 * sweep.tokens + 4 * (architecture == "sm_120")
     if architecture == "sm_90":
         assert sweep.a_token() <= 58
         assert sweep.count("BAR") == 0
