@@ -7,7 +7,7 @@ from qstar.backends import BACKENDS, check_backend
 from qstar.run import options
 from qstar.run.generating import Generate
 from qstar.run.job import Job, make_job, open_prompts
-from qstar.run.output import FORMATS
+from qstar.run.output import DIAGNOSTICS_FORMATS, FORMATS
 from qstar.run.run import run_command
 
 
@@ -99,6 +99,11 @@ def make_parser() -> options.Parser:
     group.add_argument(
         "--save-diagnostics", action="store_true", help="write x.diagnostics.jsonl: every token's numbers"
     )
+    group.add_argument(
+        "--diagnostics-format",
+        choices=DIAGNOSTICS_FORMATS,  # no default: as in a run that an earlier version began
+        help="of x.diagnostics: jsonl (default), or parquet, a quarter of the size, at the end of the run",
+    )
     return parser
 
 
@@ -116,6 +121,8 @@ def prepare(argv: list[str] | None) -> Job:
         for name in ("num_workers", "gpus_per_worker", "ray_address"):
             if args.engine != "ray" and getattr(args, name) is not None:
                 raise ValueError(f"--{name.replace('_', '-')} goes with --engine ray")
+        if args.diagnostics_format is not None and not args.save_diagnostics:
+            raise ValueError("--diagnostics-format goes with --save-diagnostics")
         check_backend(args)
         if args.batch_size is None:
             args.batch_size = BACKENDS[args.backend].batch_size

@@ -9,9 +9,17 @@ from typing import IO
 
 import pyarrow.parquet as pq
 
-from qstar.run.formats import SCHEMAS
+from qstar.run.formats import SCHEMAS, diagnostics_writer
 from qstar.run.options import Parser, failed
-from qstar.run.output import FORMATS, OutputError, explained, replacing, write_atomically, write_parquet
+from qstar.run.output import (
+    FORMATS,
+    OutputError,
+    copy_groups,
+    explained,
+    replacing,
+    write_atomically,
+    write_parquet,
+)
 from qstar.run.parts import Parts
 
 
@@ -28,14 +36,15 @@ def merge(url: str, output: Path) -> tuple[int, list[Path]]:
     manifest = parts.manifest()
     if manifest is None:
         raise OutputError(f"{url} has no manifest.json; give the folder that qstar.generate --engine ray wrote")
-    parts.format = manifest["format"]
+    parts.adopt(manifest)
     numbers = parts.numbers("samples")
     missing = set(range(max({*numbers, *manifest["parts"]}, default=-1) + 1)) - numbers
     if not manifest["complete"] or missing:
         raise OutputError(f"{url} is not complete: {len(numbers)} parts are there; start its run again to finish it")
     suffix = FORMATS[parts.format]
     stem = output.with_suffix("") if output.suffix == suffix else output
-    paths = {kind: Path(f"{stem}.{kind}.jsonl") for kind in ("diagnostics", "errors")} | {"samples": output}
+    paths = {kind: Path(f"{stem}.{kind}{parts.suffix(kind)}") for kind in ("diagnostics", "errors")}
+    paths["samples"] = output
     written = []
     with explained(output):
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -65,6 +74,10 @@ def join(parts: Parts, kind: str, paths: list[str], target: IO[bytes]) -> None:
     elif parts.suffix(kind) == ".jsonl":
         for file in opened():
             shutil.copyfileobj(file, target)
+    elif kind == "diagnostics":
+        with diagnostics_writer(target) as writer:
+            for file in opened():
+                copy_groups(file, writer)
     else:
         with pq.ParquetWriter(target, SCHEMAS[parts.format]) as writer:
             for file in opened():

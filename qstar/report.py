@@ -7,8 +7,8 @@ from pathlib import Path
 from rich.console import Console
 from transformers.utils import logging
 
-from qstar.diagnostics.page import ReportError, make_report
-from qstar.run.options import Parser, failed
+from qstar.diagnostics.page import MAX_SAMPLES, ReportError, make_report
+from qstar.run.options import COUNT, Parser, failed
 from qstar.run.records import RecordError
 
 
@@ -19,9 +19,15 @@ def make_parser() -> Parser:
         description="One HTML file to look at samples with: summary, plots, and every token shaded by its numbers.",
     )
     parser.add_argument(
-        "files", nargs="+", type=Path, metavar="FILE", help="what qstar.generate wrote, with diagnostics"
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="what qstar.generate wrote, with diagnostics, or the folder of its parts",
     )
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="the file to write")
+    parser.add_argument(
+        "--max-samples", type=COUNT, default=MAX_SAMPLES, help="samples to show; of more a random part, in all files"
+    )
     parser.add_argument("--tokenizer", help="name or folder (default: that of π_θ in x.run.json)")
     return parser
 
@@ -36,7 +42,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--output {args.output} is a folder; give a file")
     logging.disable_progress_bar()
     try:
-        print(make_report(args.files, args.output, args.tokenizer, Console(stderr=True, soft_wrap=True)))
+        print(
+            make_report(args.files, args.output, args.tokenizer, Console(stderr=True, soft_wrap=True), args.max_samples)
+        )
     except (RecordError, ReportError) as error:
         return failed(parser.prog, error)
     except OSError as error:

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 import qstar.decode
 import qstar.pair
 import qstar.run.checkpoints
+import qstar.run.output
 import qstar.sample
 from qstar.demo import PROMPTS, THETA, T
 from qstar.generate import main
@@ -261,6 +262,7 @@ def test_a_full_disk(tmp_path, monkeypatch, capsys):
             raise OSError(28, "No space left on device")
         real(descriptor)
 
+    monkeypatch.setattr(qstar.run.output, "MOST", 1)  # a sample a group
     monkeypatch.setattr(os, "fsync", fsync)
     assert run(tmp_path, "--num-samples", "6") == 1
     error = capsys.readouterr().err

@@ -1,9 +1,9 @@
 """One HTML file to look at samples with, every token shaded by its numbers.
 
 The page loads nothing: plots are inside as PNG, and the samples as gzip in base64, in blocks of some thousand tokens
-that the browser unpacks when it shows them. The files are read sample by sample; what stays in memory is a few float32
-numbers a token. Samples are hostile input: their text reaches the page only inside those blocks and is set as
-text, never as HTML, and a content security policy runs the page's own script alone.
+that the browser unpacks when it shows them. The files are read sample by sample, and memory does not grow with them: of
+many samples a random part is shown. Samples are hostile input: their text reaches the page only inside those blocks and
+is set as text, never as HTML, and a content security policy runs the page's own script alone.
 """
 
 import base64
@@ -13,8 +13,8 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from dataclasses import dataclass, field
+from itertools import islice, pairwise
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
@@ -23,17 +23,17 @@ import numpy as np
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn
 from transformers import AutoTokenizer
 
-from qstar.diagnostics.statistics import Numbers, analysis, plotted, read_numbers
+from qstar.diagnostics.statistics import OUTLIERS, Numbers, about, analysis, plotted, read_all, reading
 from qstar.run.output import replacing
-from qstar.run.records import NULL, Record, RunFiles
+from qstar.run.records import Record, RunFiles, names_of
 from qstar.weights import WEIGHT, derived
 from qstar_kernels.types import FIELDS, OF_ROW, OF_TOKEN
 
 CHUNK_TOKENS, CHUNK_CHARACTERS = 8192, 1 << 18  # a block ends at either: unpacked in a few milliseconds
 SHOWN_DIGITS = 4
+MAX_SAMPLES = 10_000  # that a page has by default; more take long to open
 STATISTICS = {
     "tokens": "tokens",
     "alpha": "mean α",
@@ -120,13 +120,11 @@ def token_numbers(record: Record, name: str, vocab_size: int) -> dict[str, np.nd
     """
     try:
         n = {"id": np.array(record.tokens["id"], dtype=np.int64)}
-        for key in FIELDS:
-            values = np.array(record.tokens[key], dtype=np.float64)
-            n[key] = np.where(np.isnan(values), NULL.get(key, np.nan), values)
-        if any(values.ndim != 1 for values in n.values()):
+        if n["id"].ndim != 1:
             raise ValueError
     except (ValueError, TypeError, OverflowError):
         raise ReportError(f"sample {record.id!r} of {name}: its tokens are not numbers") from None
+    n |= {field: values.astype(np.float64) for field, values in record.arrays.items()}
     beyond = n["id"][(n["id"] < 0) | (n["id"] >= vocab_size)]
     if len(beyond):
         raise ReportError(
@@ -229,15 +227,22 @@ def messages_of(line: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def summary_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """What the page says about a file first, by its `analysis`: label, value, and a note on it."""
+def summary_rows(result: dict[str, Any], several_kinds: bool) -> list[tuple[str, str, str]]:
+    """What the page says about a file first, by its `analysis`: label, value, and a note on it.
+
+    `several_kinds`: q* drew the answers of some files, and of others not.
+    """
     samples, kl = result["samples"], result["fields"]["kl"]["mean"]
 
     def banded(name: str) -> tuple[str, str, str]:
         verdict = result["verdicts"][name]
         low, high = verdict["low"], verdict["high"]
         band = f"below {high:g}" if low == 0 else f"in {low:g} to {high:g}"
-        return name, figure(verdict["mean"]), f"{verdict['tokens_inside']:.1%} {band}"
+        inside = f"{verdict['tokens_inside']:.1%} {band}"
+        if verdict["met"] != verdict["met_without_outliers"]:
+            middle = figure(verdict["mean_without_outliers"])
+            inside += f"; {middle} without the farthest {OUTLIERS:.0%} of the tokens"
+        return name, figure(verdict["mean"]), inside
 
     rows = [
         ("samples", f"{samples:,}", ""),
@@ -248,8 +253,11 @@ def summary_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
         banded("ESS ratio"),
     ]
     for side, weight in WEIGHT.items():
-        ess = result["weights"][side]["effective_samples"]
-        rows.append((f"ESS of {weight}", figure(ess), f"{ess / samples:.1%} of the samples"))
+        if side in result["weights"]:
+            ess = result["weights"][side]["effective_samples"]
+            rows.append((f"ESS of {weight}", figure(ess), f"{ess / samples:.1%} of the samples"))
+        elif several_kinds:
+            rows.append((f"ESS of {weight}", "–", "not drawn from q*"))
     return rows
 
 
@@ -282,12 +290,20 @@ def scale_limit(values: list[np.ndarray]) -> float:
 
 @dataclass
 class Files:
-    """The files of a report: their numbers, the tokenizers' special ids, and of every sample its id and statistics."""
+    """The files of a report: their numbers, the tokenizers' special ids, how many samples are shown, and of every such
+    sample its id and statistics."""
 
     numbers: list[Numbers]
     special: list[list[int]]
+    shown: list[int] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)
     statistics: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def part(self) -> str:
+        """Which of the samples are shown."""
+        count = sum(len(numbers.samples["num_tokens"]) for numbers in self.numbers)
+        return f"{count:,} samples" if count == len(self.ids) else f"{len(self.ids):,} of {count:,} samples at random"
 
 
 def index_of(files: Files, chunks: Chunks) -> dict[str, Any]:
@@ -297,8 +313,8 @@ def index_of(files: Files, chunks: Chunks) -> dict[str, Any]:
         apart = [disagreement(t) for t in tokens]
     return {
         "files": [
-            {"name": reveal(numbers.name), "special": special, "samples": len(numbers.samples["num_tokens"])}
-            for numbers, special in zip(files.numbers, files.special, strict=True)
+            {"name": reveal(numbers.name), "special": special, "samples": shown, "drawn": numbers.drawn}
+            for numbers, special, shown in zip(files.numbers, files.special, files.shown, strict=True)
         ],
         "fields": FIELDS,
         "starts": chunks.starts,
@@ -343,31 +359,36 @@ def page(files: Files, chunks: Chunks) -> Iterator[str]:
     template = environment.get_template("page.html.jinja")
     script = "".join(template.blocks["script"](template.new_context()))
     results = [analysis(numbers) for numbers in files.numbers]
-    several = len(results) > 1
+    several, kinds = len(results) > 1, {result["drawn_from_q"] for result in results}
     chunks.flush()
     chunks.file.seek(0)
     return template.generate(
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        files=[(result["file"], summary_rows(result)) for result in results],
+        drawn=all(result["drawn_from_q"] for result in results),
+        part=files.part if len(files.ids) < sum(result["samples"] for result in results) else "",
+        files=[(result["file"], summary_rows(result, len(kinds) > 1)) for result in results],
         plots=plots_of(files.numbers),
         settings=settings_table(files.numbers),
-        notes=[f"{r['file']}: {line}" if several else line for r in results for line in r["warnings"]],
+        notes=[f"{r['file']}: {line}" if several else line for r in results for line in [*about(r), *r["warnings"]]],
         statistics=STATISTICS,
         index=Markup(index_block(index_of(files, chunks))),
         blocks=(Markup(line.decode()) for line in chunks.file),
     )
 
 
-def names_of(runs: list[RunFiles]) -> list[str]:
-    """A short name a file, no two alike."""
-    short = [run.name for run in runs]
-    names = [str(run.samples) if short.count(name) > 1 else name for name, run in zip(short, runs, strict=True)]
-    if len(set(names)) < len(names):
-        raise ReportError(f"{next(name for name in names if names.count(name) > 1)} is given twice")
-    return names
+def chosen(numbers: list[Numbers], max_samples: int) -> list[set[int] | None]:
+    """Of each file the numbers of the samples that are shown, drawn at random from all together; None for all."""
+    counts = [len(n.samples["num_tokens"]) for n in numbers]
+    if sum(counts) <= max_samples:
+        return [None] * len(counts)
+    drawn = np.sort(np.random.default_rng(0).choice(sum(counts), max_samples, replace=False))
+    starts = np.cumsum([0, *counts])
+    return [set((drawn[(drawn >= a) & (drawn < b)] - a).tolist()) for a, b in pairwise(starts)]
 
 
-def make_report(paths: list[Path], output: Path, tokenizer: str | None, console: Console) -> str:
+def make_report(
+    paths: list[Path | str], output: Path, tokenizer: str | None, console: Console, max_samples: int = MAX_SAMPLES
+) -> str:
     """Write the report on some runs to `output`; returns a line that says what it holds.
 
     Raises:
@@ -375,7 +396,7 @@ def make_report(paths: list[Path], output: Path, tokenizer: str | None, console:
         OSError: the report cannot be written.
     """
     runs = [RunFiles(path) for path in paths]
-    if output.resolve() in {path.resolve() for run in runs for path in (run.samples, run.diagnostics)}:
+    if str(output.resolve()) in {str(Path(place.path).resolve()) for run in runs for place in run.places}:
         raise ReportError(f"--output {output} is one of the files to report on")
     names, texts, loaded = names_of(runs), [], {}
     for name, run in zip(names, runs, strict=True):
@@ -386,26 +407,38 @@ def make_report(paths: list[Path], output: Path, tokenizer: str | None, console:
             loaded[source] = load_tokenizer(source)
         texts.append(loaded[source])
     output.parent.mkdir(parents=True, exist_ok=True)
-    columns = (SpinnerColumn(), TextColumn("samples"), TextColumn("{task.completed:,}"))
+    # twice over the files: what the plots and the summary need, then the samples
+    numbers = read_all(runs, names, console)
+    files = Files(numbers, [t.special for t in texts])
     with (
         TemporaryFile() as spool,
-        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
+        reading(console, sum(run.size for run in runs), "samples") as bar,
+        replacing(output) as file,
     ):
-        chunks, task = Chunks(spool), progress.add_task("", total=None)
-        # twice over the files: what the plots and the summary need, then the samples
-        numbers = [replace(read_numbers(path), name=name) for path, name in zip(paths, names, strict=True)]
-        files = Files(numbers, [t.special for t in texts])
-        for of_file, of_texts, run in zip(numbers, texts, runs, strict=True):
-            for record in islice(run, len(of_file.samples["num_tokens"])):  # a run may have gone on meanwhile
+        chunks, before = Chunks(spool), 0
+        wanted = chosen(numbers, max_samples)
+        for of_file, of_texts, run, shown in zip(numbers, texts, runs, wanted, strict=True):
+            count = len(of_file.samples["num_tokens"])  # a run may have gone on meanwhile
+            shown = range(count) if shown is None else shown
+            for record in islice(run.records(shown.__contains__), len(shown)):
                 n = token_numbers(record, of_file.name, of_texts.vocab_size)
-                chunks.add(n, of_texts.of(n["id"].tolist()), record.line)
+                chunks.add(n, of_texts.of(n["id"].tolist()), with_prompt(record, of_texts))
                 files.ids.append(reveal(str(record.id)))
                 files.statistics.append(sample_statistics(n))
-                progress.advance(task)
-        with replacing(output) as file:
-            for piece in page(files, chunks):
-                file.write(piece.encode("utf-8"))
+                bar.update(bar.task_ids[0], completed=before + run.read)
+            files.shown.append(len(shown))
+            before += run.size
+        for piece in page(files, chunks):
+            file.write(piece.encode("utf-8"))
     for note in (note for of_file in numbers for note in of_file.notes):
         console.print(f"note: {note}", markup=False, highlight=False)
-    tokens = sum(len(of_file.tokens["alpha"]) for of_file in numbers)
-    return f"{output}: {len(files.ids):,} samples, {tokens:,} tokens, {output.stat().st_size / 1e6:.1f} MB"
+    tokens = sum(of_file.count for of_file in numbers)
+    return f"{output}: {files.part}, {tokens:,} tokens, {output.stat().st_size / 1e6:.1f} MB"
+
+
+def with_prompt(record: Record, texts: TokenTexts) -> dict[str, Any]:
+    """The sample's line; where its format has no conversation before the answer, with the prompt as π_θ saw it."""
+    line, ids = record.line, record.diagnostics.get("prompt_ids_theta")
+    if len(line["messages"]) > 1 or not ids:
+        return line
+    return line | {"messages": [{"role": "prompt", "content": "".join(texts.of(ids))}, *line["messages"]]}

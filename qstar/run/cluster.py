@@ -131,7 +131,7 @@ class Worker:
         with TemporaryDirectory() as folder:
             path = Path(folder) / f"x{self.parts.suffix('samples')}"
             form = "jsonl" if path.suffix == ".jsonl" else self.parts.format
-            with Output(path, form, self.parts.save_diagnostics, {}) as output:
+            with Output(path, form, self.parts.save_diagnostics, {}, self.parts.diagnostics_format) as output:
                 run = self.run(output)
                 for item in items:
                     if item.prompt.index in aside:
@@ -296,7 +296,8 @@ def for_workers(job: Job) -> tuple[Job, Namespace]:
         if ":" in known and not (BACKENDS[models.backend].pins and revision(known)):
             models.fingerprints[name] = known
     url = str(Path(parts.place[1]).resolve()) if parts.is_local else parts.url
-    return replace(job.of_run(), prompts=None, output=Parts(url, parts.format, parts.save_diagnostics, {})), models
+    of_worker = Parts(url, parts.format, parts.save_diagnostics, {}, parts.diagnostics_format)
+    return replace(job.of_run(), prompts=None, output=of_worker), models
 
 
 def generate_on_ray(job: Job) -> int:

@@ -1,22 +1,30 @@
 """What is written about a sample: its line or row in every output format, field by field as in `docs/guide.md`."""
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
 from itertools import accumulate
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from qstar.data.batch import COMPLETIONS, RESPONSES
 from qstar.data.prompts import TRUTH_COLUMNS, Prompt
 from qstar.sample import Sample, finite
 from qstar.weights import derived
-from qstar_kernels.types import OF_ROW, OF_TOKEN
+from qstar_kernels.types import FIELDS, OF_ROW, OF_TOKEN
 
 Key = tuple[int, int]  # prompt_index, sample_index
+# What the diagnostics have of a sample as a whole
+OF_SAMPLES = (
+    *(f"alpha_{name}" for name in ("mean", "std", "min", "max")),
+    *("kl_theta_mean", "kl_t_mean", "kl_gap_max", "ess_theta_mean", "ess_t_mean", "ess_ratio_mean", "ess_ratio_std"),
+    *(f"{name}_sum" for name in OF_TOKEN),
+)
 
 
 @dataclass(frozen=True)
@@ -199,6 +207,57 @@ SCHEMAS = {
 }
 
 
+def _lists(of_token: pa.DataType, names: Iterable[str]) -> list[tuple[str, pa.DataType]]:
+    return [(name, pa.list_(of_token)) for name in names]
+
+
+TOKENS = [*_lists(pa.int32(), ("id",)), *_lists(pa.float32(), FIELDS), *_lists(pa.int8(), ("status",))]
+# A row of `x.diagnostics.parquet`: the line of `x.diagnostics.jsonl`, with the infinite numbers themselves
+DIAGNOSTICS = pa.schema(
+    [
+        ("id", pa.string()),
+        *((name, pa.int64()) for name in ("prompt_index", "sample_index", "num_tokens")),
+        *((name, pa.float64()) for name in OF_SAMPLES),
+        ("verify_passes", pa.int64()),
+        *_lists(pa.int64(), ("drafted", "accepted")),
+        *_lists(pa.int32(), ("prompt_ids_theta", "prompt_ids_t")),
+        ("tokens", pa.struct(TOKENS)),
+    ]
+)
+# What null stands for where JSON has no number; nothing else is ever null
+NULL = {"logq": -math.inf, "logp_theta": -math.inf, "logp_t": -math.inf, "kl_theta": math.inf, "kl_t": math.inf}
+NUMBERS = [f"tokens.{name}.list.element" for name in FIELDS]  # the columns that take the space
+
+
+def diagnostics_table(lines: list[dict[str, Any]]) -> pa.Table:
+    """Lines of diagnostics as a table."""
+    of_tokens = DIAGNOSTICS.field("tokens").type
+
+    def lists(name: str) -> pa.Array:
+        values = [line["tokens"].get(name, ()) for line in lines]
+        numbers = np.fromiter(
+            (NULL.get(name, np.nan) if x is None else x for of_line in values for x in of_line),
+            dtype=of_tokens.field(name).type.value_type.to_pandas_dtype(),
+        )
+        return pa.ListArray.from_arrays(np.cumsum([0, *map(len, values)], dtype=np.int32), numbers)
+
+    names = [field.name for field in of_tokens]
+    tokens = pa.StructArray.from_arrays([lists(name) for name in names], fields=list(of_tokens))
+    others = pa.Table.from_pylist(lines, schema=DIAGNOSTICS.remove(DIAGNOSTICS.get_field_index("tokens")))
+    return others.append_column(DIAGNOSTICS.field("tokens"), tokens)
+
+
+def diagnostics_writer(target: IO[bytes]) -> pq.ParquetWriter:
+    """Of a file of diagnostics: float32 by their bytes, of which the first are alike."""
+    return pq.ParquetWriter(
+        target,
+        DIAGNOSTICS,
+        compression="zstd",
+        use_dictionary=["tokens.id.list.element"],
+        use_byte_stream_split=NUMBERS,
+    )
+
+
 def metadata_text(line: dict[str, Any]) -> str:
     """The metadata as JSON; turns with more than role and content, which a Parquet column cannot hold, are added as
     `messages`, or `sample.messages` where the row has a column of that name."""
@@ -211,6 +270,74 @@ def metadata_text(line: dict[str, Any]) -> str:
 def parquet_row(line: dict[str, Any]) -> dict[str, Any]:
     """A row of format `parquet`: the `jsonl` line with the metadata, whose columns vary, as JSON text."""
     return line | {"metadata": metadata_text(line)}
+
+
+# What is known of drafts, where there were any
+OF_DRAFTS = ("verify_passes", "drafted", "accepted")
+
+
+def sample_of(row: dict[str, Any]) -> dict[str, Any]:
+    """A line or row of any output format as the line of format `jsonl`; of `openai-batch` what its line has of it.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: it is none.
+    """
+    if isinstance(row.get("response"), dict):
+        return of_response(row)
+    if "extra_info" in row:
+        return of_verl(row)
+    row["id"], row["messages"]  # is it one?
+    if isinstance(row.get("metadata"), str):
+        return of_text(row)
+    return row
+
+
+def of_text(row: dict[str, Any]) -> dict[str, Any]:
+    """The line of a row whose metadata is text (`metadata_text`)."""
+    metadata, plain = json.loads(row["metadata"]), row["messages"]
+    name = next((name for name in ("sample.messages", "messages") if name in metadata), None)
+    messages = metadata.get(name)
+    if isinstance(messages, list) and plain == [{"role": m.get("role"), "content": m.get("content")} for m in messages]:
+        return row | {"messages": messages, "metadata": {k: v for k, v in metadata.items() if k != name}}
+    return row | {"metadata": metadata}
+
+
+def of_verl(row: dict[str, Any]) -> dict[str, Any]:
+    """The line of a row that `verl_row` made; of `metadata` what verl has no column for."""
+    extra = row["extra_info"]
+
+    def own(name: str) -> Any:
+        """What was written under that name, or behind as many `sample.` as were needed for a free one."""
+        found = extra[name]
+        while extra.get(name := f"sample.{name}") is not None:
+            found = extra[name]
+        return found
+
+    line = {name: own(name) for name in ("id", "sample_index", "finish_reason", "num_tokens", "metadata")}
+    messages = [*row["prompt"], {"role": "assistant", "content": row["response"]}]
+    return of_text(line | {"prompt_index": own("index"), "messages": messages})
+
+
+def of_response(row: dict[str, Any]) -> dict[str, Any]:
+    """What a line of `openai-batch` says of its sample: the answer, without the conversation before it."""
+    body = row["response"]["body"]
+    if "choices" in body:
+        (choice,) = body["choices"]
+        text = choice["message"]["content"] if "message" in choice else choice["text"]
+        reason, used = choice["finish_reason"], body["usage"]["completion_tokens"]
+    else:
+        text = body["output"][0]["content"][0]["text"]
+        reason = "length" if body["status"] == "incomplete" else "stop"
+        used = body["usage"]["output_tokens"]
+    prompt_index, sample_index = key_of(row)
+    return {
+        "prompt_index": prompt_index,
+        "sample_index": sample_index,
+        "messages": [{"role": "assistant", "content": text}],
+        "finish_reason": reason,
+        "num_tokens": used,
+        "metadata": {},
+    }
 
 
 OWN = ("reward_model", "data_source", "ability", "extra_info")  # columns of verl's that a row may have itself
@@ -328,5 +455,7 @@ def key_of(line: dict[str, Any]) -> Key:
     """The sample that a line of any journal belongs to."""
     if "prompt_index" in line:
         return line["prompt_index"], line["sample_index"]
+    if "extra_info" in line:
+        return key_of(of_verl(line))
     _, _, prompt_index, sample_index = line["id"].split("_")
     return int(prompt_index), int(sample_index)

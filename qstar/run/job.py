@@ -91,12 +91,13 @@ def make_job(
             f"--t-hint-field {args.t_hint_field!r} is no column; the columns are {', '.join(data.columns)}"
         )
     settings_of_run = run_settings(args, data)
+    diagnostics_format = getattr(args, "diagnostics_format", None) or "jsonl"
     if on_ray:
         settings_of_run["--batch-size"] = args.batch_size  # a part is so many batches long
-        output = Parts(args.output, output_format, save_diagnostics, settings_of_run)
+        output = Parts(args.output, output_format, save_diagnostics, settings_of_run, diagnostics_format)
     else:
         settings_of_run["output file"] = Path(args.output).name
-        output = Output(Path(args.output), output_format, save_diagnostics, settings_of_run)
+        output = Output(Path(args.output), output_format, save_diagnostics, settings_of_run, diagnostics_format)
     before = None
     with suppress(OutputError, OSError, ValueError, ImportError):  # said when the output is opened
         before = output.before()

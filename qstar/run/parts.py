@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from qstar.run.formats import SCHEMAS
+from qstar.run.formats import DIAGNOSTICS, SCHEMAS
 from qstar.run.output import FIRST_START, FORMATS, OutputError, check_settings, explained, locked, replacing
 
 # Of a part's samples: the types of verl's columns are those of all rows together, and what a row had before it got
@@ -37,6 +37,7 @@ class Parts:
         output_format: one of `qstar.run.output.FORMATS`.
         save_diagnostics: parts have their diagnostics too.
         settings: everything that a resumed run must have in common with the first start.
+        diagnostics_format: one of `qstar.run.output.DIAGNOSTICS_FORMATS`.
 
     Attributes:
         done: numbers of the parts that are complete.
@@ -46,8 +47,16 @@ class Parts:
         OutputError: it cannot be written to, another process writes it, or it was started with other settings.
     """
 
-    def __init__(self, url: str, output_format: str, save_diagnostics: bool, settings: dict[str, Any]):
+    def __init__(
+        self,
+        url: str,
+        output_format: str,
+        save_diagnostics: bool,
+        settings: dict[str, Any],
+        diagnostics_format: str = "jsonl",
+    ):
         self.url, self.format, self.save_diagnostics, self.settings = url, output_format, save_diagnostics, settings
+        self.diagnostics_format = diagnostics_format
         self.done: set[int] = set()
         self.moment: datetime | None = None
         self._stack = ExitStack()
@@ -96,6 +105,8 @@ class Parts:
 
     def suffix(self, kind: str) -> str:
         """That of the files of a kind."""
+        if kind == "diagnostics":
+            return f".{self.diagnostics_format}"
         return SUFFIXES[self.format] if kind == "samples" else ".jsonl"
 
     def path(self, kind: str, part: int) -> str:
@@ -127,6 +138,11 @@ class Parts:
                 f"{self.url}/manifest.json is not a manifest; restore it or choose another --output"
             ) from None
         return found
+
+    def adopt(self, manifest: dict[str, Any]) -> None:
+        """Take the formats of files over from a manifest."""
+        self.format = manifest["format"]
+        self.diagnostics_format = manifest["settings"].get("--diagnostics-format") or "jsonl"
 
     def before(self) -> dict[str, Any] | None:
         """The settings of the first start; None where there is nothing to resume.
@@ -188,7 +204,8 @@ class Parts:
         if self.suffix(kind) == ".jsonl":
             return b""
         sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist([], schema=SCHEMAS[self.format]), sink)
+        schema = DIAGNOSTICS if kind == "diagnostics" else SCHEMAS[self.format]
+        pq.write_table(schema.empty_table(), sink)
         return sink.getvalue().to_pybytes()
 
     def attempts(self, part: int) -> dict[str, Any]:

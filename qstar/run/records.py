@@ -1,30 +1,42 @@
 """Reading back what `qstar.generate` and `qstar.score` wrote: each sample's line and its numbers, side by side.
 
-The two files of a run, `x.jsonl` and `x.diagnostics.jsonl`, are in the same order; they are read in step, one sample at
-a time, so a run may be larger than memory. A run that is still writing, or was killed, can be read too: what is not
-complete yet is left out, and said.
+Samples and diagnostics are in the same order and are read in step, one sample at a time, so a run may be larger than
+memory; where a Parquet file of samples has an order of its own its rows are looked up. A run that is still writing, or
+was killed, can be read too: what is not complete yet is left out, and said.
 """
 
+import hashlib
 import json
-import math
 from array import array
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import islice
-from pathlib import Path
-from typing import Any
+from functools import cached_property, lru_cache, partial
+from itertools import accumulate, islice
+from math import isfinite
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from qstar.data.answers import Answer
 from qstar.data.batch import Asked, asked_by
-from qstar.data.files import DataError, sha256
+from qstar.data.files import DataError, joined
 from qstar.data.prompts import Prompt
-from qstar.run.formats import key_of
+from qstar.run.formats import NULL, OF_DRAFTS, Key, key_of, sample_of
+from qstar.run.output import ANSWERS, OutputError, key_of_line, keys_of_table
+from qstar.run.parts import Parts
 from qstar_kernels.types import FIELDS
 
-# What null stands for where JSON has no number; nothing else is ever null
-NULL = {"logq": -math.inf, "logp_theta": -math.inf, "logp_t": -math.inf, "kl_theta": math.inf, "kl_t": math.inf}
-SUFFIXES = (".diagnostics.jsonl", ".journal.jsonl", ".jsonl", ".parquet")
+SUFFIXES = (".diagnostics.jsonl", ".diagnostics.parquet", ".journal.jsonl", ".jsonl", ".parquet")
+BATCH = 256  # rows of a Parquet file that are in memory at once
+OWN = "q*'s"  # whose answers: those that this very q* drew
+Numbers = tuple[dict[str, Any], dict[str, np.ndarray]]  # of a sample: its line of diagnostics, its arrays
+FOREIGN = (ValueError, KeyError, TypeError, AttributeError, pa.ArrowException)
 
 
 class RecordError(ValueError):
@@ -36,11 +48,14 @@ class Record:
     """One sample.
 
     `line` is that of `x.jsonl` (`messages` with the answer last, `finish_reason`, `metadata`, …), `diagnostics` that of
-    `x.diagnostics.jsonl`; every field is described in docs/guide.md, «Files».
+    `x.diagnostics.jsonl`, whatever the format of the files; every field is described in docs/guide.md, «Files». Of
+    `openai-batch` the conversation before the answer is not known: `messages` has the answer alone.
+    `arrays` are the tokens' numbers, float32 [tokens] for each of `FIELDS`, with what null stands for.
     """
 
     line: dict[str, Any]
     diagnostics: dict[str, Any]
+    arrays: dict[str, np.ndarray]
 
     @property
     def id(self) -> str:
@@ -52,87 +67,335 @@ class Record:
         return self.diagnostics["tokens"]
 
 
+@dataclass(frozen=True)
+class Place:
+    """A file, of this machine or of an object store."""
+
+    path: str
+    fs: fsspec.AbstractFileSystem | None = None
+
+    def __str__(self) -> str:
+        return self.path
+
+    def open(self) -> IO[bytes]:
+        return open(self.path, "rb") if self.fs is None else self.fs.open(self.path, "rb")
+
+    def digest(self) -> str:
+        """SHA-256 of its content.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        try:
+            with self.open() as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise DataError(f"--dataset {self.path!r} is not readable: {error}") from error
+
+    @property
+    def size(self) -> int:
+        return Path(self.path).stat().st_size if self.fs is None else self.fs.size(self.path)
+
+
 class RunFiles:
-    """The files of one run, named by any of them.
+    """The files of one run, named by any of them, or by the folder of its parts.
 
     Args:
-        path: `x.jsonl`, `x.diagnostics.jsonl` or `x.parquet`.
+        path: `x.jsonl`, `x.parquet`, `x.diagnostics.jsonl`, …, or what `--engine ray` wrote, a folder or an URL.
 
     Attributes:
-        samples, diagnostics: the two files that are read.
+        name, stem: of the run, for people, and the path that its files have in common.
+        tokens_in: where the diagnostics are, for people.
+        files: of each part in their order, the file of samples and those of diagnostics, one after the other; a run by
+            one process is one part.
+        size: bytes of all diagnostics; `read` are those that iterating has come through.
         notes: one line for each thing that iterating left out.
 
     Raises:
-        RecordError: one of the two is missing; while iterating: it holds no samples, or something else.
+        RecordError: samples or diagnostics are missing; while iterating: there are no samples, or something else.
     """
 
     def __init__(self, path: str | Path):
-        path = Path(path)
+        self.path, self.read = str(path), 0
+        self._said: list[str] = []
+        self.notes: list[str] = []
+        if "://" in self.path or Path(path).is_dir():
+            self._open_parts(self.path)
+        else:
+            self._open_files(Path(path))
+        try:
+            self.size = sum(place.size for _, diagnostics in self.files for place in diagnostics)
+        except OSError as error:
+            raise RecordError(f"{path} cannot be read: {error}") from None
+
+    def _open_files(self, path: Path) -> None:
         suffix = next((s for s in SUFFIXES if path.name.endswith(s)), "")
         stem = str(path)[: len(str(path)) - len(suffix)]
-        self.name, self._stem = Path(stem).name, stem
-        journal = Path(f"{stem}.journal.jsonl")
-        self.samples = journal if journal.exists() else Path(f"{stem}.jsonl")
-        self.diagnostics = Path(f"{stem}.diagnostics.jsonl")
-        self.notes: list[str] = []
-        if not path.is_file() and not self.samples.is_file():
+        self.name, self.stem = Path(stem).name, Path(stem).absolute()
+        self._read_settings = Path(f"{stem}.run.json").read_text
+        # as a run that is going on has it, or a complete one
+        named = [Path(f"{stem}{s}") for s in (".journal.jsonl", ".jsonl", ".parquet")]
+        samples = next((p for p in named if p.is_file()), named[1])
+        diagnostics = [p for s in ("parquet", "jsonl") if (p := Path(f"{stem}.diagnostics.{s}")).is_file()]
+        if not path.is_file() and not samples.is_file():
             raise RecordError(f"{path} does not exist")
-        if not self.diagnostics.is_file():
+        if not diagnostics:
             raise RecordError(
-                f"{self.diagnostics} does not exist; generate with --save-diagnostics, or let qstar.score make it"
+                f"{stem}.diagnostics.jsonl does not exist; generate with --save-diagnostics, or let qstar.score make it"
             )
-        if not self.samples.is_file():
-            raise RecordError(f"{self.samples} does not exist, which {self.diagnostics} belongs to")
+        if not samples.is_file():
+            raise RecordError(f"{samples} does not exist, which {diagnostics[0]} belongs to")
+        self.tokens_in = str(diagnostics[0])
+        self.files = [(Place(str(samples)), [Place(str(p)) for p in diagnostics])]
+
+    def _open_parts(self, url: str) -> None:
+        parts = Parts(url, "jsonl", False, {})
+        try:
+            manifest = parts.manifest()
+        except (OutputError, OSError, ImportError, ValueError) as error:
+            raise RecordError(str(error)) from None
+        if manifest is None:
+            raise RecordError(f"{url} has no manifest.json: it is not what qstar.generate --engine ray wrote")
+        parts.adopt(manifest)
+        self.name = PurePosixPath(url.rstrip("/")).name
+        self.stem = Path(url) if "://" in url else Path(url).absolute()
+        self.tokens_in = f"{url}/diagnostics"
+        self._read_settings = lambda encoding: json.dumps(manifest["settings"])
+        numbers = parts.numbers("samples")
+        if not parts.numbers("diagnostics"):
+            raise RecordError(f"{url} has no diagnostics; generate with --save-diagnostics")
+        fs = None if parts.is_local else parts.place[0]
+        self.files = [
+            (Place(parts.path("samples", n), fs), [Place(parts.path("diagnostics", n), fs)]) for n in sorted(numbers)
+        ]
+        if not manifest["complete"]:
+            self._said.append(f"{url} is not complete: {len(numbers)} parts are there, and no others are read")
+
+    @property
+    def places(self) -> list[Place]:
+        """All files that are read."""
+        return [place for samples, diagnostics in self.files for place in (samples, *diagnostics)]
 
     @cached_property
     def settings(self) -> dict[str, Any]:
         """What the run was started with, by the names of the command line; empty if that is not known."""
         try:
-            settings = json.loads(Path(f"{self._stem}.run.json").read_text(encoding="utf-8"))
+            settings = json.loads(self._read_settings(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
         return settings if isinstance(settings, dict) else {}
 
+    @property
+    def drawn(self) -> bool:
+        """Whether q* of this run's settings drew the answers: weights π/q* are weights of such alone."""
+        if ANSWERS in self.settings:
+            return self.settings[ANSWERS] == OWN
+        return "--no-eos" not in self.settings  # an option of qstar.score
+
     def __iter__(self) -> Iterator[Record]:
-        self.notes.clear()
-        samples, diagnostics = self._lines(self.samples), self._lines(self.diagnostics)
-        count = 0
-        for line, numbers in zip(samples, diagnostics, strict=False):  # the diagnostics may be one sample ahead
-            count += 1
-            if line["id"] != numbers["id"]:
+        return self.records()
+
+    def records(self, wanted: Callable[[int], bool] = lambda number: True) -> Iterator[Record]:
+        """The samples, or those whose number from 0 is `wanted`: of others nothing is parsed."""
+        self.notes[:] = self._said
+        self.read = count = 0
+        for place, of_diagnostics in self.files:
+            with place.open() as file:
+                samples = Rows(place, file) if place.path.endswith(".parquet") else Lines(place, file, self.notes)
+                for source, number, read in self._diagnostics(of_diagnostics):
+                    if not samples.step():  # the diagnostics may be some samples ahead
+                        break
+                    if wanted(count):
+                        with refusing(source, number):
+                            numbers, arrays = read()
+                        yield Record(samples.line(numbers, source), numbers, arrays)
+                    count += 1
+        if not count:
+            raise RecordError(f"{self.files[0][0] if self.files else self.path} has no samples yet")
+
+    def _diagnostics(self, places: list[Place]) -> Iterator[tuple[Place, int, Callable[[], Numbers]]]:
+        """Each sample's place, the number of its line there, and what reads it."""
+        before: list[Key] = []
+        for place in places:
+            with place.open() as file:
+                if place.path.endswith(".parquet"):
+                    with refusing(place):
+                        table = pq.ParquetFile(file)
+                        before = keys_of_table(Path(place.path)) if len(places) > 1 else []
+                    yield from self._rows(place, table)
+                    continue
+                lines = Lines(place, file, self.notes)
+                while lines.step():
+                    self.read += len(lines.raw)
+                    if before and lines.number == 1:
+                        with refusing(place, 1):
+                            if key_of_line(lines.raw) in set(before):
+                                return  # a kill came after they were put into the table
+                    yield place, lines.number, partial(numbers_of_line, lines.raw)
+
+    def _rows(self, place: Place, table: pq.ParquetFile) -> Iterator[tuple[Place, int, Callable[[], Numbers]]]:
+        size, number = place.size / max(1, table.metadata.num_rows), 0
+        for batch in table.iter_batches(BATCH):
+            with refusing(place, number + 1):
+                others = batch.drop_columns(["tokens"]).to_pylist()
+                names = [field.name for field in batch.schema.field("tokens").type]
+                lists = dict(zip(names, batch.column("tokens").flatten(), strict=True))
+                columns = {name: (lists[name].offsets.to_numpy(), lists[name].values.to_numpy()) for name in names}
+            for i, line in enumerate(others):
+                number += 1
+                self.read = min(self.size, self.read + size)
+                yield place, number, partial(numbers_of_row, line, columns, i)
+
+
+@contextmanager
+def refusing(place: Place, number: int | None = None) -> Iterator[None]:
+    """What a foreign file raises, said in one line."""
+    try:
+        yield
+    except RecordError:
+        raise
+    except FOREIGN:
+        where = f"{place}" if number is None else f"line {number} of {place}"
+        raise RecordError(f"{where} is not what qstar.generate or qstar.score writes") from None
+
+
+def numbers_of_line(raw: bytes) -> Numbers:
+    """A line of `x.diagnostics.jsonl`, and its tokens' numbers."""
+    line = json.loads(raw)
+    key_of(line)
+    line["id"]
+    arrays = {name: as_array(name, line["tokens"][name]) for name in FIELDS}
+    return of_one_length(line, arrays)
+
+
+def as_array(name: str, values: list[float | None]) -> np.ndarray:
+    """float32 [tokens], with what null stands for."""
+    try:
+        found = array("d", values)
+    except TypeError:
+        found = array("d", [NULL.get(name, np.nan) if x is None else x for x in values])
+    with np.errstate(over="ignore"):
+        return np.frombuffer(found, dtype=np.float64).astype(np.float32)
+
+
+def numbers_of_row(line: dict[str, Any], columns: dict[str, tuple[np.ndarray, np.ndarray]], row: int) -> Numbers:
+    """The same of a row of `x.diagnostics.parquet`, by the offsets and the values of its lists."""
+    slices = {name: values[offsets[row] : offsets[row + 1]] for name, (offsets, values) in columns.items()}
+    tokens = {name: values.tolist() for name, values in slices.items()}
+    for name in FIELDS:
+        if not np.isfinite(slices[name]).all():
+            tokens[name] = [x if isfinite(x) else None for x in tokens[name]]
+    line = {name: value for name, value in line.items() if value is not None or name not in OF_DRAFTS}
+    return of_one_length(line | {"tokens": tokens}, {name: slices[name] for name in FIELDS})
+
+
+def of_one_length(line: dict[str, Any], arrays: dict[str, np.ndarray]) -> Numbers:
+    """Both, if there are as many of each.
+
+    Raises:
+        ValueError: there are not.
+        RecordError: there are none.
+    """
+    tokens = len(line["tokens"]["id"])
+    if any(len(values) != tokens for values in arrays.values()):
+        raise ValueError("arrays of different lengths")
+    if not tokens:
+        raise RecordError(f"sample {line['id']!r} has no tokens")
+    return line, arrays
+
+
+class Lines:
+    """The complete lines of a file, one at a time: `raw` is the line, `number` its number."""
+
+    def __init__(self, place: Place, file: IO[bytes], notes: list[str]):
+        self.place, self.file, self.notes, self.number, self.raw = place, file, notes, 0, b""
+
+    def step(self) -> bool:
+        """Go to the next line; whether there is one. One that is torn is left out, and noted."""
+        self.raw = self.file.readline()
+        if self.raw and not self.raw.endswith(b"\n"):
+            self.notes.append(
+                f"line {self.number + 1} of {self.place} is torn and left out; start its run again to mend it"
+            )
+            return False
+        self.number += 1
+        return bool(self.raw)
+
+    def line(self, numbers: dict[str, Any], source: Place) -> dict[str, Any]:
+        """The sample of this line, which has those diagnostics.
+
+        Raises:
+            RecordError: it is another's, or none.
+        """
+        with refusing(self.place, self.number):
+            row = json.loads(self.raw)
+            line = {"id": numbers["id"]} | sample_of(row)
+            if (key_of(row), line["id"]) != (key_of(numbers), numbers["id"]):
                 raise RecordError(
-                    f"line {count} of {self.samples} is sample {line['id']!r} and that of {self.diagnostics} "
+                    f"line {self.number} of {self.place} is sample {line['id']!r} and that of {source} "
                     f"{numbers['id']!r}; the files do not belong together"
                 )
-            if not numbers["tokens"]["id"]:
-                raise RecordError(f"line {count} of {self.diagnostics} has no tokens")
-            yield Record(line, numbers)
-        if not count:
-            raise RecordError(f"{self.samples} has no samples yet")
+            return line
 
-    def _lines(self, path: Path) -> Iterator[dict[str, Any]]:
-        needed = ("id", "tokens") if path == self.diagnostics else ("id", "messages")
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, 1):
-                if not raw.endswith(b"\n"):
-                    self.notes.append(f"line {number} of {path} is torn and left out; start its run again to mend it")
-                    return
-                try:
-                    line = json.loads(raw)
-                    key_of(line)
-                    if "response" in line:
-                        raise RecordError(f"{path} is of --output-format openai-batch, which is not read back")
-                    tokens = {name: line[name] for name in needed}.get("tokens", {})
-                    arrays = [array("d", [0.0 if x is None else x for x in tokens[name]]) for name in FIELDS if tokens]
-                    if any(len(values) != len(tokens["id"]) for values in arrays):
-                        raise ValueError("arrays of different lengths")
-                except RecordError:
-                    raise
-                except (ValueError, KeyError, TypeError, AttributeError):
+
+class Rows:
+    """The rows of a Parquet file of samples, which are in the order of the prompts: where failed prompts were tried
+    again that is not the order of the diagnostics."""
+
+    def __init__(self, place: Place, file: IO[bytes]):
+        with refusing(place):
+            self.place, self.table = place, pq.ParquetFile(file)
+        rows = (self.table.metadata.row_group(i).num_rows for i in range(self.table.num_row_groups))
+        self.starts = list(accumulate(rows, initial=0))
+        self.group = lru_cache(maxsize=2)(lambda i: self.table.read_row_group(i).to_pylist())
+        self.number = 0
+
+    def step(self) -> bool:
+        """Go to the next row; whether there is one."""
+        self.number += 1
+        return self.number <= self.starts[-1]
+
+    def _row(self, number: int) -> dict[str, Any]:
+        group = bisect_right(self.starts, number) - 1
+        return sample_of(self.group(group)[number - self.starts[group]])
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {self._row(number)["id"]: number for number in range(self.starts[-1])}
+
+    def line(self, numbers: dict[str, Any], source: Place) -> dict[str, Any]:
+        """The sample that has those diagnostics.
+
+        Raises:
+            RecordError: there is none, or the file is foreign.
+        """
+        with refusing(self.place, self.number):
+            line = self._row(self.number - 1)
+            if line["id"] != numbers["id"]:
+                if numbers["id"] not in self._places:
                     raise RecordError(
-                        f"line {number} of {path} is not what qstar.generate or qstar.score writes"
-                    ) from None
-                yield line
+                        f"{self.place} has no sample {numbers['id']!r}, which {source} has; the files do not belong "
+                        "together"
+                    )
+                line = self._row(self._places[numbers["id"]])
+            return line
+
+
+def names_of(runs: list[RunFiles]) -> list[str]:
+    """A short name of each run, no two alike: as much of the end of its path as tells it from the others.
+
+    Raises:
+        RecordError: one is given twice.
+    """
+    parts = [run.stem.parts for run in runs]
+    if len(set(parts)) < len(parts):
+        raise RecordError(f"{next(run.stem for run in runs if parts.count(run.stem.parts) > 1)} is given twice")
+
+    def tail(own: tuple[str, ...], length: int) -> str:
+        ends = [other[-length:] for other in parts]
+        return "/".join(own[-length:]) if ends.count(own[-length:]) == 1 else tail(own, length + 1)
+
+    return [tail(own, 1) for own in parts]
 
 
 @dataclass(frozen=True)
@@ -148,7 +411,7 @@ class RunAnswers:
 
     @property
     def description(self) -> str:
-        return f"samples of a run, with the tokens in {self.files.diagnostics}"
+        return f"samples of a run, with the tokens in {self.files.tokens_in}"
 
     @property
     def columns(self) -> list[str]:
@@ -156,7 +419,9 @@ class RunAnswers:
 
     @property
     def fingerprint(self) -> str:
-        return " ".join(sha256([file]) for file in (self.files.samples, self.files.diagnostics))
+        samples = [place for place, _ in self.files.files]
+        diagnostics = [place for _, places in self.files.files for place in places]
+        return " ".join(joined([place.digest() for place in places]) for places in (samples, diagnostics))
 
     def count(self) -> int | None:
         return None
@@ -169,7 +434,7 @@ class RunAnswers:
                 metadata = line.get("metadata") or {}
                 body = metadata.get("body")
                 if self.uses_parameters and not isinstance(body, dict):
-                    raise RecordError(f"sample {line['id']!r} of {self.files.samples} lacks the `body` of its request")
+                    raise RecordError(f"sample {line['id']!r} of {self.files.path} lacks the `body` of its request")
                 asked = asked_by(body) if self.uses_parameters else Asked()
                 yield Answer(
                     Prompt(line["prompt_index"], number, line["messages"][:-1], [], metadata, None, asked=asked),

@@ -111,6 +111,7 @@ class Run(ABC):
                 self.output.write(done, self.line(done))
             self.summary.add(done)
             yield done
+        self.output.sync()
 
     def request(
         self, key: Key, prompt: Prompt, messages: list[dict[str, Any]], seed: int, max_new_tokens: int
