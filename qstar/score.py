@@ -60,7 +60,9 @@ def prepare(argv: list[str] | None) -> Job:
             raise ValueError("--dataset is missing: the file with the prompts and answers to score")
         files = None
         with suppress(RecordError):  # it is one of the files that a run wrote, together with its diagnostics
-            files = RunFiles(args.dataset[0]) if len(args.dataset) == 1 and Path(args.dataset[0]).is_file() else None
+            name = args.dataset[0]
+            is_run = "://" in name or Path(name).is_file() or Path(name, "manifest.json").is_file()
+            files = RunFiles(name) if len(args.dataset) == 1 and is_run else None
         if files is None:
             return make_job(args, lambda: DatasetAnswers(open_prompts(args), args.response_field))
         try:

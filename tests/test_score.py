@@ -1,6 +1,7 @@
 """`python -m qstar.score`: generate's own numbers again, answers of every schema, long sequences, resume, refusals."""
 
 import copy
+import json
 import math
 import shutil
 import subprocess
@@ -17,9 +18,12 @@ from transformers import GPT2Config
 import qstar.cache
 import qstar.forced
 from qstar import Pair
+from qstar.analyze import main as analyze
 from qstar.demo import PROMPTS, THETA, T
 from qstar.forced import Scorer
 from qstar.generate import main as generate
+from qstar.run.output import DIAGNOSTICS_FORMATS, FORMATS
+from qstar.run.records import RunFiles
 from qstar.sample import DecodeOptions, Request, Sample
 from qstar.score import main as score
 from qstar.weights import effective_sample_size, log_weights, top_share, weights
@@ -55,6 +59,72 @@ def test_generate_scored_gives_its_own_numbers(way, tmp_path):
         for name in FIELDS:
             a, b = (np.array([-math.inf if v is None else v for v in z["tokens"][name]]) for z in (x, y))
             np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("numbers", DIAGNOSTICS_FORMATS)
+@pytest.mark.parametrize("form", list(FORMATS))
+def test_every_format_is_scored_and_analyzed(form, numbers, tmp_path, capsys):
+    """As the plain one, with later turns, a column that is in verl's way, and a prompt that was tried again; also
+    without the journal, which may be deleted."""
+    rows = [{"prompt": row["question"], "n": i} for i, row in enumerate(lines(PROMPTS)[:6])]
+    rows[2] |= {"extra_info": {"id": "own", "sample_index": [3]}}
+    rows[4]["prompt"] = ""
+    data, made = write_lines(tmp_path / "data.jsonl", rows), {}
+    for name, own in (("plain", ["jsonl", "jsonl"]), ("made", [form, numbers])):
+        output = tmp_path / f"{name}{FORMATS[own[0]]}"
+        argv = ["--dataset", str(data), "--max-new-tokens", "8", "--samples-per-prompt", "2", "--save-diagnostics"]
+        argv += ["--output-format", own[0], "--diagnostics-format", own[1], "--output", str(output)]
+        assert generate(argv) == 1
+        made[name] = output
+    (tmp_path / "made.journal.jsonl").unlink(missing_ok=True)
+    plain, read = (list(RunFiles(path)) for path in made.values())
+    for record in [*plain, *read]:
+        for name in FIELDS:
+            del record.diagnostics["tokens"][name]
+    assert [record.diagnostics for record in read] == [record.diagnostics for record in plain]
+    for one, other in zip(plain, read, strict=True):
+        for name in FIELDS:
+            np.testing.assert_array_equal(one.arrays[name], other.arrays[name])
+        if form == "openai-batch":
+            assert one.line["messages"][-1:] == other.line["messages"]
+        else:
+            assert {k: v for k, v in one.line.items() if k != "metadata"} == {
+                k: v for k, v in other.line.items() if k != "metadata"
+            }
+            if form == "parquet":
+                assert one.line["metadata"] == other.line["metadata"]
+    outputs = [tmp_path / f"{name}-scored.jsonl" for name in made]
+    for path, output in zip(made.values(), outputs, strict=True):
+        assert score(["--dataset", str(path), "--output", str(output)]) == 0
+        assert RunFiles(output).drawn
+    texts = [[line["messages"][-1] for line in lines(output)] for output in outputs]
+    assert texts[0] == texts[1]
+    weights = [output.with_suffix(".weights.jsonl").read_text() for output in outputs]
+    assert weights[0] == weights[1]
+    capsys.readouterr()
+    assert analyze([str(made["made"]), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["samples"] == 10
+
+
+def test_answers_of_others_have_no_weights(tmp_path, capsys):
+    """Those of a dataset, and those that another q* drew."""
+    data = write_lines(tmp_path / "data.jsonl", lines(PROMPTS)[:6])
+    made, cooler, others = (tmp_path / f"{name}.jsonl" for name in ("made", "cooler", "others"))
+    assert generate(["--num-samples", "6", "--save-diagnostics", "--output", str(made)]) == 0
+    assert RunFiles(made).drawn
+    for argv in (["--dataset", str(made), "--temperature", "0.5"], ["--dataset", str(data)]):
+        output = cooler if "0.5" in argv else others
+        capsys.readouterr()
+        assert score([*argv, "--output", str(output)]) == 0
+        said = capsys.readouterr().out
+        assert "q* did not draw these 6 answers" in said
+        assert "effective" not in said
+        assert "q*: " not in said
+        assert not RunFiles(output).drawn
+        assert analyze([str(output)]) == 0
+        said = capsys.readouterr().out
+        assert "q* did not draw these answers" in said
+        assert "effective samples" not in said
 
 
 def test_weights_of_a_file(tmp_path):
@@ -290,14 +360,12 @@ def test_failures_are_recorded_and_the_others_scored(tmp_path, capsys):
         (["--dataset", "rows.jsonl", "--response-field", "x"], "--response-field 'x' is none of the columns"),
         (["--dataset", "made.jsonl", "--response-field", "x"], "are its own tokens"),
         (["--dataset", "made.jsonl", "--clip", "-1"], "--clip"),
-        (["--dataset", "batch.jsonl"], "batch.jsonl is of --output-format openai-batch, which is not read back"),
     ],
 )
 def test_wrong_arguments_get_one_line(argv, named, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text('{"prompt": "Hi.", "score": 1}\n')
     generate(["--num-samples", "1", "--save-diagnostics", "--output", "made.jsonl"])
-    generate(["--num-samples", "1", "--save-diagnostics", "--output", "batch.jsonl", "--output-format", "openai-batch"])
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit:
         score(argv)

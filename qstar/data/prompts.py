@@ -154,12 +154,19 @@ class PromptSource:
     _samples: int | None = field(repr=False, default=None)
 
     def __iter__(self) -> Iterator[Prompt]:
+        return self.starting_at(0)
+
+    def starting_at(self, begin: int) -> Iterator[Prompt]:
+        """The prompts from that index on; of rows before it no more is looked at than others' ids depend on."""
         ids, index = _Ids(), 0
         for rows in self._rows.by_part():
             first = list(itertools.islice(rows, PEEK_ROWS))
             schema, start = self._schema_of(first), index
             for row in itertools.chain(first, rows):
-                yield self._prompt(index, row, schema, ids)
+                if index >= begin:
+                    yield self._prompt(index, row, schema, ids)
+                elif schema.by_custom_id or ids.named:
+                    self._prompt(index, row, schema, ids)
                 index += 1
             if not schema.by_custom_id:
                 ids.numbered.append(range(start, index))

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from qstar.run.records import Record, RunFiles
+from qstar.run.records import RunFiles
 from qstar.weights import BANDS, FAR_APART_KL, WEIGHT, derived, effective_sample_size, top_share
 from qstar_kernels.types import FIELDS
 
@@ -26,7 +26,7 @@ LITTLE_ESS = 0.1  # mean ESS of a token below which almost all of a model's mass
 HEAVY_SHARE, HEAVY_WEIGHT = 0.01, 0.5  # a data set is lopsided where this share of the samples has this share of weight
 AT_CLAMP = 0.01  # share of the tokens with α at its bound that is worth a word
 OUTLIERS = 0.01  # the share of the tokens, the farthest on both sides, without which a verdict's mean is told too
-CHUNK_TOKENS = 1 << 18  # tokens that are counted at once
+CHUNK_TOKENS = 1 << 17  # tokens that are counted at once
 KEPT_TOKENS, KEPT_SAMPLES = 1 << 20, 1 << 16  # of a file that stay in memory
 BITS = 18  # of a float32, from its sign on, that tell the cells of a histogram apart
 CELL = 2.0 ** (9 - BITS)  # the relative width of a cell, and so the largest error of a quantile
@@ -49,11 +49,11 @@ class Spread:
         if not len(values):
             return
         wide, count = values.astype(np.float64), self.count + len(values)
-        mean = wide.mean()
+        mean = float(wide.mean())
         apart = mean - self.mean
-        self.squares += ((wide - mean) ** 2).sum() + apart**2 * self.count * len(wide) / count
+        self.squares += float(((wide - mean) ** 2).sum()) + apart**2 * self.count * len(wide) / count
         self.mean += apart * len(wide) / count
-        self.count, self.low, self.high = count, min(self.low, wide.min()), max(self.high, wide.max())
+        self.count, self.low, self.high = count, min(self.low, float(wide.min())), max(self.high, float(wide.max()))
         # with the sign turned, and all bits of negative ones, the bits of floats are in the order of their values
         bits = (values + np.float32(0)).view(np.uint32)
         cell = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31)) >> np.uint32(32 - BITS)
@@ -181,11 +181,11 @@ def read_numbers(files: RunFiles, name: str, tell: Callable[[int], Any] = lambda
     """
     numbers, kept = Numbers(name, files.settings, files.drawn), Kept()
     lengths, weights = array("q"), {side: array("d") for side in WEIGHT}
-    waiting: list[Record] = []
+    waiting: list[dict[str, np.ndarray]] = []
 
     def flush() -> None:
-        counts = np.array([len(record.arrays["alpha"]) for record in waiting])
-        tokens = {name: np.concatenate([record.arrays[name] for record in waiting]) for name in FIELDS}
+        counts = np.array([len(arrays["alpha"]) for arrays in waiting])
+        tokens = {name: np.concatenate([arrays[name] for arrays in waiting]) for name in FIELDS}
         tokens |= derived(tokens)
         numbers.add(tokens)
         starts = counts.cumsum() - counts
@@ -198,7 +198,7 @@ def read_numbers(files: RunFiles, name: str, tell: Callable[[int], Any] = lambda
 
     tokens = 0
     for number, record in enumerate(files):
-        waiting.append(record)
+        waiting.append(record.arrays)
         kept.add(number, record.arrays)
         tokens += len(record.arrays["alpha"])
         if tokens >= CHUNK_TOKENS:

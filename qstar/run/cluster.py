@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import asdict, replace
-from itertools import groupby
+from itertools import count, groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -62,15 +62,20 @@ class PartSource(Datasource):
 
     supports_distributed_reads = False  # the file is on this machine, maybe on no other
 
-    def __init__(self, prompts: PromptSource, samples_per_prompt: int, size: int, done: set[int]):
+    def __init__(
+        self, prompts: PromptSource, samples_per_prompt: int, size: int, done: set[int], regular: bool = False
+    ):
         self.prompts, self.samples_per_prompt, self.size, self.done = prompts, samples_per_prompt, size, done
+        self.regular = regular  # no row asks for samples of its own
 
     def estimate_inmemory_data_size(self) -> None:
         return None
 
     def get_read_tasks(self, parallelism: int, per_task_row_limit=None, data_context=None) -> list[ReadTask]:
         def read() -> Iterator[pa.Table]:
-            for part, items in enumerate(blocks(todo(self.prompts, self.samples_per_prompt), self.size)):
+            first = next(part for part in count() if part not in self.done) if self.regular else 0
+            items_left = todo(self.prompts, self.samples_per_prompt, first * self.size)
+            for part, items in enumerate(blocks(items_left, self.size), first):
                 if part not in self.done:
                     yield pa.table({"part": [part], "items": [pickle.dumps(items)]})
 
@@ -340,7 +345,8 @@ def run(job: Job, parts: Parts, console: Console, start: float) -> int:
     context.issue_detectors_config.detectors = []  # what it would advise on is settled here
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    source = PartSource(job.prompts, args.samples_per_prompt, size, set(parts.done))
+    regular = not args.use_request_parameters
+    source = PartSource(job.prompts, args.samples_per_prompt, size, set(parts.done), regular)
     # The reader declares no CPU: it would wait for one that the workers hold, and they for it, without a word.
     made = ray.data.read_datasource(source, override_num_blocks=1, num_cpus=0).map_batches(
         Worker,

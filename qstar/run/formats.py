@@ -313,9 +313,11 @@ def of_verl(row: dict[str, Any]) -> dict[str, Any]:
             found = extra[name]
         return found
 
-    line = {name: own(name) for name in ("id", "sample_index", "finish_reason", "num_tokens", "metadata")}
+    line = {name: own(name) for name in ("id", "finish_reason", "metadata")}
+    # text, where other rows have something else under that name
+    line |= {name: int(own(name)) for name in ("sample_index", "num_tokens")}
     messages = [*row["prompt"], {"role": "assistant", "content": row["response"]}]
-    return of_text(line | {"prompt_index": own("index"), "messages": messages})
+    return of_text(line | {"prompt_index": int(own("index")), "messages": messages})
 
 
 def of_response(row: dict[str, Any]) -> dict[str, Any]:

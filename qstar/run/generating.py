@@ -1,15 +1,15 @@
 """Drawing samples of prompts: what there is to do, a conversation's turns, and the line of a sample."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, count, islice
 from typing import Any
 
 from rich.table import Table
 
 from qstar.conversation import answered, as_text
-from qstar.data.prompts import Prompt
+from qstar.data.prompts import Prompt, PromptSource
 from qstar.pair import sample_seed
 from qstar.prompting import PromptError
 from qstar.run.formats import Finished, Key, openai_line, sample_line
@@ -30,9 +30,15 @@ class Todo:
         return self.prompt.index, self.sample_index
 
 
-def todo(prompts: Iterable[Prompt], samples_per_prompt: int) -> Iterator[Todo]:
-    """All samples of a run, prompt by prompt: so many of each, or as many as the row itself asks for."""
-    return (Todo(prompt, j) for prompt in prompts for j in range(prompt.asked.samples or samples_per_prompt))
+def todo(prompts: PromptSource, samples_per_prompt: int, first: int = 0) -> Iterator[Todo]:
+    """All samples of a run, prompt by prompt: so many of each, or as many as the row itself asks for.
+
+    `first` leaves out so many, where no row asks for more or fewer than the others.
+    """
+    skipped, inside = divmod(first, samples_per_prompt)
+    asked = prompts.starting_at(skipped)
+    items = (Todo(prompt, j) for prompt in asked for j in range(prompt.asked.samples or samples_per_prompt))
+    return islice(items, inside, None)
 
 
 def total_samples(job: Job) -> int | None:
@@ -47,7 +53,11 @@ class Generate(Run):
     """Draws `samples_per_prompt` samples of every prompt."""
 
     def items(self) -> Iterator[Todo]:
-        return todo(self.job.prompts, self.job.args.samples_per_prompt)
+        args, first = self.job.args, 0
+        if not args.use_request_parameters:  # blocks at the beginning that are on disk need not be looked at
+            missing = (i for i in count() if divmod(i, args.samples_per_prompt) not in self.output.done)
+            first = next(missing) // self.block_size * self.block_size
+        return todo(self.job.prompts, args.samples_per_prompt, first)
 
     def total(self) -> int | None:
         return total_samples(self.job)

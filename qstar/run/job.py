@@ -104,6 +104,8 @@ def make_job(
     # the samples of a run are scored by the models that drew them
     drawn = data.files.settings if isinstance(data, RunAnswers) else {}
     output.settings |= weights_of_run(args, before or drawn)
+    if isinstance(data, RunAnswers):
+        output.answers = data.whose(output.settings)
     args.revision_theta, args.revision_t = (revision(output.settings[f"weights of {side}"]) for side in ("theta", "t"))
     return Job(args, settings, format_theta, format_t, data, output)
 

@@ -27,14 +27,17 @@ from qstar.data.answers import Answer
 from qstar.data.batch import Asked, asked_by
 from qstar.data.files import DataError, joined
 from qstar.data.prompts import Prompt
+from qstar.rule import FORCED
 from qstar.run.formats import NULL, OF_DRAFTS, Key, key_of, sample_of
 from qstar.run.output import ANSWERS, OutputError, key_of_line, keys_of_table
 from qstar.run.parts import Parts
-from qstar_kernels.types import FIELDS
+from qstar_kernels.types import FIELDS, SETTINGS
 
 SUFFIXES = (".diagnostics.jsonl", ".diagnostics.parquet", ".journal.jsonl", ".jsonl", ".parquet")
 BATCH = 256  # rows of a Parquet file that are in memory at once
-OWN = "q*'s"  # whose answers: those that this very q* drew
+OWN, OTHERS = "q*'s", "others'"  # whose answers: those that this very q* drew, and those that it did not
+OF_Q = [f"--{'alpha-method' if name == 'method' else name.replace('_', '-')}" for name in SETTINGS]
+OF_Q += ["weights of theta", "weights of t", *(f"--{name.replace('_', '-')}" for name in FORCED)]
 Numbers = tuple[dict[str, Any], dict[str, np.ndarray]]  # of a sample: its line of diagnostics, its arrays
 FOREIGN = (ValueError, KeyError, TypeError, AttributeError, pa.ArrowException)
 
@@ -188,9 +191,14 @@ class RunFiles:
     @property
     def drawn(self) -> bool:
         """Whether q* of this run's settings drew the answers: weights π/q* are weights of such alone."""
-        if ANSWERS in self.settings:
-            return self.settings[ANSWERS] == OWN
-        return "--no-eos" not in self.settings  # an option of qstar.score
+        return self.drawn_in(self.settings)
+
+    @staticmethod
+    def drawn_in(settings: dict[str, Any]) -> bool:
+        """The same, by the settings."""
+        if settings.get(ANSWERS) is not None:
+            return settings[ANSWERS] == OWN
+        return "--no-eos" not in settings  # an option of qstar.score
 
     def __iter__(self) -> Iterator[Record]:
         return self.records()
@@ -425,6 +433,11 @@ class RunAnswers:
 
     def count(self) -> int | None:
         return None
+
+    def whose(self, settings: dict[str, Any]) -> str:
+        """Who drew them, for a run with those settings that scores them: `OWN`, if that has the same q*."""
+        same = all(self.files.settings.get(name) == settings.get(name) for name in OF_Q)
+        return OWN if self.files.drawn and same else OTHERS
 
     def __iter__(self) -> Iterator[Answer]:
         try:

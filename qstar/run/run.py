@@ -51,6 +51,7 @@ class Run(ABC):
         self.of_run = DecodeOptions(**{name: value for name, value in said.items() if value is not None})
         self.decoders = {self.of_run: pair.decoder(self.of_run)}
         self.summary, self.failed_prompts = Summary(), set()
+        self.drawn = True  # the answers are q*'s
         self.summary.note(pair.notes)
 
     def decoder(self, prompt: Prompt) -> Any:
@@ -80,11 +81,17 @@ class Run(ABC):
 
     @abstractmethod
     def items(self) -> Iterator[Any]:
-        """All that is to be done, each with its `key` and `prompt`, in the order of the output."""
+        """All that is to be done, each with its `key` and `prompt`, in the order of the output; whole blocks at the
+        beginning may be left out that are on disk."""
 
     @abstractmethod
     def finished(self, block: list[Any]) -> Iterator[tuple[Key, Finished | None]]:
         """Do a block of items: samples as they finish, None for those that fail."""
+
+    @property
+    def block_size(self) -> int:
+        """Samples of a block."""
+        return BLOCK_BATCHES * self.job.args.batch_size
 
     def total(self) -> int | None:
         """How many samples there will be, where that is known."""
@@ -163,13 +170,13 @@ class Run(ABC):
             say_resuming(self.console, self.job, f"{before} samples are on disk")
         with progress_bar(self.console) as progress:
             task = progress.add_task("", total=self.total(), completed=before, figures="")
-            for block in blocks(self.items(), BLOCK_BATCHES * self.job.args.batch_size):
+            for block in blocks(self.items(), self.block_size):
                 if all(item.key in self.output.done for item in block):
                     continue
                 for _ in self.write(block):
                     figures = self.summary.figures(time.time() - start)
                     progress.update(task, completed=len(self.output.done), figures=figures)
-            progress.update(task, total=len(self.output.done))
+            progress.update(task, completed=len(self.output.done), total=len(self.output.done))
         self.output.finish(data_source(self.job.args))
         self.report(time.time() - start, before)
 
@@ -179,7 +186,7 @@ class Run(ABC):
 
     def report(self, seconds: float, before: int) -> None:
         say, output = self.console.print, self.output
-        tell(self.console, self.summary, self.tables())
+        tell(self.console, self.summary, self.tables(), self.drawn)
         new = len(output.done) - before
         say(f"\n{new} samples in {seconds:.1f} s, {len(output.done)} in all: {output.path}")
         if output.diagnostics_file is not None:

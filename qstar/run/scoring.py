@@ -14,7 +14,7 @@ from qstar.data.answers import Answer
 from qstar.forced import Scorer
 from qstar.prompting import PromptError
 from qstar.run.formats import Finished, Key
-from qstar.run.output import explained, json_line, replacing
+from qstar.run.output import ANSWERS, explained, json_line, replacing
 from qstar.run.records import RunAnswers, RunFiles
 from qstar.run.run import Run
 from qstar.sample import Request, Sample, finite
@@ -27,6 +27,7 @@ class Score(Run):
     def __init__(self, *args):
         super().__init__(*args)
         self.log_weights: dict[str, torch.Tensor] = {}
+        self.drawn = RunFiles.drawn_in(self.output.settings | {ANSWERS: self.output.answers})
         self.say_other_weights()
 
     def say_other_weights(self) -> None:
@@ -65,7 +66,10 @@ class Score(Run):
                 yield answer.key, None
             else:
                 before = answer.prompt.messages
-                messages = answered(before, answer.text) if answer.message is None else [*before, answer.message]
+                if answer.message is not None or not before:  # of openai-batch the conversation is not known
+                    messages = [*before, answer.message or {"role": "assistant", "content": answer.text}]
+                else:
+                    messages = answered(before, answer.text)
                 yield answer.key, Finished(answer.prompt, answer.sample_index, as_text(messages), sample)
 
     def to_score(self, answer: Answer) -> Sample:
@@ -125,7 +129,7 @@ class Score(Run):
 
     @property
     def weights_file(self) -> Path:
-        return Path(str(self.output.diagnostics_file).replace(".diagnostics.jsonl", ".weights.jsonl"))
+        return Path(str(self.output.diagnostics_lines).replace(".diagnostics.jsonl", ".weights.jsonl"))
 
     def write_weights(self) -> None:
         """Write the importance weights π/q* of all samples; null where a token is outside q*'s support, which leaves a
@@ -151,6 +155,9 @@ class Score(Run):
         if not self.log_weights:
             return
         count, clip = len(self.output.done), self.job.args.clip
+        if not self.drawn:
+            yield self.ratios_table(count)
+            return
         table = Table(title=f"importance weights of {count} samples, clipped at {clip:g}", title_justify="left")
         for column in ("", "mean log weight", "clipped", "effective samples", "of all"):
             table.add_column(column, justify="right" if column else "left")
@@ -161,6 +168,19 @@ class Score(Run):
                     WEIGHT[side], f"{log_w.mean().item():.3f}", f"{clipped:.1%}", f"{ess:.1f}", f"{ess / count:.1%}"
                 )
         yield table
+
+    def ratios_table(self, count: int) -> Table:
+        """In place of weights, of answers that q* did not draw."""
+        title = (
+            f"q* did not draw these {count} answers: π/q* of them are ratios of densities, and no importance weights"
+        )
+        table = Table(title=title, title_justify="left")
+        for column in ("", "mean log ratio", "median"):
+            table.add_column(column, justify="right" if column else "left")
+        for side, log_w in self.log_weights.items():
+            if len(log_w):
+                table.add_row(WEIGHT[side], f"{log_w.mean().item():.3f}", f"{log_w.median().item():.3f}")
+        return table
 
 
 def log_weight(numbers: dict[str, Any], side: str) -> float:

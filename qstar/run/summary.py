@@ -108,8 +108,9 @@ def progress_bar(console: Console) -> Progress:
     return Progress(TextColumn("samples"), *columns, console=console)
 
 
-def tell(console: Console, summary: Summary, tables: Iterable[Table]) -> None:
-    """Print the summary, with a warning where the pair is far apart, the other tables, and the first samples."""
+def tell(console: Console, summary: Summary, tables: Iterable[Table], drawn: bool = True) -> None:
+    """Print the summary, with a warning where the pair is far apart, the other tables, and the first samples, which are
+    q*'s if it has `drawn` them."""
     if summary.tokens:
         console.print(summary.table())
     if summary.mean("kl") > FAR_APART_KL:
@@ -123,4 +124,4 @@ def tell(console: Console, summary: Summary, tables: Iterable[Table]) -> None:
         console.print(table)
     for *_, name, question, answer in summary.first:
         console.print(f"\n[bold]{name}[/]", highlight=False)
-        console.print(f"user: {question}\nq*: {answer}", markup=False, highlight=False)
+        console.print(f"user: {question}\n{'q*' if drawn else 'answer'}: {answer}", markup=False, highlight=False)
