@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
@@ -24,6 +25,7 @@ from qstar.weights import BANDS
 
 Fields = Mapping[str, np.ndarray]
 BINS = 60
+LINE, NAME = 0.19, 58  # inches of a legend's line, and the letters that it has room for
 POSITION_BINS = 80
 KL_FLOOR = 1e-6  # nats: float32 logits say little below it
 LABELS = {"alpha": "α, the weight of π_θ", "kl": "KL, the larger of the two (nats)", "ess_ratio": "ESS_θ / ESS_t"}
@@ -32,6 +34,7 @@ COLORS = ("#3b76d6", "#d9730d", "#2f9e62", "#a34fc4", "#c23b4b", "#0f93a6")
 DENSITY = {False: ("#c3d6fb", "#3b76d6", "#0c2450"), True: ("#2d4c86", "#7ba7f7", "#f4f8ff")}  # few to many, by dark
 TICKS = {  # of an axis that reaches from 1/key to key
     1.8: (0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5),
+    2.2: (0.5, 0.6, 0.8, 1, 1.25, 1.6, 2),
     6: (0.25, 0.5, 1, 2, 4),
     40: (0.03, 0.1, 0.3, 1, 3, 10, 30),
     np.inf: (1e-4, 1e-3, 0.01, 0.1, 1, 10, 100, 1e3, 1e4),
@@ -48,7 +51,7 @@ def distribution(files: Mapping[str, Fields], quantity: str, dark: bool = False)
         quantity: a key of `LABELS`.
         dark: colours for a dark page.
     """
-    figure, (ax,) = canvas(dark)
+    figure, (ax,) = canvas(dark, lines=legend_lines(files))
     values = [fields[quantity] for fields in files.values()]
     drawn = [v[np.isfinite(v) & ((quantity != "ess_ratio") | (v > 0))] for v in values]
     low, high = 0.0, 1.0
@@ -70,8 +73,9 @@ def distribution(files: Mapping[str, Fields], quantity: str, dark: bool = False)
         ax.axvspan(*BAND_OF[quantity], color=INK[dark][1], alpha=0.1, linewidth=0)
     ax.set(xlabel=LABELS[quantity], ylabel="share of tokens", xlim=(low, high), ylim=(0, None))
     ax.yaxis.set_major_formatter(PERCENT)
-    note_left_out(ax, sum(map(len, values)) - sum(map(len, drawn)), dark)
-    legend(ax, files, dark)
+    beyond = sum(int(((v < low) | (v > high)).sum()) for v in drawn)
+    note_left_out(ax, sum(map(len, values)) - sum(map(len, drawn)), beyond, dark)
+    legend(figure, files, dark)
     return figure
 
 
@@ -97,7 +101,8 @@ def alpha_against_ess_ratio(fields: Fields, dark: bool = False) -> Figure:
     ax.set(xlabel=LABELS["alpha"], ylabel=LABELS["ess_ratio"], xlim=(0, 1), ylim=(low, high), yscale="log")
     plain_ticks(ax.yaxis, low, high)
     ax.axhline(1, color=INK[dark][1], linewidth=0.8, linestyle=":")
-    note_left_out(ax, len(keep) - int(keep.sum()), dark)
+    beyond = int(((ratio[keep] < low) | (ratio[keep] > high)).sum())
+    note_left_out(ax, len(keep) - int(keep.sum()), beyond, dark)
     return figure
 
 
@@ -108,7 +113,7 @@ def along_position(files: Mapping[str, Fields], dark: bool = False) -> Figure:
         files: by name, the arrays of `LABELS`, and `position` from 0, int [tokens].
         dark: colours for a dark page.
     """
-    figure, (ax_alpha, ax_kl, ax_count) = canvas(dark, heights=(3, 3, 2))
+    figure, (ax_alpha, ax_kl, ax_count) = canvas(dark, heights=(3, 3, 2), lines=legend_lines(files))
     end = 1 + max(int(fields["position"].max()) for fields in files.values())
     width = -(-end // POSITION_BINS)
     for color, fields in zip(cycle(COLORS), files.values(), strict=False):
@@ -133,7 +138,7 @@ def along_position(files: Mapping[str, Fields], dark: bool = False) -> Figure:
     for ax in (ax_alpha, ax_kl, ax_count):
         ax.set_xlim(0, end)
         ax.yaxis.set_major_locator(MaxNLocator(3))
-    legend(ax_count, files, dark, loc="upper right")
+    legend(figure, files, dark)
     return figure
 
 
@@ -144,13 +149,17 @@ def weight_concentration(files: Mapping[str, Fields], dark: bool = False) -> Fig
         files: by name, `log_weights_theta` and `log_weights_t`: Σ log π − log q* of each sample, nats, [samples].
         dark: colours for a dark page.
     """
-    figure, (ax,) = canvas(dark)
+    styles = {"π_θ/q*": "-", "π_t/q*": "--", "all weights equal": ":"}
+    figure, (ax,) = canvas(dark, lines=legend_lines(files) + 1)
+    without = 0
     for color, fields in zip(cycle(COLORS), files.values(), strict=False):
         for side, dashes in (("theta", "-"), ("t", "--")):
             log_weights = np.asarray(fields[f"log_weights_{side}"], dtype=np.float64)
-            log_weights = log_weights[~np.isnan(log_weights)]
+            has_one = log_weights < np.inf  # q* has no sample of the others
+            without += int((~has_one).sum()) if side == "theta" else 0
+            log_weights = log_weights[has_one]
             if not len(log_weights) or not np.isfinite(log_weights.max()):
-                continue  # no sample has a finite weight: nothing to share out
+                continue  # no sample has a weight above 0: nothing to share out
             carried = np.cumsum(np.sort(np.exp(log_weights - log_weights.max()))[::-1])
             share = np.arange(len(carried) + 1) / len(carried)
             ax.plot(share, np.r_[0, carried / carried[-1]], color=color, linestyle=dashes, linewidth=1.6)
@@ -158,11 +167,11 @@ def weight_concentration(files: Mapping[str, Fields], dark: bool = False) -> Fig
     ax.set(xlabel="heaviest samples", ylabel="share of the total weight", xlim=(0, 1), ylim=(0, 1.02))
     ax.xaxis.set_major_formatter(PERCENT)
     ax.yaxis.set_major_formatter(PERCENT)
-    ink = INK[dark][1]
-    lines = {"π_θ/q*": "-", "π_t/q*": "--", "all weights equal": ":"}
-    handles = [Line2D([], [], color=ink, linestyle=dashes) for dashes in lines.values()]
-    ax.add_artist(ax.legend(handles, lines, loc="lower right", labelcolor=INK[dark][0], frameon=False, fontsize=9))
-    legend(ax, files, dark, loc="center right")
+    if without:
+        note(ax, [f"{without} samples outside q*'s support have no weight"], dark)
+    handles = [Line2D([], [], color=INK[dark][1], linestyle=dashes) for dashes in styles.values()]
+    figure.add_artist(placed_legend(figure, handles, list(styles), dark, legend_lines(files), len(styles)))
+    legend(figure, files, dark)
     return figure
 
 
@@ -171,7 +180,7 @@ def all_plots(files: Mapping[str, Fields]) -> Iterator[tuple[str, str, Callable[
     light or dark.
 
     Args:
-        files: what the functions above take; `position` and the log weights too.
+        files: what the functions above take; `position` too, and the log weights where samples have any.
     """
     for quantity, caption in (("alpha", "α"), ("kl", "the KL"), ("ess_ratio", "the ESS ratio")):
         draw = partial(distribution, files, quantity)
@@ -180,7 +189,9 @@ def all_plots(files: Mapping[str, Fields]) -> Iterator[tuple[str, str, Callable[
         stem, of = (f"-{number}", f", {name}") if len(files) > 1 else ("", "")
         yield f"alpha-ess-ratio{stem}", f"α against the ESS ratio{of}", partial(alpha_against_ess_ratio, fields)
     yield "along-position", "Along the answer: mean and middle half", partial(along_position, files)
-    yield "weight-concentration", "Concentration of the importance weights", partial(weight_concentration, files)
+    weighted = {name: fields for name, fields in files.items() if "log_weights_theta" in fields}
+    if weighted:
+        yield "weight-concentration", "Concentration of the importance weights", partial(weight_concentration, weighted)
 
 
 def png(figure: Figure, dpi: int = 160, transparent: bool = True) -> bytes:
@@ -192,19 +203,22 @@ def png(figure: Figure, dpi: int = 160, transparent: bool = True) -> bytes:
     return buffer.getvalue()
 
 
-def canvas(dark: bool, heights: Sequence[float] = (1,)) -> tuple[Figure, list[Axes]]:
-    """A figure with one column of axes, in the page's colours; all are of one size, to stand side by side."""
-    text, ticks, lines = INK[dark]
-    figure = Figure(figsize=(4.6, 3.5))
+def canvas(dark: bool, heights: Sequence[float] = (1,), lines: int = 0) -> tuple[Figure, list[Axes]]:
+    """A figure with one column of axes, in the page's colours, all of one size, to stand side by side; above them there
+    is room for two lines, and below for `lines` of a legend."""
+    text, ticks, rules = INK[dark]
+    height = 3.6 + LINE * lines
+    figure = Figure(figsize=(4.6, height))
     axes = figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0].tolist()
-    figure.subplots_adjust(left=0.15, right=0.955, bottom=0.15, top=0.94, hspace=0.2)
+    bottom, top = (0.55 + LINE * lines) / height, 1 - 0.36 / height
+    figure.subplots_adjust(left=0.15, right=0.955, bottom=bottom, top=top, hspace=0.2)
     figure.align_ylabels(axes)
     for ax in axes:
-        ax.grid(color=lines, linewidth=0.6)
+        ax.grid(color=rules, linewidth=0.6)
         ax.set_axisbelow(True)
         ax.tick_params(which="both", colors=ticks, labelsize=9)
         ax.spines[["top", "right"]].set_visible(False)
-        ax.spines[["left", "bottom"]].set_color(lines)
+        ax.spines[["left", "bottom"]].set_color(rules)
         for axis in (ax.xaxis, ax.yaxis):
             axis.label.set_color(text)
     return figure, axes
@@ -225,15 +239,41 @@ def plain_ticks(axis: Axis, low: float, high: float) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
 
 
-def note_left_out(ax: Axes, count: int, dark: bool) -> None:
-    if count:
-        ax.set_title(f"{count} tokens are not drawn: not a finite number", fontsize=9, color=INK[dark][1], loc="left")
+def note(ax: Axes, lines: list[str], dark: bool) -> None:
+    """Say something above the axes."""
+    ax.set_title("\n".join(lines), fontsize=8, color=INK[dark][1], loc="left")
 
 
-def legend(ax: Axes, files: Mapping[str, Fields], dark: bool, loc: str = "best") -> None:
-    """The files' names beside their colours, where there is more than one; names are text, not mathematics."""
+def note_left_out(ax: Axes, count: int, beyond: int, dark: bool) -> None:
+    """Say how many tokens are not drawn, and how many are at the ends of an axis that does not reach them."""
+    lines = [f"{count} tokens are not drawn: not a finite number"] if count else []
+    lines += [f"{beyond} tokens beyond the axis are drawn at its ends"] if beyond else []
+    if lines:
+        note(ax, lines, dark)
+
+
+def legend_lines(files: Mapping[str, Fields]) -> int:
+    """How many lines `legend` takes."""
+    return len(files) if len(files) > 1 else 0
+
+
+def legend(figure: Figure, files: Mapping[str, Fields], dark: bool) -> None:
+    """The files' names beside their colours, below the axes, where there is more than one."""
     if len(files) > 1:
         handles = [Line2D([], [], color=color) for color, _ in zip(cycle(COLORS), files, strict=False)]
-        box = ax.legend(handles, list(files), loc=loc, labelcolor=INK[dark][0], frameon=False, fontsize=9)
-        for text in box.get_texts():
-            text.set_parse_math(False)
+        names = [name if len(name) <= NAME else f"…{name[1 - NAME :]}" for name in files]
+        figure.add_artist(placed_legend(figure, handles, names, dark, 0, 1))
+
+
+def placed_legend(
+    figure: Figure, handles: list[Line2D], names: list[str], dark: bool, lines: int, columns: int
+) -> Legend:
+    """A legend that many lines above the figure's lower edge; names are text, not mathematics."""
+    place = (0.02, LINE * lines / figure.get_figheight())
+    box = Legend(
+        figure, handles, names, loc="lower left", bbox_to_anchor=place, ncols=columns, labelcolor=INK[dark][0],
+        frameon=False, fontsize=9, borderaxespad=0.1, borderpad=0.1, labelspacing=0.3, handlelength=1.6,
+    )  # fmt: skip
+    for text in box.get_texts():
+        text.set_parse_math(False)
+    return box

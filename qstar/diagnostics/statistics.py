@@ -342,5 +342,6 @@ def about(result: dict[str, Any]) -> list[str]:
 def plotted(numbers: list[Numbers]) -> dict[str, dict[str, np.ndarray]]:
     """The arrays as `qstar.diagnostics.plots` takes them, by file."""
     return {
-        n.name: n.tokens | {f"log_weights_{side}": n.samples[f"log_weight_{side}"] for side in WEIGHT} for n in numbers
+        n.name: n.tokens | {f"log_weights_{side}": n.samples[f"log_weight_{side}"] for side in WEIGHT if n.drawn}
+        for n in numbers
     }
