@@ -293,7 +293,7 @@ def test_auto_is_never_slower_and_drafts_where_that_pays(models, rate, draft, wi
     ]
     if max(gains) > 2:
         assert took < without / 1.3
-    if max(gains) == 1:
+    if rate == 0:
         assert sum(map(bool, machine.chosen)) < 0.15 * len(machine.chosen)
 
 
