@@ -11,6 +11,7 @@ import time
 import urllib.request
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -221,7 +222,7 @@ def test_new_weights_under_load(tmp_path):
     """64 requests in flight and 5 updates: every answer is that of the weights it names, old prefixes included."""
     folders = weights_of(tmp_path, (0.2, -0.2, 0.5, 0.9, 0.0))
     with serving(tmp_path, "--allow-weight-updates", "--api-key", KEY) as (url, _):
-        answers, went_out = {}, iter(range(10**6))
+        answers, went_out = {}, count()
 
         async def ask(client: AsyncOpenAI, until: asyncio.Event) -> None:
             while not until.is_set():
@@ -230,18 +231,22 @@ def test_new_weights_under_load(tmp_path):
                     model="qstar", messages=messages(QUESTIONS[i % 8]), seed=i, max_tokens=12
                 )
 
+        async def some_of(version: str) -> None:
+            while sum(x.choices[0].qstar["weights_version"] == version for x in list(answers.values())) < 8:
+                await asyncio.sleep(0.05)
+
         async def update() -> None:
             done = asyncio.Event()
             headers = {"Authorization": f"Bearer {KEY}"}
             async with httpx.AsyncClient(base_url=url, headers=headers, timeout=120) as http:
                 client = AsyncOpenAI(base_url=url, api_key=KEY, max_retries=0, timeout=120)
                 asking = [asyncio.create_task(ask(client, done)) for _ in range(64)]
-                for version, folder in folders.items():
-                    await asyncio.sleep(0.5)
+                for before, (version, folder) in zip(["0", *folders], folders.items(), strict=False):
+                    await some_of(before)
                     got = await http.post("/qstar/weights", json={"theta": str(folder), "version": version})
                     assert (got.status_code, got.json()) == (200, {"version": version})
                     assert (await http.get("/qstar/weights")).json() == {"version": version}
-                await asyncio.sleep(0.5)
+                await some_of(version)
                 done.set()
                 await asyncio.gather(*asking)
 
