@@ -252,7 +252,7 @@ def test_a_sample_does_not_depend_on_its_neighbours(demo_engine):
 @pytest.mark.parametrize("sides", [("theta",), ("t",), ("theta", "t")])
 def test_new_weights_reach_the_side_they_are_for(tmp_path, engines, sides):
     folders = {}
-    for side, (kind, sizes) in {"theta": (LlamaConfig, SMALL), "t": (Qwen2Config, LARGE)}.items():
+    for side, (kind, sizes) in {"theta": (LlamaConfig, LARGE), "t": (Qwen2Config, SMALL)}.items():
         folders[side] = [write_model(tmp_path / f"{side}{i}", kind, sizes, 2048, 10 * i + len(side)) for i in (0, 1)]
     engine, todo = engines(*(old for old, _ in folders.values())), requests(6, 8)
     before = draw(engine, todo)
@@ -466,6 +466,14 @@ def test_what_vllm_refuses_is_said_in_one_line(options, said):
     pair = EnginePair(THETA, T, options=options)
     with pytest.raises(ValueError, match=said):
         pair.start()
+
+
+def test_a_model_that_vllm_would_load_in_part_is_refused(tmp_path):
+    """vLLM's Qwen2 takes the width of its heads from the hidden size, and the rows that fit from the checkpoint."""
+    whole = write_model(tmp_path / "whole", LlamaConfig, SMALL, 2048, 1)
+    part = write_model(tmp_path / "part", Qwen2Config, SMALL | {"head_dim": 64}, 2048, 1)
+    with pytest.raises(ValueError, match="vLLM's Qwen2ForCausalLM holds [0-9]+ of the [0-9]+ parameters of .*part"):
+        EnginePair(whole, part, options={"kv_cache_memory_bytes": 256 << 20}).start()
 
 
 @pytest.mark.parametrize("side", ["theta", "t"])

@@ -174,6 +174,7 @@ def engine_options(pair: Pair, dtype: str = "auto", rule: dict[str, Any] | None 
     theta, t = pair.names.values()
     told = {"model_t": t, "vocab_size": pair.vocab_size, "eos_ids": eos_ids, "special_ids": special_ids}
     told["rule"] = rule or {}
+    told["parameters"] = {side: sum(x.numel() for x in getattr(pair, side).parameters()) for side in pair.names}
     return {
         "model": theta,
         "dtype": "float32" if dtype == "auto" and on_cpu else dtype,
