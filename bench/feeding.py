@@ -2,7 +2,8 @@
 
 The workers are stubs that answer at a stated rate (`bench.stub`), on this machine; the reader, the driver's loop and
 the manifest are those of `qstar.generate --engine ray`. First the reader and the store are timed by themselves, in this
-process; then whole runs, by workers that could take more and more parts a second together, until no more are made.
+process; then whole runs, by workers that could take more and more parts a second together, until no more are made, with
+what a part took of a core in each of Ray's processes: their rate alone, on a machine with cores enough.
 """
 
 import argparse
@@ -10,12 +11,15 @@ import json
 import sys
 import tempfile
 import time
-from contextlib import redirect_stdout
+from contextlib import suppress
 from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
 
 import numpy as np
+import psutil
+import pytest
+from rich.console import Console
 
 from bench.big_run import random_sample
 from bench.stub import Stub
@@ -54,11 +58,11 @@ def content_of(job: Job) -> dict[str, bytes]:
 
 
 def reader_rate(job: Job, parts: int) -> float:
-    """Parts a second that the reading task cuts, on one core."""
+    """Parts that the reading task cuts in a second of one core."""
     (task,) = cluster.PartSource(job.prompts, 1, PART, set()).get_read_tasks(1)
-    start = time.perf_counter()
+    start = time.process_time()
     assert sum(1 for _ in task()) == parts
-    return parts / (time.perf_counter() - start)
+    return parts / (time.process_time() - start)
 
 
 def store_rate(folder: Path, content: dict[str, bytes], parts: int = 50) -> float:
@@ -72,18 +76,43 @@ def store_rate(folder: Path, content: dict[str, bytes], parts: int = 50) -> floa
         return parts / (time.perf_counter() - start)
 
 
-def run_rate(job: Job, workers: int, seconds: float, content: dict[str, bytes] | None) -> tuple[float, float]:
-    """Parts a second of a run, from the first that was begun to the last, and the part of it that workers slept."""
-    job.args.num_workers, told = workers, []
+def used() -> dict[str, float]:
+    """Seconds of a core that the driver's process and those of Ray have taken, by name."""
+    seconds = {"driver": time.process_time()}
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            name = process.name() if process.name() in ("raylet", "gcs_server") else "workers and others"
+            times = process.cpu_times()
+            seconds[name] = seconds.get(name, 0.0) + times.user + times.system
+    return seconds
+
+
+def run_rate(
+    job: Job, workers: int, seconds: float, content: dict[str, bytes] | None
+) -> tuple[float, float, dict[str, float]]:
+    """Parts a second of a run once its workers are there, the part of the time that they slept, and what a part took of
+    a core, by process."""
+    job.args.num_workers, told, taken = workers, [], []
     folder = str(Path(job.args.output).resolve()) if content else None
-    cluster.Worker = Stub
-    cluster.for_workers = lambda job: (seconds, folder, content or {}, asdict(Summary(samples=PART)))
-    cluster.Parts.add = lambda self, part: (self.done.add(part), told.append(time.time()))
-    with cluster.only_our_lines(), job.output as parts, redirect_stdout(StringIO()), cluster.cluster("local"):
-        cluster.run(job, parts, cluster.Console(file=StringIO()), time.time())
-    skipped = min(workers, len(told) // 4)  # while workers start
-    rate = (len(told) - 1 - skipped) / (told[-1] - told[skipped])
-    return rate, rate * seconds / workers
+    skipped = 2 * workers  # while workers start
+
+    def add(self: Parts, part: int) -> None:
+        self.done.add(part)
+        told.append(time.time())
+        if len(told) == skipped:
+            taken.append(used())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster, "Worker", Stub)
+        patch.setattr(cluster, "for_workers", lambda _: (seconds, folder, content or {}, asdict(Summary(samples=PART))))
+        patch.setattr(Parts, "add", add)
+        with cluster.only_our_lines(), job.output as parts, cluster.cluster("local"):
+            cluster.run(job, parts, Console(file=StringIO()), time.time())
+            taken.append(used())
+    count = len(told) - skipped
+    rate = count / (told[-1] - told[skipped - 1])
+    before, after = taken
+    return rate, rate * seconds / workers, {name: (after[name] - before.get(name, 0)) / count for name in after}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -104,9 +133,10 @@ def main(argv: list[str] | None = None) -> int:
             offered = args.workers / seconds
             for what, of_part in (("nothing stored", None), ("stored", content)):
                 job = job_of(folder, data, f"out{number}{bool(of_part)}")
-                rate, asleep = run_rate(job, args.workers, seconds, of_part)
+                rate, asleep, cores = run_rate(job, args.workers, seconds, of_part)
                 of = f"{args.workers} workers of {seconds:g} s a part ({offered:.1f} parts/s), {what}"
-                print(f"{of}: {rate:.1f} parts/s, at work {asleep:.0%} of the time", flush=True)
+                took = ", ".join(f"{name} {1e3 * x:.1f} ms" for name, x in cores.items())
+                print(f"{of}: {rate:.1f} parts/s, at work {asleep:.0%} of the time; a part took {took}", flush=True)
     return 0
 
 
