@@ -14,6 +14,7 @@ from qstar.analyze import main
 from qstar.diagnostics import statistics
 from qstar.diagnostics.statistics import CELL, Spread
 from qstar.generate import main as generate
+from qstar.merge import main as merge
 from qstar.run.formats import verl_row
 from qstar.run.output import FORMATS
 from qstar.run.parts import Parts
@@ -299,3 +300,11 @@ def test_a_folder_of_parts_is_read_as_the_merged_file(demo_pair, loaded_once, tm
             capsys.readouterr()
             (result,) = analyzed(capsys, url)
             assert (result["file"], result["samples"]) == ("run", 12)
+            with Parts(url, form, True, settings, numbers) as parts:
+                parts.write_manifest(complete=True)
+            merged = made / f"merged{FORMATS[form]}"
+            assert merge([url, "--output", str(merged)]) == 0
+            assert merged.with_name(f"merged.diagnostics.{numbers}").exists()
+            found = RunFiles(made / f"merged.diagnostics.{numbers}")
+            if form in ("jsonl", "openai-batch"):  # rows of others are looked up, and are here twice
+                assert [record.diagnostics for record in found] == 2 * whole
