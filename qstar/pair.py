@@ -194,8 +194,13 @@ class Pair:
 
         def load(name: str | Path, revision: str | None = None):
             of = {"revision": revision or "main"}
-            model = AutoModelForCausalLM.from_pretrained(name, **of, **options).eval()
-            return model, AutoTokenizer.from_pretrained(name, **of, trust_remote_code=trust_remote_code)
+            try:
+                model = AutoModelForCausalLM.from_pretrained(name, **of, **options).eval()
+                return model, AutoTokenizer.from_pretrained(name, **of, trust_remote_code=trust_remote_code)
+            except OSError as error:
+                if str(name) in str(error):
+                    raise
+                raise OSError(f"{name} cannot be loaded: {error}") from error
 
         model_theta, tokenizer_theta = load(theta, revision_theta)
         same = (str(theta), revision_theta) == (str(t), revision_t)

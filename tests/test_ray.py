@@ -35,7 +35,8 @@ from qstar.generate import main as generate
 from qstar.generate import prepare
 from qstar.merge import main as merge
 from qstar.run import cluster
-from qstar.run.output import FORMATS, OutputError
+from qstar.run.options import FORMATS
+from qstar.run.output import OutputError
 from qstar.run.parts import Parts
 from qstar.run.run import BLOCK_BATCHES
 
