@@ -46,7 +46,10 @@ def model_needs(name: str) -> ModelNeeds:
     import torch  # these take seconds, which help and errors do without
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(name)
+    from qstar.pair import naming
+
+    with naming(name):
+        config = AutoConfig.from_pretrained(name)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     text = config.get_text_config()

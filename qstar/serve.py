@@ -109,7 +109,7 @@ def run(argv: list[str] | None) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Serve until interrupted, which is 130; 1 with one line on stderr if the server cannot start, 2 for a wrong
     command line."""
-    return guarded("qstar serve", lambda: run(argv), answers_sigterm=False)
+    return guarded("qstar serve", lambda: run(argv), handles_signals=False)
 
 
 if __name__ == "__main__":

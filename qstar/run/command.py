@@ -13,6 +13,7 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from qstar import __version__
@@ -228,20 +229,29 @@ def failed(prog: str, error: object) -> int:
 
 
 def guarded(
-    prog: str, work: Callable[[], int], memory: str = "", interrupted: str = "", answers_sigterm: bool = True
+    prog: str, work: Callable[[], int], memory: str = "", interrupted: str = "", handles_signals: bool = True
 ) -> int:
     """A command's exit status: what `work` returns, 1 with one line on stderr where it fails for a reason that is not
     this program's fault, 130 where it is interrupted by Ctrl-C or SIGTERM.
 
     Args:
         memory, interrupted: what to do then, said behind that there is no memory, or that it was interrupted.
-        answers_sigterm: SIGTERM is taken for Ctrl-C.
+        handles_signals: SIGTERM is taken for Ctrl-C; otherwise both are left to `work`.
     """
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):  # not a stream of the interpreter's
             stream.reconfigure(errors="qstar.spelt")
-    own = answers_sigterm and threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if own else None
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        while frame is not None:  # an import may drop what is raised in it, or say that a package is broken
+            if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+                os.write(2, f"interrupted{interrupted}\n".encode())
+                os._exit(130)
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
+    own = handles_signals and threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, interrupt) for number in ((signal.SIGINT, signal.SIGTERM) if own else ())}
     try:
         return work()
     except BrokenPipeError:  # whoever reads has seen enough, as `head`
@@ -258,15 +268,16 @@ def guarded(
             return failed(prog, error)
         raise
     finally:
-        if own:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether a device, the allocator of torch, or a mapping of a file had no memory."""
     torch = sys.modules.get("torch")
     on_device = torch is not None and isinstance(error, torch.OutOfMemoryError)
-    return on_device or isinstance(error, MemoryError) or "allocate memory" in str(error)
+    told = any(words in str(error) for words in ("allocate memory", "failed to map segment", "start new thread"))
+    return on_device or isinstance(error, MemoryError) or told
 
 
 PLAIN = {"∝": "~", "·": "*", "−": "-", "–": "-", "…": "...", "«": '"', "»": '"', "‖": "||", "✓": "yes", "✗": "no"}
