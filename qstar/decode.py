@@ -107,6 +107,7 @@ class Decoder:
                 with torch.inference_mode():
                     drafts = min(length.choose([s.tally for s in live]), self.room(caches))
                     self._round(live, sides, drafter, drafts, length)
+                    length.took(drafts)
                     finished = self._drop_finished(live, caches)
                 yield from finished
 

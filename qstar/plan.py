@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qstar.run.command import Parser, guarded, number
-from qstar.run.options import COUNT, check_folder
+from qstar.run.options import BLOCK_BATCHES, COUNT, check_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 USABLE = 0.9  # of a GPU's memory; the rest is for activations, fragments and the driver
 FLEETS = (1, 8, 64, 1000)
+# What one run on Ray was measured to take on one core each (python -m bench.feeding, stub workers, a shared 2-core
+# x86-64 machine): the driver's loop, in parts a second, and the reader, in samples a second
+DRIVER_PARTS, READER_SAMPLES = 90, 29_000
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,11 @@ class Plan:
 
     def samples_a_second(self, gpus: int) -> float:
         return gpus // self.gpus_a_worker / self.sample
+
+    @property
+    def workers_fed(self) -> int:
+        """Workers that one run can feed, by what its driver and its reader take."""
+        return int(min(DRIVER_PARTS * BLOCK_BATCHES * self.rows, READER_SAMPLES) * self.sample)
 
 
 def plan(
@@ -173,6 +181,10 @@ def show(args: argparse.Namespace, placed: Plan, console: "Console") -> None:
         workers = gpus // placed.gpus_a_worker
         table.add_row(f"{gpus:,}", f"{workers:,}", figures(rate), figures(rate * args.new_tokens), hours)
     console.print(table)
+    of_driver = f"{DRIVER_PARTS} parts/s of the driver · {BLOCK_BATCHES} batches · {placed.rows:,} rows"
+    rates = f"{of_driver} = {DRIVER_PARTS * BLOCK_BATCHES * placed.rows:,}, {READER_SAMPLES:,} of the reader"
+    said = f"one run feeds {placed.workers_fed:,} workers: min({rates}) samples/s · a sample"
+    console.print(said, markup=False, highlight=False)
     if not args.step_ms:
         console.print(
             "An estimate from a data sheet, and a bound: no run is as quick. For --step-ms divide --batch-size by the "

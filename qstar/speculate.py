@@ -4,9 +4,12 @@ A draft model proposes tokens with the very noise that the true tokens will be d
 where it equals q*'s own draw. Nothing here changes a token.
 """
 
-from collections.abc import Sequence
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -15,6 +18,10 @@ from qstar.cache import continues, kept
 
 MAX_DRAFT = 15
 PROBE_EVERY = 16  # rounds without drafts after which one token is drafted, to see whether it pays by now
+PLAIN_ROUNDS, PLAIN_EVERY = 3, 32  # rounds without drafts before the first with some, and among those
+REMEMBERED = 9  # rounds of a kind whose median is what such a round takes
+WORTH = 1.05  # as many tokens a second as without drafts: less is noise
+LOSS = 0.02  # of the time, that rounds with drafts may have taken beyond what their tokens take without
 PRIOR_ACCEPTANCE, PRIOR_DRAFTS = 0.8, 4  # what a sequence is believed to accept before it has been tried
 
 
@@ -22,7 +29,7 @@ PRIOR_ACCEPTANCE, PRIOR_DRAFTS = 0.8, 4  # what a sequence is believed to accept
 class Costs:
     """What decoding costs on a device, in reads of one parameter.
 
-    Rough on purpose: a measurement would make K, and so the last digits of the diagnostics, differ from run to run.
+    A guess at how rounds of different sizes compare, which measured rounds correct.
     """
 
     layer: float  # fixed, of each layer in a forward pass
@@ -104,16 +111,31 @@ class ModelCosts:
 class DraftLength:
     """Chooses how many tokens to draft in each round.
 
+    `auto` measures: rounds without drafts come first, in each size of batch, and then now and then; rounds with drafts
+    follow where, by the sequences' acceptance, they are expected to give more tokens a second, and go on while they do.
+    What they lose against rounds without is counted, and where it comes to a `LOSS` of the time there are no drafts.
+
     Args:
-        speculate: that many always, or `auto`: what gives the most tokens for the cost, by the sequences' acceptance.
+        speculate: that many always, or `auto`.
         draft: the model that runs once a token; None where nothing is drafted.
         verify: the models that run once a round.
+        clock: seconds, as they pass.
     """
 
-    def __init__(self, speculate: int | str, draft: torch.nn.Module | None, verify: Sequence[torch.nn.Module]):
-        self.speculate, self.draft = speculate, draft and ModelCosts(draft)
+    def __init__(
+        self,
+        speculate: int | str,
+        draft: torch.nn.Module | None,
+        verify: Sequence[torch.nn.Module],
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self.speculate, self.draft, self.clock = speculate, draft and ModelCosts(draft), clock
         self.verify = [ModelCosts(model) for model in verify] if draft else []
-        self.total, self.rounds, self.rounds_without = Tally(), 0, 0
+        self.total, self.rounds, self.rounds_without, self.rounds_with = Tally(), 0, 0, 0
+        self.elapsed = self.lost = 0.0  # seconds of all rounds, and of those with drafts too many
+        # seconds for a unit of `cost`, of the last rounds of a size (a power of two of rows) and a number of drafts
+        self.units: dict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
+        self.begun, self.rows, self.tokens = 0.0, 0, 0
 
     def cost(self, rows: int, drafts: int) -> float:
         """Rough cost of a round."""
@@ -121,27 +143,60 @@ class DraftLength:
         verifying = sum(model.verify(rows, drafts + 1) for model in self.verify)
         return drafting + verifying + self.draft.draw(rows * (drafts + 1))
 
+    def seconds(self, rows: int, drafts: int) -> float:
+        """What such a round takes, by those that were most like it."""
+        size = rows.bit_length()
+        like = min(self.units, key=lambda kind: (abs(kind[1] - drafts), abs(kind[0] - size)))
+        if (size, 0) in self.units and like[0] != size:  # rather one of this size without drafts
+            of_size = [kind for kind in self.units if kind[0] == size]
+            like = min(of_size, key=lambda kind: abs(kind[1] - drafts))
+        return median(self.units[like]) * self.cost(rows, drafts)
+
     def choose(self, sequences: Sequence[Tally]) -> int:
         """Tokens to draft for these live sequences."""
         if self.draft is None:
             return 0
         self.rounds += 1
-        if self.speculate != "auto":
-            return int(self.speculate)
+        chosen = self._auto(sequences) if self.speculate == "auto" else int(self.speculate)
+        self.begun, self.rows, self.tokens = self.clock(), len(sequences), self.total.tokens
+        return chosen
+
+    def _auto(self, sequences: Sequence[Tally]) -> int:
+        size, rows = len(sequences).bit_length(), len(sequences)
+        if len(self.units[size, 0]) < PLAIN_ROUNDS or self.lost > LOSS * self.elapsed:
+            return 0
+        most = min(MAX_DRAFT, 2 * max(1, *(drafts for _, drafts in self.units)))  # not far beyond what was tried
+        best, rate = self.most_tokens(sequences, most)
+        if rate < WORTH * rows / self.seconds(rows, 0):
+            self.rounds_without += 1
+            best = int(self.rounds_without % PROBE_EVERY == 0)
+        else:
+            self.rounds_with += 1
+            best = 0 if self.rounds_with % PLAIN_EVERY == 0 else best
+        return best
+
+    def most_tokens(self, sequences: Sequence[Tally], most: int) -> tuple[int, float]:
+        """The number of drafts up to `most` that gives the most tokens a second, and how many that are."""
         common = self.total.acceptance(PRIOR_ACCEPTANCE, PRIOR_DRAFTS)
         rates = [tally.acceptance(common, PRIOR_DRAFTS) for tally in sequences]
-        rows, powers, expected = len(rates), [1.0] * len(rates), 0.0
-        best, best_rate = 0, 0.0
-        for drafts in range(MAX_DRAFT + 1):
+        powers, expected, found = [1.0] * len(rates), 0.0, []
+        for drafts in range(most + 1):
             expected += sum(powers)
             powers = [power * rate for power, rate in zip(powers, rates, strict=True)]
-            rate = expected / self.cost(rows, drafts)
-            if rate > best_rate:
-                best, best_rate = drafts, rate
-        self.rounds_without = 0 if best else self.rounds_without + 1
-        if self.rounds_without == PROBE_EVERY:
-            self.rounds_without, best = 0, 1
-        return best
+            found.append((expected / self.seconds(len(rates), drafts), drafts))
+        rate, best = max(found)
+        return best, rate
+
+    def took(self, drafts: int) -> None:
+        """The round that was chosen last is over, with so many drafts."""
+        if self.draft is None or self.speculate != "auto":
+            return
+        seconds, size = self.clock() - self.begun, self.rows.bit_length()
+        self.elapsed += seconds
+        self.units[size, drafts].append(seconds / self.cost(self.rows, drafts))
+        if drafts:  # by what such rounds take: another process may have had the processor in this one
+            without = (self.total.tokens - self.tokens) / self.rows * self.seconds(self.rows, 0)
+            self.lost += self.seconds(self.rows, drafts) - without
 
 
 def overlap(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -6,10 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
+from rows import chosen_seed
 from runs import lines, write_lines
 
 from qstar.analyze import main
+from qstar.diagnostics import statistics
+from qstar.diagnostics.statistics import CELL, Spread
 from qstar.generate import main as generate
+from qstar.run.formats import verl_row
+from qstar.run.output import FORMATS
+from qstar.run.parts import Parts
 from qstar.run.records import RecordError, RunFiles
 from qstar_kernels.types import FIELDS
 
@@ -192,3 +199,103 @@ def test_records(tmp_path):
     assert RunFiles(path).settings == {}
     with pytest.raises(RecordError, match=r"y\.jsonl does not exist"):
         RunFiles(tmp_path / "y.jsonl")
+
+
+def test_files_of_one_name_are_told_apart(tmp_path, capsys):
+    paths = []
+    for name in ("a", "b", "b/c"):
+        (tmp_path / name).mkdir()
+        paths.append(write_run(tmp_path / name))
+    assert [result["file"] for result in analyzed(capsys, *paths)] == ["a/x", "b/x", "c/x"]
+    assert main([str(paths[0]), str(tmp_path / "a" / "x.diagnostics.jsonl")]) == 1
+    assert "is given twice" in capsys.readouterr().err
+
+
+def test_outliers_are_told_where_they_decide(tmp_path, capsys):
+    ess = [[0.5] for _ in range(400)]
+    ess[7] = [900.0]
+    path = write_run(tmp_path, alpha=[[0.5]] * 400, ess_theta=ess, ess_t=[[0.5]] * 400)
+    (result,) = analyzed(capsys, path)
+    verdict = result["verdicts"]["ESS ratio"]
+    assert not verdict["met"]
+    assert verdict["met_without_outliers"]
+    assert verdict["mean_without_outliers"] == pytest.approx(1)
+    assert any("is what a few outliers make it" in line for line in result["warnings"])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        lambda rng: rng.normal(size=50_000),
+        lambda rng: rng.exponential(1e-7, 50_000),
+        lambda rng: -rng.exponential(3, 999),
+        lambda rng: rng.integers(0, 2, 20),
+        lambda rng: rng.choice([-np.inf, np.nan, -0.0, 3e38], 500),
+    ],
+)
+def test_statistics_of_a_stream_are_those_of_all(values):
+    """Whatever the pieces: moments and extremes to rounding, quartiles to within a cell."""
+    rng = np.random.default_rng(chosen_seed() >> 32)
+    values, spread = values(rng).astype(np.float32), Spread()
+    for piece in np.split(values, np.sort(rng.integers(0, len(values), 5))):
+        spread.add(piece)
+    finite = values[np.isfinite(values)].astype(np.float64)
+    assert spread.count == len(finite)
+    assert (spread.low, spread.high) == (finite.min(), finite.max())
+    assert spread.mean == pytest.approx(finite.mean(), rel=1e-12, abs=1e-12 * abs(finite).max())
+    assert np.sqrt(spread.squares / spread.count) == pytest.approx(finite.std(), rel=1e-9)
+    expected = np.quantile(finite, (0.25, 0.5, 0.75))
+    np.testing.assert_allclose(spread.quantiles((0.25, 0.5, 0.75)), expected, rtol=CELL, atol=1e-37)
+
+
+def test_large_files_have_the_statistics_of_small_ones(tmp_path, capsys, monkeypatch):
+    """Where the tokens have no room in memory: all but the quartiles are exact."""
+    rng = np.random.default_rng(chosen_seed() >> 32)
+    sizes = rng.integers(1, 30, 300)
+    path = write_run(tmp_path, alpha=[rng.beta(8, 8, n).tolist() for n in sizes])
+    capsys.readouterr()
+    (exact,) = analyzed(capsys, path)
+    monkeypatch.setattr(statistics, "KEPT_TOKENS", 500)
+    monkeypatch.setattr(statistics, "CHUNK_TOKENS", 100)
+    (found,) = analyzed(capsys, path)
+    assert (exact.pop("quantile_error"), found.pop("quantile_error")) == (0.0, CELL)
+    for result in (exact, found):
+        result["fields"] = {name: pytest.approx(of, rel=CELL, abs=1e-9) for name, of in result["fields"].items()}
+        for verdict in result["verdicts"].values():
+            verdict |= {name: pytest.approx(verdict[name], rel=CELL) for name in ("mean", "mean_without_outliers")}
+    assert [result["samples"] for result in (exact, found)] == [300, 300]
+    assert exact["weights"] == found["weights"]
+    assert exact["of_samples"] == found["of_samples"]
+    (numbers,) = statistics.read_all([RunFiles(path)], ["x"], Console(quiet=True))
+    assert 0 < numbers.kept < 100
+    assert len(numbers.tokens["alpha"]) <= 500
+    alpha = json.loads(json.dumps(statistics.analysis(numbers)["fields"]["alpha"]))
+    assert alpha["mean"] == pytest.approx(np.mean([a for record in RunFiles(path) for a in record.tokens["alpha"]]))
+
+
+def test_a_folder_of_parts_is_read_as_the_merged_file(demo_pair, loaded_once, tmp_path, capsys):
+    """Of any format, of samples as of diagnostics, on this machine and on an object store; a part that is missing is
+    said."""
+    for form in FORMATS:
+        for numbers in ("jsonl", "parquet"):
+            made, url = tmp_path / f"{form}-{numbers}", f"memory://{form}-{numbers}/run"
+            argv = ["--num-samples", "6", "--max-new-tokens", "8", "--save-diagnostics"]
+            argv += ["--output-format", form, "--diagnostics-format", numbers]
+            assert generate([*argv, "--output", str(made / f"x{FORMATS[form]}")]) == 0
+            whole = [record.diagnostics for record in RunFiles(made / f"x{FORMATS[form]}")]
+            if form == "verl":  # whose parts are lines
+                (made / "x.parquet").unlink()
+                journal = [verl_row(line, "x") for line in lines(made / "x.journal.jsonl")]
+                write_lines(made / "x.jsonl", journal)
+            settings = {"--diagnostics-format": numbers}
+            with Parts(url, form, True, settings, numbers) as parts:
+                for part in (0, 1):
+                    parts.put_part(part, made)
+                    parts.done.add(part)
+                parts.write_manifest(complete=False)
+            read = RunFiles(url)
+            assert [record.diagnostics for record in read] == 2 * whole
+            assert "is not complete: 2 parts are there" in read.notes[0]
+            capsys.readouterr()
+            (result,) = analyzed(capsys, url)
+            assert (result["file"], result["samples"]) == ("run", 12)

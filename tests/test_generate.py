@@ -8,11 +8,16 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import huggingface_hub.constants
+import numpy as np
 import pyarrow
+import pyarrow.parquet as pq
 import pytest
 import torch
 from runs import SHARED_DATA, lines, run_through_kills, write_lines
@@ -24,10 +29,13 @@ import qstar.pair
 import qstar.run.checkpoints
 import qstar.run.output
 import qstar.sample
+from qstar.data.prompts import Prompt
 from qstar.demo import PROMPTS, THETA, T
 from qstar.generate import main
+from qstar.run.formats import Finished, sample_line
 from qstar.run.output import Output, OutputError, check_settings
 from qstar.score import main as score
+from qstar_kernels.types import FIELDS
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
 SHORT = ["--max-new-tokens", "24"]
@@ -187,6 +195,81 @@ def test_a_torn_line_is_repaired(tmp_path):
         assert [f.read_bytes() for f in files] == whole
     assert run(tmp_path, *argv) == 0  # complete: nothing to do
     assert [f.read_bytes() for f in files] == whole
+
+
+def test_diagnostics_as_parquet(tmp_path, capsys):
+    """The numbers of the lines, whenever it was cut, also between the table and its lines; a quarter of the space."""
+    argv = ["--num-samples", "8", "--save-diagnostics", "--max-new-tokens", "20"]
+    assert run(tmp_path, *argv, name="lines/x.jsonl") == 0
+    argv += ["--diagnostics-format", "parquet"]
+    assert run(tmp_path, *argv) == 0
+    assert not (tmp_path / "x.diagnostics.jsonl").exists()
+    table, of_lines = tmp_path / "x.diagnostics.parquet", tmp_path / "lines" / "x.diagnostics.jsonl"
+    whole = pq.read_table(table)
+    assert whole.column("logq_sum").to_pylist() == [line["logq_sum"] for line in lines(of_lines)]
+    for row, line in zip(whole.to_pylist(), lines(of_lines), strict=True):
+        for name in FIELDS:
+            assert row["tokens"][name] == np.array(line["tokens"][name], dtype=np.float32).tolist()
+    kept = of_lines.read_bytes().splitlines(keepends=True)
+    samples = (tmp_path / "lines" / "x.jsonl").read_bytes().splitlines(keepends=True)
+    for rows, of_run in ((8, kept), (5, kept[:5]), (5, kept[5:7]), (0, kept[:3])):
+        pq.write_table(whole.slice(0, rows), table) if rows else table.unlink()
+        (tmp_path / "x.diagnostics.jsonl").write_bytes(b"".join(of_run))
+        (tmp_path / "x.jsonl").write_bytes(b"".join(samples[: max(rows, 7)]))
+        assert run(tmp_path, *argv) == 0
+        assert pq.read_table(table).equals(whole)
+        assert (tmp_path / "x.jsonl").read_bytes() == b"".join(samples)
+        assert not (tmp_path / "x.diagnostics.jsonl").exists()
+    (tmp_path / "x.jsonl").write_bytes(b"".join(samples[1:]))
+    capsys.readouterr()
+    assert run(tmp_path, *argv) == 1
+    assert "the files were changed" in capsys.readouterr().err
+
+
+def test_samples_are_synced_together_and_in_time(tmp_path, monkeypatch):
+    """One sync a file for what finished within a tenth of a second, and none counts before it."""
+    synced, real = [], os.fsync
+    sample = Finished(Prompt(0, "0", [], [], {}, None), 0, [], SimpleNamespace(finish_reason="eos", token_ids=[1]))
+    with Output(tmp_path / "x.jsonl", "jsonl", False, {}) as output:
+        monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.append(time.monotonic()), real(descriptor)))
+        begun = time.monotonic()
+        for i in range(20):
+            done = replace(sample, sample_index=i)
+            output.write(done, sample_line(done))
+        assert len(output.done) == 0
+        while len(output.done) < 20:
+            assert time.monotonic() < begun + 10
+            time.sleep(0.01)
+        assert len(synced) == 1
+        done = replace(sample, sample_index=20)
+        output.write(done, sample_line(done))
+        output.sync()
+        assert len(synced) == 2
+        for i in range(21, 21 + qstar.run.output.MOST):  # a long group does not wait
+            done = replace(sample, sample_index=i)
+            output.write(done, sample_line(done))
+        assert len(output.done) >= qstar.run.output.MOST
+    assert len(lines(tmp_path / "x.jsonl")) == 21 + qstar.run.output.MOST
+
+
+def test_a_line_that_a_loss_of_power_left_is_made_again(tmp_path, capsys):
+    argv = ["--num-samples", "8", "--save-diagnostics"]
+    assert run(tmp_path, *argv) == 0
+    files = tmp_path / "x.jsonl", tmp_path / "x.diagnostics.jsonl"
+    whole = [f.read_bytes() for f in files]
+    rows = [data.splitlines(keepends=True) for data in whole]
+    for of_file in (0, 1):
+        holed = list(rows[of_file])
+        holed[5] = holed[5][:30] + b"\0" * 50 + holed[5][80:]
+        files[of_file].write_bytes(b"".join(holed))
+        if of_file == 1:
+            files[0].write_bytes(b"".join(rows[0][:5]))
+        assert run(tmp_path, *argv) == 0
+        assert [f.read_bytes() for f in files] == whole
+    files[0].write_bytes(b"".join([*rows[0][:3], b"{}\n", *rows[0][4:]]))
+    capsys.readouterr()
+    assert run(tmp_path, *argv) == 1
+    assert "line 4 of" in capsys.readouterr().err
 
 
 def test_other_settings_are_refused(tmp_path, capsys):

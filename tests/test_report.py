@@ -511,6 +511,44 @@ def test_ten_thousand_samples(opened, tmp_path, tokenizer):
     assert len(ids_shown(page)) == 25
 
 
+def test_of_many_a_random_part_is_shown_and_the_summary_is_of_all(opened, tmp_path, tokenizer, capsys):
+    """Of two files of one name, one of them scored."""
+    for name, count, settings in (("a", 30, {}), ("b", 10, {"--no-eos": False})):
+        (tmp_path / name).mkdir()
+        write_run(
+            tmp_path / name / "x.jsonl", tokenizer, [(f"question {i}", "one two") for i in range(count)], settings
+        )
+    paths = [str(tmp_path / name / "x.jsonl") for name in ("a", "b")]
+    for _ in range(2):
+        assert main([*paths, "--max-samples", "12", "--output", str(tmp_path / "r.html")]) == 0
+        assert "12 of 40 samples at random" in capsys.readouterr().out
+    page = opened(tmp_path / "r.html")
+    assert len(set(ids_shown(page))) >= 8
+    assert len(ids_shown(page)) == 12
+    assert "12 of 40 samples at random" in page.locator("main").text_content()
+    assert page.locator(".summary tbody th").all_text_contents() == ["a/x", "b/x"]
+    assert page.locator(".summary td[data-label=samples] b").all_text_contents() == ["30", "10"]
+    assert "b/x: q* did not draw these answers" in page.locator(".notes").text_content()
+    assert page.locator(".summary td[data-label='ESS of π_t/q*'] b").all_text_contents()[1] == "–"
+    roles = page.locator(".sample .message:nth-last-of-type(1) .role").all_text_contents()
+    assert set(roles) == {"q*", "answer"}
+
+
+def test_all_that_is_listed_is_printed(opened, demo, run):
+    page = opened(demo)
+    page.wait_for_timeout(500)
+    page.emulate_media(media="print")
+    redrawn_later = page.get_attribute("html", "data-drawn")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert len(ids_shown(page)) == 64
+    assert "64 samples, tokens shaded by α" in page.locator("#printed").text_content()
+    assert page.locator("details:not([open])").count() == 0
+    assert page.locator(".controls").is_hidden()
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    page.wait_for_function("before => document.documentElement.dataset.drawn !== before", arg=redrawn_later)
+    assert len(ids_shown(page)) == 25
+
+
 def test_pieces_make_up_the_text(tokenizer):
     texts = TokenTexts(tokenizer)
     for text in ("Tom has 3 pens.\n\n#### 5", "naïve café 👩‍👩‍👧 日本", " leading", "", "\ufffd odd"):

@@ -41,9 +41,10 @@ from qstar.run.checkpoints import fingerprint, revision
 from qstar.run.formats import Finished, verl_row
 from qstar.run.generating import Generate, Todo, todo, total_samples
 from qstar.run.job import Job, data_source
+from qstar.run.options import BLOCK_BATCHES
 from qstar.run.output import Output, OutputError
 from qstar.run.parts import Parts
-from qstar.run.run import BLOCK_BATCHES, blocks, say_resuming
+from qstar.run.run import blocks, say_resuming
 from qstar.run.summary import Summary, draft_table, progress_bar, tell
 from qstar.speculate import Tally
 

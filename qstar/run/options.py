@@ -14,6 +14,7 @@ from qstar_kernels.types import METHODS, RULE, SAMPLING, SETTINGS, Settings
 
 FORMATS = {"jsonl": ".jsonl", "openai-batch": ".jsonl", "parquet": ".parquet", "verl": ".parquet"}
 DIAGNOSTICS_FORMATS = ("jsonl", "parquet")
+BLOCK_BATCHES = 16  # a block's length in batches: a longer one drains its last batch less often, a resume repeats more
 # Of an installed package, or of a checkout
 GUIDE = next(
     (p for above in Path(__file__).parents[1:3] if (p := above / "docs" / "guide.md").is_file()), "docs/guide.md"

@@ -25,11 +25,10 @@ from qstar.prompting import PromptError
 from qstar.run.checkpoints import written_since
 from qstar.run.formats import Finished, Key, sample_line
 from qstar.run.job import Job, data_source
+from qstar.run.options import BLOCK_BATCHES
 from qstar.run.summary import Summary, progress_bar, tell
 from qstar.sample import DecodeOptions, Request
 from qstar.speculate import Tally
-
-BLOCK_BATCHES = 16  # a block's length in batches: a longer one drains its last batch less often, a resume repeats more
 
 
 class Run(ABC):
