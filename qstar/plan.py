@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qstar.run.command import Parser, guarded, number
-from qstar.run.options import BLOCK_BATCHES, COUNT, check_folder
+from qstar.run.options import BLOCK_BATCHES, COUNT
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -225,9 +225,6 @@ def run(argv: list[str] | None) -> int:
     args = parser.parse_args(argv)
     if args.step_ms and not args.batch_size:
         parser.error("--step-ms is of a number of rows: give --batch-size, too")
-    for side in ("theta", "t"):
-        with parser.refusing():
-            check_folder(f"model-{side}", getattr(args, f"model_{side}"))
     from rich.console import Console
 
     needs = [model_needs(name) for name in dict.fromkeys((args.model_theta, args.model_t))]

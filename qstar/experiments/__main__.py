@@ -22,7 +22,11 @@ def make_parser() -> Parser:
         f"{Path(__file__).with_name('README.md')}",
     )
     parser.add_argument(
-        "experiments", nargs="*", metavar="EXPERIMENT", help=f"which of {', '.join(EXPERIMENTS)} (default: all)"
+        "experiments",
+        nargs="*",
+        default=[],
+        metavar="EXPERIMENT",
+        help=f"which of {', '.join(EXPERIMENTS)} (default: all)",
     )
     parser.add_argument("--model-theta", help="π_θ: hub name or folder (default: the demo pair's)")
     parser.add_argument("--model-t", help="π_t, the target")
