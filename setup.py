@@ -1,19 +1,38 @@
 """Packaging of `qstar` and `qstar_kernels`."""
 
+import re
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 
+HERE = Path(__file__).parent
+
 setup(
     name="qstar",
-    version="0.1.0",
+    version=re.search(r'__version__ = "(.+)"', (HERE / "qstar" / "__init__.py").read_text(encoding="utf-8")).group(1),
     description="Exact, fast sampling from q*, the minimax point between two language models",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     license_files=["LICENSE", "qstar/demo/LICENSE-data.txt"],
-    packages=find_packages(include=["qstar", "qstar.*", "qstar_kernels", "qstar_kernels.*"]),
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: C",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    keywords="language models, sampling, distillation, reinforcement learning, importance weights, vllm, triton",
+    packages=[*find_packages(include=["qstar", "qstar.*", "qstar_kernels", "qstar_kernels.*"]), "qstar.docs"],
+    package_dir={"qstar.docs": "docs"},  # where the help of an installed command sends its readers
     package_data={
+        "qstar.docs": ["guide.md"],
+        "qstar.experiments": ["README.md"],
         "qstar.diagnostics": ["page.html.jinja"],
         "qstar.demo": ["*.jsonl", "*.md", "*.txt", "theta/*", "t/*"],
     },
@@ -39,6 +58,8 @@ setup(
         "filelock>=3.12",
         "fsspec>=2023.5",
         "rich>=13",
+        "pyyaml>=6",
+        "shtab>=1.7",
     ],
     extras_require={
         "4bit": ["bitsandbytes>=0.45"],
@@ -63,6 +84,7 @@ setup(
     },
     entry_points={
         "console_scripts": [
+            "qstar=qstar.__main__:main",
             "qstar-generate=qstar.generate:main",
             "qstar-score=qstar.score:main",
             "qstar-analyze=qstar.analyze:main",

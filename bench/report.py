@@ -17,6 +17,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).with_name("results")
+PAGE = RESULTS / "report.md"  # the one that the project keeps
+OURS = ("qstar", "qstar_sample")  # what is timed beside these in a step or a decoding loop is other people's
 KINDS = ("step", "scaling", "memory", "decode", "generation", "speculation", "twin")
 SHAPE_OF_TARGET = (8, 131072, "float32")
 AXES = {"vocab_size": "vocabulary", "batch": "rows", "noise": "standard deviation of the pair's difference, nats"}
@@ -246,8 +248,19 @@ def targets(run: dict[str, Any]) -> list[str]:
     return ["## Targets", "", *table(("", "measured", "wanted", "met"), rows)] if rows else []
 
 
+def missing(run: dict[str, Any], before: dict[str, Any] | None) -> list[str]:
+    """What a page of this run would be without: kinds of benchmarks, and cases that the run before it had."""
+    kinds = {case["extra_info"]["kind"] for case in run["benchmarks"]}
+    names = {case["name"] for case in run["benchmarks"]}
+    earlier = [case["name"] for case in before["benchmarks"]] if before else []
+    return [kind for kind in KINDS if kind not in kinds] + [name for name in earlier if name not in names]
+
+
 def changes(run: dict[str, Any], before: dict[str, Any]) -> list[str]:
-    """What moved since `before` by more than the spread: the quartiles of the two runs do not meet."""
+    """What moved since `before` by more than the spread: the quartiles of the two runs do not meet.
+
+    What is timed beside ours moves with the machine and its packages, and gets no verdict.
+    """
     old = {case["name"]: case["extra_info"].get("seconds", {}) for case in before["benchmarks"]}
     rows = []
     for case in run["benchmarks"]:
@@ -258,7 +271,8 @@ def changes(run: dict[str, Any], before: dict[str, Any]) -> list[str]:
             (low, high), (old_low, old_high) = quartiles(values), quartiles(earlier)
             if low > old_high or high < old_low:
                 ratio = median(values) / median(earlier)
-                verdict = "**slower**" if ratio > 1 else "faster"
+                compared = any(ours in case["extra_info"]["seconds"] for ours in OURS) and name not in OURS
+                verdict = "not ours" if compared else "**slower**" if ratio > 1 else "faster"
                 rows.append((case["name"], name, milliseconds(earlier), milliseconds(values), f"{ratio:.2f}", verdict))
     since = f"## Since {before['datetime'][:16]} ({before['commit_info']['id'][:10]})"
     if not rows:
@@ -298,7 +312,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run", nargs="?", type=Path, help="a saved run (default: the newest in bench/results)")
     parser.add_argument("--before", type=Path, help="the run to compare with (default: the one before on this machine)")
     parser.add_argument(
-        "--output", type=Path, default=RESULTS / "report.md", help="where to write (default: %(default)s)"
+        "--output", type=Path, help=f"where to write (default: {PAGE}, and a partial run beside the file that it is in)"
     )
     args = parser.parse_args(argv)
     try:
@@ -311,12 +325,16 @@ def main(argv: list[str] | None = None) -> int:
         if before is None:
             earlier = [load(p) for p in saved if p.name < path.name and p.parent == path.parent]
             before = next((other for other in reversed(earlier) if same_machine(run, other)), None)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(page(run, before, args.output.parent), encoding="utf-8")
+        output, partial = args.output or PAGE, missing(run, before)
+        if partial and args.output is None:
+            output = path.with_suffix("") / "report.md"
+            print(f"{path.name} is a partial run, without {', '.join(partial)}; {PAGE.name} stays as it is")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(page(run, before, output.parent), encoding="utf-8")
     except (ReportError, OSError) as error:
         print(f"python -m bench.report: error: {error}", file=sys.stderr)
         return 1
-    print(f"{path} -> {args.output}")
+    print(f"{path} -> {output}")
     return 0
 
 

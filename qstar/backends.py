@@ -8,11 +8,12 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-
-from transformers.utils import logging
+from typing import TYPE_CHECKING
 
 from qstar import vllm
-from qstar.pair import Pair
+
+if TYPE_CHECKING:
+    from qstar.pair import Pair
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Backend:
         package: what must be installed, by the extra of its name.
     """
 
-    load: Callable[[Namespace], Pair]
+    load: Callable[[Namespace], "Pair"]
     batch_size: int
     about: str
     own: tuple[str, ...] = ()
@@ -42,13 +43,15 @@ class Backend:
     package: str = "transformers"
 
 
-def load_by_transformers(args: Namespace) -> Pair:
+def load_by_transformers(args: Namespace) -> "Pair":
     """Both models, and a third one that drafts, in this process."""
+    from qstar.pair import Pair  # torch and transformers take seconds to import, which help and errors do without
+
     names = "draft revision_theta revision_t dtype device device_map attn_implementation load_in_4bit trust_remote_code"
     return Pair.from_pretrained(args.model_theta, args.model_t, **{name: getattr(args, name) for name in names.split()})
 
 
-def load_by_vllm(args: Namespace) -> Pair:
+def load_by_vllm(args: Namespace) -> "Pair":
     """Both models in one engine, which starts with the first decoder."""
     from qstar.vllm.engine import load  # vLLM takes its time to import, and need not be there
 
@@ -97,7 +100,9 @@ def check_backend(args: Namespace) -> None:
     BACKENDS[args.backend].refuse(args)
 
 
-def load_pair(args: Namespace) -> Pair:
+def load_pair(args: Namespace) -> "Pair":
     """The pair that a command line names, on the backend that it names."""
+    from transformers.utils import logging
+
     logging.disable_progress_bar()
     return BACKENDS[args.backend].load(args)

@@ -9,6 +9,8 @@ import json
 from typing import Any
 
 # The names that chat formats give to the roles: OpenAI, ShareGPT and its descendants, LLaMA-Factory, ms-swift, OASST.
+HINT_TEMPLATE = "{prompt}\n\nHint: {hint}"
+
 ROLES = {
     "system": "system",
     "developer": "system",

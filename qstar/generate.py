@@ -2,22 +2,24 @@
 
 import importlib.util
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qstar.backends import BACKENDS, check_backend
 from qstar.run import options
-from qstar.run.generating import Generate
-from qstar.run.job import Job, make_job, open_prompts
-from qstar.run.output import DIAGNOSTICS_FORMATS, FORMATS
-from qstar.run.run import run_command
+from qstar.run.command import Parser, guarded, json_object, number
+
+if TYPE_CHECKING:
+    from qstar.run.job import Job
 
 
-def make_parser() -> options.Parser:
+def make_parser() -> Parser:
     """The command line, in groups."""
-    parser = options.Parser(
+    parser = Parser(
         "generate",
         usage="%(prog)s [options]",
         description="Sample from q* ∝ π_θ^α · π_t^(1−α) between two language models. Without arguments: the demo pair "
-        "on its bundled prompts. Every option is explained in docs/guide.md.",
+        f"on its bundled prompts. Every option is explained in {options.GUIDE}",
     )
     options.add_models(parser)
     group = options.add_data(parser)
@@ -37,7 +39,7 @@ def make_parser() -> options.Parser:
     )
     group.add_argument(
         "--stop-token-ids",
-        type=options.number(int, 0, "a token's id"),
+        type=number(int, 0, "a token's id"),
         nargs="+",
         metavar="ID",
         help="tokens that end a sample",
@@ -58,14 +60,10 @@ def make_parser() -> options.Parser:
     group.add_argument("--batch-size", type=options.COUNT, help=f"sequences decoded together (default: {sizes})")
     for name, backend in BACKENDS.items():
         if backend.engine is not None:
-            group.add_argument(
-                f"--{name}-options", type=options.json_object, default={}, metavar="JSON", help=backend.engine
-            )
+            group.add_argument(f"--{name}-options", type=json_object, default={}, metavar="JSON", help=backend.engine)
     group.add_argument(
         "--speculate",
-        type=lambda value: (
-            value if value == "auto" else options.number(int, 0, "auto or a whole number of at least 0")(value)
-        ),
+        type=lambda value: value if value == "auto" else number(int, 0, "auto or a whole number of at least 0")(value),
         default=0,
         metavar="K",
         help="tokens to draft before both models decide on them in one pass, or auto; the samples stay the same",
@@ -85,7 +83,7 @@ def make_parser() -> options.Parser:
     )
     group.add_argument(
         "--gpus-per-worker",
-        type=options.number(float, 0, "a number of at least 0"),
+        type=options.SHARE,
         help="of each worker; 0.5 puts two on a GPU",
     )
     group.add_argument(
@@ -95,19 +93,24 @@ def make_parser() -> options.Parser:
     )
 
     group = options.add_output(parser)
-    group.add_argument("--output-format", default="jsonl", choices=list(FORMATS), help="what to write")
+    group.add_argument(
+        "--output-format",
+        default="jsonl",
+        choices=list(options.FORMATS),
+        help="what to write; of a file x.parquet parquet is the default",
+    )
     group.add_argument(
         "--save-diagnostics", action="store_true", help="write x.diagnostics.jsonl: every token's numbers"
     )
     group.add_argument(
         "--diagnostics-format",
-        choices=DIAGNOSTICS_FORMATS,  # no default: as in a run that an earlier version began
+        choices=options.DIAGNOSTICS_FORMATS,  # no default: as in a run that an earlier version began
         help="of x.diagnostics: jsonl (default), or parquet, a quarter of the size, at the end of the run",
     )
     return parser
 
 
-def prepare(argv: list[str] | None) -> Job:
+def prepare(argv: list[str] | None) -> "Job":
     """Check the command line and open its dataset; exits with one line if something is wrong."""
     parser = make_parser()
     args = parser.parse_args(argv)
@@ -118,25 +121,34 @@ def prepare(argv: list[str] | None) -> Job:
             options.check_folder("draft", args.draft)
         if args.engine == "ray" and importlib.util.find_spec("ray") is None:
             raise ValueError("--engine ray needs Ray: pip install 'qstar[ray]'")
-        for name in ("num_workers", "gpus_per_worker", "ray_address"):
-            if args.engine != "ray" and getattr(args, name) is not None:
-                raise ValueError(f"--{name.replace('_', '-')} goes with --engine ray")
-        if args.diagnostics_format is not None and not args.save_diagnostics:
-            raise ValueError("--diagnostics-format goes with --save-diagnostics")
+        of_name = args.output and args.engine != "ray" and Path(args.output).suffix == options.FORMATS["parquet"]
+        if of_name and "output_format" not in parser.given:
+            args.output_format = "parquet"
         check_backend(args)
         if args.batch_size is None:
             args.batch_size = BACKENDS[args.backend].batch_size
+        options.check_run(args, parser.given)
+        from qstar.run.job import make_job, open_prompts  # takes seconds, as it imports torch
+
         return make_job(args, lambda: open_prompts(args), args.output_format, args.save_diagnostics)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; 0 if every sample is on disk, 1 if something failed, 2 for a wrong command line."""
+def run(argv: list[str] | None) -> int:
     job = prepare(argv)
     if job.args.engine == "ray":
         from qstar.run.cluster import generate_on_ray  # an extra
 
         return generate_on_ray(job)
-    return run_command("qstar.generate", job, Generate)
+    from qstar.run.generating import Generate
+    from qstar.run.run import run_job
+
+    return run_job(job, Generate)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; 0 if every sample is on disk, 1 if something failed, 2 for a wrong command line, 130 if it was
+    interrupted."""
+    return guarded("qstar generate", lambda: run(argv), **options.RESUMED)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,17 @@ def shared_vocab_size(
         if count < vocab_size:
             raise ValueError(f"model {name} has {count} output rows, fewer than the tokenizer's {vocab_size} entries")
     return vocab_size, notes
+
+
+@contextmanager
+def naming(model: str | Path) -> Iterator[None]:
+    """What is raised because a model is not to be had says which one, which transformers does not without a network."""
+    try:
+        yield
+    except OSError as error:
+        if str(model) in str(error):
+            raise
+        raise OSError(f"{model} cannot be loaded: {error}") from error
 
 
 def pad_at_the_end(tokenizer) -> int | None:
@@ -194,8 +206,9 @@ class Pair:
 
         def load(name: str | Path, revision: str | None = None):
             of = {"revision": revision or "main"}
-            model = AutoModelForCausalLM.from_pretrained(name, **of, **options).eval()
-            return model, AutoTokenizer.from_pretrained(name, **of, trust_remote_code=trust_remote_code)
+            with naming(name):
+                model = AutoModelForCausalLM.from_pretrained(name, **of, **options).eval()
+                return model, AutoTokenizer.from_pretrained(name, **of, trust_remote_code=trust_remote_code)
 
         model_theta, tokenizer_theta = load(theta, revision_theta)
         same = (str(theta), revision_theta) == (str(t), revision_t)

@@ -9,14 +9,13 @@ import argparse
 import math
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from rich.console import Console
-from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM
+from qstar.run.command import Parser, guarded, number
+from qstar.run.options import BLOCK_BATCHES, COUNT
 
-from qstar.run.options import COUNT, Parser, failed, number
-from qstar.run.run import BLOCK_BATCHES
+if TYPE_CHECKING:
+    from rich.console import Console
 
 USABLE = 0.9  # of a GPU's memory; the rest is for activations, fragments and the driver
 FLEETS = (1, 8, 64, 1000)
@@ -47,7 +46,13 @@ def model_needs(name: str) -> ModelNeeds:
     Raises:
         OSError, ValueError: there is no such model, or it is not a causal language model.
     """
-    config = AutoConfig.from_pretrained(name)
+    import torch  # these take seconds, which help and errors do without
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from qstar.pair import naming
+
+    with naming(name):
+        config = AutoConfig.from_pretrained(name)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     text = config.get_text_config()
@@ -161,8 +166,10 @@ def milliseconds(seconds: float) -> str:
     return f"{figures(seconds * 1e3)} ms"
 
 
-def show(args: argparse.Namespace, placed: Plan, console: Console) -> None:
+def show(args: argparse.Namespace, placed: Plan, console: "Console") -> None:
     """The arithmetic of one worker line by line, and a table of many."""
+    from rich.table import Table
+
     for what, how, result in placed.lines:
         console.print(f"{what}: {how} = {result}", markup=False, highlight=False)
     table = Table(title=f"\nworkers share nothing{'' if args.step_ms else '; at most'}", title_justify="left")
@@ -213,29 +220,33 @@ def make_parser() -> Parser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Print the plan; 0, or 1 with one line on stderr."""
+def run(argv: list[str] | None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.step_ms and not args.batch_size:
         parser.error("--step-ms is of a number of rows: give --batch-size, too")
-    try:
-        needs = [model_needs(name) for name in dict.fromkeys((args.model_theta, args.model_t))]
-        placed = plan(
-            needs,
-            memory=args.gpu_memory * 1e9,
-            bandwidth=args.bandwidth * 1e9,
-            operations=args.tflops * 1e12,
-            prompt_tokens=args.prompt_tokens,
-            new_tokens=args.new_tokens,
-            size=args.bytes,
-            rows=args.batch_size,
-            step=args.step_ms and args.step_ms / 1e3,
-        )
-    except (OSError, ValueError) as error:
-        return failed(parser.prog, error)
+    from rich.console import Console
+
+    needs = [model_needs(name) for name in dict.fromkeys((args.model_theta, args.model_t))]
+    placed = plan(
+        needs,
+        memory=args.gpu_memory * 1e9,
+        bandwidth=args.bandwidth * 1e9,
+        operations=args.tflops * 1e12,
+        prompt_tokens=args.prompt_tokens,
+        new_tokens=args.new_tokens,
+        size=args.bytes,
+        rows=args.batch_size,
+        step=args.step_ms and args.step_ms / 1e3,
+    )
     show(args, placed, Console(soft_wrap=True))
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the plan; 0, 1 with one line on stderr if it cannot be made, 2 for a wrong command line, 130 if it was
+    interrupted."""
+    return guarded("qstar plan", lambda: run(argv))
 
 
 if __name__ == "__main__":

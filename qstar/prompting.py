@@ -13,9 +13,7 @@ from jinja2.meta import find_undeclared_variables
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from qstar.conversation import as_text, from_json, text_of
-
-HINT_TEMPLATE = "{prompt}\n\nHint: {hint}"
+from qstar.conversation import HINT_TEMPLATE, as_text, from_json, text_of
 
 # Put in front of a template, so that its `strftime_now` is this macro: transformers lets no function through to a
 # template, only texts. The line's end is dropped after a block, as everywhere in a chat template.

@@ -62,12 +62,20 @@ class Rule:
         return self.settings
 
     def _special_from_t(self, logits_theta: Tensor, logits_t: Tensor, settings: Settings) -> Tensor:
-        """log q* [B, V] with the special tokens at π_t's own probability and the others scaled to the rest."""
+        """log q* [B, V] with the special tokens at π_t's own probability and the others scaled to the rest.
+
+        Where truncation leaves no other token, there is nothing that could take the rest: the special ones are then
+        all, in the proportions that π_t has them in.
+        """
         _, log_q = dispatch.step("auto", logits_theta, logits_t, settings, self.vocab_size, want_log_q=True)
         special = torch.tensor(sorted(self.special_ids), dtype=torch.int64, device=log_q.device)
         temperature = settings.temperature or 1.0
         log_t = (logits_t[:, : self.vocab_size].to(log_q.dtype) / temperature).log_softmax(-1)[:, special]
-        rest = log_q.index_fill(-1, special, -torch.inf).log_softmax(-1)
+        others = log_q.index_fill(-1, special, -torch.inf)
+        rest = others.log_softmax(-1)
         forced = rest + torch.log1p(-log_t.exp().sum(-1, keepdim=True).clamp(max=1))
-        forced[:, special] = log_t
+        alone = (others == -torch.inf).all(-1, keepdim=True)
+        forced = forced.masked_fill(alone, -torch.inf)
+        alone_t = log_t.log_softmax(-1).masked_fill(log_t == -torch.inf, -torch.inf)
+        forced[:, special] = torch.where(alone, alone_t, log_t)
         return forced

@@ -7,28 +7,33 @@ It writes what `qstar.generate --save-diagnostics` writes, `x.jsonl` and `x.diag
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from qstar.data.answers import DatasetAnswers
-from qstar.rule import FORCED
 from qstar.run import options
-from qstar.run.job import Job, make_job, open_prompts
-from qstar.run.records import RecordError, RunAnswers, RunFiles
-from qstar.run.run import run_command
-from qstar.run.scoring import Score
+from qstar.run.command import Parser, guarded
+
+if TYPE_CHECKING:
+    from qstar.run.job import Job
 
 # What scoring takes over from the run that made the samples: who, and which q*
 RUN_DEFAULTS = {"model_theta", "model_t", "dtype", "load_in_4bit", "trust_remote_code", "use_request_parameters"}
-RUN_DEFAULTS |= {*options.DEST.values(), *FORCED}
+RUN_DEFAULTS |= {*options.DEST.values()}
+# And what has no meaning for its samples, whose prompts and answers are tokens already
+OF_TEXT = {"prompt_field", "response_field", "no_eos", "dataset_split", "dataset_config", "continue_final_message"}
+OF_TEXT |= {"t_hint_field", "t_hint_template"}
+OF_TEXT |= {
+    f"{side}_{what}" for side in ("theta", "t") for what in ("chat_template", "system_prompt", "template_kwargs")
+}
 
 
-def make_parser() -> options.Parser:
+def make_parser() -> Parser:
     """The command line, in groups."""
-    parser = options.Parser(
+    parser = Parser(
         "score",
         usage="%(prog)s --dataset FILE [options]",
         description="The numbers that q* gives to answers that are there already: α, KL, ESS and the three "
         "log-probabilities of every token, and importance weights. On the output of qstar.generate the options of that "
-        "run are the defaults. Every option is explained in docs/guide.md.",
+        f"run are the defaults. Every option is explained in {options.GUIDE}",
     )
     options.add_models(parser)
     group = options.add_data(parser)
@@ -42,7 +47,7 @@ def make_parser() -> options.Parser:
     group.add_argument("--batch-size", type=options.COUNT, default=16, help="sequences that are scored together")
     group.add_argument(
         "--clip",
-        type=options.number(float, 0, "a number of at least 0"),
+        type=options.SHARE,
         default=10.0,
         help="bound of the clipped importance weights",
     )
@@ -51,36 +56,56 @@ def make_parser() -> options.Parser:
     return parser
 
 
-def prepare(argv: list[str] | None) -> Job:
+def prepare(argv: list[str] | None) -> "Job":
     """Check the command line and open its dataset; exits with one line if something is wrong."""
     parser = make_parser()
     args = parser.parse_args(argv)
     with parser.refusing():
         if args.dataset is None:
             raise ValueError("--dataset is missing: the file with the prompts and answers to score")
+        options.settings_of(args)
+        options.check_output(args)
+        name = args.dataset[0]
+        is_run = "://" in name or Path(name).is_file() or Path(name, "manifest.json").is_file()
+        if len(args.dataset) > 1 or not is_run:
+            options.check_run(args, parser.given)
+        # these take seconds, as they import torch
+        from qstar.data.answers import DatasetAnswers
+        from qstar.rule import FORCED
+        from qstar.run.job import make_job, open_prompts
+        from qstar.run.records import RecordError, RunAnswers, RunFiles
+
         files = None
         with suppress(RecordError):  # it is one of the files that a run wrote, together with its diagnostics
-            name = args.dataset[0]
-            is_run = "://" in name or Path(name).is_file() or Path(name, "manifest.json").is_file()
             files = RunFiles(name) if len(args.dataset) == 1 and is_run else None
         if files is None:
+            options.check_run(args, parser.given)
             return make_job(args, lambda: DatasetAnswers(open_prompts(args), args.response_field))
         try:
             next(iter(files))
         except RecordError as error:
             raise ValueError(f"--dataset: {error}") from None
+        if unused := sorted(OF_TEXT & parser.given):
+            raise ValueError(f"{options.option(unused[0])}: the prompts and answers of a run are its own tokens")
         of_run = {name.removeprefix("--").replace("-", "_"): value for name, value in files.settings.items()}
-        parser.set_defaults(**{name: value for name, value in of_run.items() if name in RUN_DEFAULTS})
+        parser.set_defaults(**{name: value for name, value in of_run.items() if name in {*RUN_DEFAULTS, *FORCED}})
         args = parser.parse_args(argv)
-        for name in ("prompt_field", "response_field", "t_hint_field"):
-            if getattr(args, name) is not None:
-                raise ValueError(f"--{name.replace('_', '-')}: the prompts and answers of a run are its own tokens")
+        options.check_run(args, parser.given)
         return make_job(args, lambda: RunAnswers(files, args.num_samples, bool(args.use_request_parameters)))
 
 
+def run(argv: list[str] | None) -> int:
+    job = prepare(argv)
+    from qstar.run.run import run_job
+    from qstar.run.scoring import Score
+
+    return run_job(job, Score)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; 0 if every answer is scored, 1 if something failed, 2 for a wrong command line."""
-    return run_command("qstar.score", prepare(argv), Score)
+    """Run the command; 0 if every answer is scored, 1 if something failed, 2 for a wrong command line, 130 if it was
+    interrupted."""
+    return guarded("qstar score", lambda: run(argv), **options.RESUMED)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ from argparse import Namespace
 from typing import Any
 
 from qstar.backends import check_installed
-from qstar.run.options import Parser, add_model_names, add_rule, check_models, failed, settings_of
+from qstar.run.command import Parser, guarded
+from qstar.run.options import add_model_names, add_rule, check_models, settings_of
 from qstar.vllm import SERVER
 
 NAME = "qstar"  # of the model in requests, unless --served-model-name says another
@@ -95,8 +96,7 @@ async def serve(arguments: Namespace, updated: Any = None) -> None:
     await entry.run_server_worker(*entry.setup_server(arguments, reuse_port=False), arguments)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Serve until interrupted; 1 with one line on stderr if the server cannot start, 2 for a wrong command line."""
+def run(argv: list[str] | None) -> int:
     parser, args, of_vllm = prepare(argv)
     arguments, pair = server_arguments(parser, args, of_vllm)
     os.environ[SERVER] = "1"
@@ -109,11 +109,15 @@ def main(argv: list[str] | None = None) -> int:
     )
     try:
         uvloop.run(serve(arguments, pair if args.allow_weight_updates else None))
-    except (RuntimeError, ValueError, OSError) as error:
-        return failed(parser.prog, error)
-    except KeyboardInterrupt:
-        return 130
+    except RuntimeError as error:  # vLLM's own
+        raise ValueError(str(error)) from error
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serve until interrupted, which is 130; 1 with one line on stderr if the server cannot start, 2 for a wrong
+    command line."""
+    return guarded("qstar serve", lambda: run(argv), handles_signals=False)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # a command line has its options from here, and does without torch until a model is loaded
+    import torch
+    from torch import Tensor
 
 METHODS = ("kl_symmetry", "ess_balance", "reverse_kl_symmetry", "entropy", "fixed")
+SOLVED = ("kl_symmetry", "ess_balance")  # those whose condition is met to a tolerance
 
 
 class Status(IntEnum):
@@ -31,13 +33,15 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
 LARGEST_LOGIT = 1e15  # beyond this a logit means an infinity
 
 
-def mask_of(dtype: torch.dtype) -> float:
+def mask_of(dtype: "torch.dtype") -> float:
     """The greatest logit of a type that means −inf.
 
     Masks are also written as the least finite number of the logits' type, or as −1e18, which taken literally puts
     corners into the curve that have nothing to do with the two models. The least number of float16 is −65504; for the
     wider types anything from −1e15 down is taken for a mask.
     """
+    import torch
+
     return -65504.0 if dtype == torch.float16 else -LARGEST_LOGIT
 
 
@@ -56,9 +60,10 @@ TEMPERATURE = Range(0.0, MAX_TEMPERATURE, f"0 (greedy), or in [{MIN_TEMPERATURE:
 RULE, SAMPLING = "rule for α (the weight of π_θ)", "sampling"
 
 
-def setting(default: Any, group: str, help: str, bounds: Range | None = None) -> Any:
-    """A field of `Settings`; `group` and `help` are those of its option on a command line."""
-    return field(default=default, metadata={"group": group, "help": help, "range": bounds})
+def setting(default: Any, group: str, help: str, bounds: Range | None = None, methods: Sequence[str] = METHODS) -> Any:
+    """A field of `Settings`; `group` and `help` are those of its option on a command line, and `methods` those that it
+    has a meaning for."""
+    return field(default=default, metadata={"group": group, "help": help, "range": bounds, "methods": methods})
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class Settings:
     """
 
     method: str = setting("kl_symmetry", RULE, "condition that α meets at every token")
-    alpha: float = setting(0.5, RULE, "α of method fixed", Range(0.0, 1.0, "in [0, 1]: the weight of π_θ"))
+    alpha: float = setting(0.5, RULE, "α of method fixed", Range(0.0, 1.0, "in [0, 1]: the weight of π_θ"), ("fixed",))
     alpha_min: float = setting(0.0, RULE, "lower clamp", Range(0.0, 1.0, "in [0, 1]"))
     alpha_max: float = setting(1.0, RULE, "upper clamp", Range(0.0, 1.0, "in [alpha_min, 1]"))
     temperature: float = setting(1.0, SAMPLING, "of both models, before they are mixed; 0 is greedy", TEMPERATURE)
@@ -87,7 +92,9 @@ class Settings:
     )
     target_top_k: int = setting(0, SAMPLING, "restrict q* to π_t's top k (0: all)", COUNT)
     target_top_p: float = setting(1.0, SAMPLING, "restrict q* to π_t's top-p set", SHARE)
-    tol: float = setting(1e-5, RULE, "bound on |KL(q*‖π_θ) − KL(q*‖π_t)| in nats", Range(ABOVE_0, 1.0, "in (0, 1]"))
+    tol: float = setting(
+        1e-5, RULE, "bound on |KL(q*‖π_θ) − KL(q*‖π_t)| in nats", Range(ABOVE_0, 1.0, "in (0, 1]"), SOLVED
+    )
 
     def __post_init__(self) -> None:
         # once a call: what costs more than a comparison is done only where a comparison asks for it
@@ -143,30 +150,30 @@ class QStarStep:
     q* at temperature 1). `logp_theta` and `logp_t` are the models' own at temperature 1, untruncated.
     """
 
-    alpha: Tensor
-    kl_theta: Tensor  # KL(q*‖π_θ)
-    kl_t: Tensor  # KL(q*‖π_t)
-    ess_theta: Tensor  # 1 / Σ π_θ²/q*, in (0, 1]; 0 where π_θ has mass outside q*'s support
-    ess_t: Tensor  # 1 / Σ π_t²/q*
-    status: Tensor  # int64, see `Status`
-    token: Tensor | None = None  # int64, −1 where `status` is not OK
-    logq: Tensor | None = None
-    logp_theta: Tensor | None = None
-    logp_t: Tensor | None = None
+    alpha: "Tensor"
+    kl_theta: "Tensor"  # KL(q*‖π_θ)
+    kl_t: "Tensor"  # KL(q*‖π_t)
+    ess_theta: "Tensor"  # 1 / Σ π_θ²/q*, in (0, 1]; 0 where π_θ has mass outside q*'s support
+    ess_t: "Tensor"  # 1 / Σ π_t²/q*
+    status: "Tensor"  # int64, see `Status`
+    token: "Tensor | None" = None  # int64, −1 where `status` is not OK
+    logq: "Tensor | None" = None
+    logp_theta: "Tensor | None" = None
+    logp_t: "Tensor | None" = None
 
     @classmethod
-    def of(cls, numbers: Sequence[Tensor], status: Tensor, token: Tensor | None) -> "QStarStep":
+    def of(cls, numbers: Sequence["Tensor"], status: "Tensor", token: "Tensor | None") -> "QStarStep":
         """From `FIELDS`, [B] each; of those `OF_ROW` alone are looked at where there is no token."""
         of_token = () if token is None else numbers[len(OF_ROW) :]
         return cls(*numbers[: len(OF_ROW)], status, token, *of_token)
 
-    def to(self, dtype: torch.dtype) -> "QStarStep":
+    def to(self, dtype: "torch.dtype") -> "QStarStep":
         """The same with its floating-point fields in `dtype`."""
         if self.alpha.dtype == dtype:
             return self
         return QStarStep.of([x.to(dtype) for x in self.numbers()], self.status, self.token)
 
-    def numbers(self) -> list[Tensor]:
+    def numbers(self) -> list["Tensor"]:
         """The `FIELDS` that are there."""
         return [x for name in FIELDS if (x := getattr(self, name)) is not None]
 
@@ -176,6 +183,8 @@ OF_ROW, OF_TOKEN = NAMES[: NAMES.index("status")], NAMES[NAMES.index("token") + 
 FIELDS = OF_ROW + OF_TOKEN  # the floating-point fields, in the order of every [8, B]
 
 
-def output_dtype(theta: Tensor, t: Tensor) -> torch.dtype:
+def output_dtype(theta: "Tensor", t: "Tensor") -> "torch.dtype":
     """float64 where a row is float64, else float32."""
+    import torch
+
     return torch.float64 if torch.float64 in (theta.dtype, t.dtype) else torch.float32

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import bench.report
 from bench.competitors import research_step
 from bench.loops import own_loop, plain_loop, split_times
 from bench.report import main
@@ -51,6 +52,32 @@ def test_a_regression_is_marked(tmp_path):
     assert "| 0.83 | faster |" in report(tmp_path, run(0.010), run(0.012))
     text = report(tmp_path, run(0.0101), run(0.010))
     assert "Nothing moved by more than the spread." in text
+
+
+def test_others_get_no_verdict(tmp_path):
+    """What is timed beside ours moves with the machine."""
+    now = run(0.010)
+    now["benchmarks"][0]["extra_info"]["seconds"]["research code"] = [0.5] * 5
+    text = report(tmp_path, now, run(0.010))
+    assert "| research code |" in text
+    assert "| 1.67 | not ours |" in text
+    assert "**slower**" not in text
+
+
+def test_a_partial_run_leaves_the_page(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "report.md"
+    page.write_text("whole")
+    monkeypatch.setattr(bench.report, "RESULTS", tmp_path)
+    monkeypatch.setattr(bench.report, "PAGE", page)
+    saved = tmp_path / "machine" / "0001.json"
+    saved.parent.mkdir()
+    saved.write_text(json.dumps(run(0.010)))
+    assert main([]) == 0
+    assert "is a partial run, without scaling, memory" in capsys.readouterr().out
+    assert page.read_text() == "whole"
+    assert "## One step" in (tmp_path / "machine" / "0001" / "report.md").read_text()
+    assert main(["--output", str(page)]) == 0
+    assert "## One step" in page.read_text()
 
 
 def test_from_the_flag_to_the_page(tmp_path):

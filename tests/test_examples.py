@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from qstar.demo import THETA
 from qstar.generate import main as generate
-from qstar.run.output import FORMATS
+from qstar.run.options import FORMATS
 from qstar.run.records import RunFiles
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

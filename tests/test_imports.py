@@ -18,6 +18,7 @@ FLOORS = (
     ("qstar.diagnostics",),
     tuple(f"qstar.{command}" for command in ("generate", "score", "serve", "merge", "plan", "analyze", "report")),
     ("qstar.experiments",),
+    ("qstar.__main__",),
 )
 PACKAGES = ("qstar_kernels", "qstar", "bench", "theory")
 # Programs that stand in the folder of what they are about

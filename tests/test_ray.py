@@ -35,9 +35,9 @@ from qstar.generate import main as generate
 from qstar.generate import prepare
 from qstar.merge import main as merge
 from qstar.run import cluster
-from qstar.run.output import FORMATS, OutputError
+from qstar.run.options import BLOCK_BATCHES, FORMATS
+from qstar.run.output import OutputError
 from qstar.run.parts import Parts
-from qstar.run.run import BLOCK_BATCHES
 
 ROOT, INF = Path(__file__).parents[1], math.inf
 # Ray's workers are nice by default, and would starve beside whatever else runs

@@ -22,7 +22,7 @@ from qstar.analyze import main as analyze
 from qstar.demo import PROMPTS, THETA, T
 from qstar.forced import Scorer
 from qstar.generate import main as generate
-from qstar.run.output import DIAGNOSTICS_FORMATS, FORMATS
+from qstar.run.options import DIAGNOSTICS_FORMATS, FORMATS
 from qstar.run.records import RunFiles
 from qstar.sample import DecodeOptions, Request, Sample
 from qstar.score import main as score

@@ -10,8 +10,8 @@ from runs import lines, write_lines
 
 from qstar.demo import THETA
 from qstar.generate import main as generate
-from qstar.merge import merge
 from qstar.run.formats import SCHEMAS, schema_of, table_of, verl_row
+from qstar.run.merging import merge
 from qstar.run.output import OutputError
 from qstar.run.parts import Parts
 

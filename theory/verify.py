@@ -1026,15 +1026,15 @@ def main(argv: list[str] | None = None) -> int:
     for impl in impls:
         for verdict in verify(impl):
             rows[verdict.claim].append(verdict)
-    table = Table(title="worst violation of each claim", caption=f"allowed on the CPU path: at least {ALLOWED_CPU:g}")
+    table = Table(title="worst violation of each claim, and what is allowed")
     table.add_column("claim")
     table.add_column("statement", ratio=1)
-    for name in (*impls, "allowed", "verdict"):
+    for name in (*(column for impl in impls for column in (impl, "allowed")), "verdict"):
         table.add_column(name, no_wrap=True)
     for claim, verdicts in rows.items():
-        worst = {v.impl: f"{v.violation:.1e}" for v in verdicts}
+        of_impl = {v.impl: (f"{v.violation:.1e}", f"{v.allowed:g}") for v in verdicts}
         verdict = "[green]holds[/]" if all(v.green for v in verdicts) else "[red]VIOLATED[/]"
-        numbers = (*(worst.get(impl, "") for impl in impls), f"{claim.allowed:g}")
+        numbers = [number for impl in impls for number in of_impl.get(impl, ("", ""))]
         table.add_row(claim.number, escape(claim.statement), *numbers, verdict)
     Console().print(table)
     return 0 if all(v.green for verdicts in rows.values() for v in verdicts) else 1

@@ -33,7 +33,6 @@ from qstar_kernels.types import FIELDS, OF_ROW, OF_TOKEN
 
 CHUNK_TOKENS, CHUNK_CHARACTERS = 8192, 1 << 18  # a block ends at either: unpacked in a few milliseconds
 SHOWN_DIGITS = 4
-MAX_SAMPLES = 10_000  # that a page has by default; more take long to open
 STATISTICS = {
     "tokens": "tokens",
     "alpha": "mean α",
@@ -387,7 +386,7 @@ def chosen(numbers: list[Numbers], max_samples: int) -> list[set[int] | None]:
 
 
 def make_report(
-    paths: list[Path | str], output: Path, tokenizer: str | None, console: Console, max_samples: int = MAX_SAMPLES
+    paths: list[Path | str], output: Path, tokenizer: str | None, console: Console, max_samples: int
 ) -> str:
     """Write the report on some runs to `output`; returns a line that says what it holds.
 

@@ -5,14 +5,11 @@ import importlib.util
 import os
 import sys
 import warnings
-from functools import partial
 from pathlib import Path
 
-import torch
-
 from qstar.demo import THETA, T
-from qstar.run.checkpoints import fingerprint
-from qstar.run.options import COUNT, Parser, check_folder, failed
+from qstar.run.command import Parser, guarded
+from qstar.run.options import COUNT, check_folder
 
 EXPERIMENTS = ("main", "ablation", "scaling", "speculation", "long_run")
 
@@ -21,10 +18,15 @@ def make_parser() -> Parser:
     parser = Parser(
         "experiments",
         description="Train a policy on data from q* and from its rivals, on a CPU, and measure what comes of it. "
-        "Without arguments: all five experiments on the demo pair. What was found is in qstar/experiments/README.md.",
+        "Without arguments: all five experiments on the demo pair. What was found is in "
+        f"{Path(__file__).with_name('README.md')}",
     )
     parser.add_argument(
-        "experiments", nargs="*", metavar="EXPERIMENT", help=f"which of {', '.join(EXPERIMENTS)} (default: all)"
+        "experiments",
+        nargs="*",
+        default=[],
+        metavar="EXPERIMENT",
+        help=f"which of {', '.join(EXPERIMENTS)} (default: all)",
     )
     parser.add_argument("--model-theta", help="π_θ: hub name or folder (default: the demo pair's)")
     parser.add_argument("--model-t", help="π_t, the target")
@@ -39,8 +41,7 @@ def make_parser() -> Parser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; 0 if all is done, 1 if something failed, 2 for a wrong command line."""
+def run(argv: list[str] | None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
     for name in args.experiments:
@@ -62,13 +63,14 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", module="torch|transformers|trl|accelerate")
+    import torch
     from datasets.utils.logging import disable_progress_bar
     from transformers.utils import logging
 
     from qstar import Pair
     from qstar.experiments import report, results, training
     from qstar.experiments.studies import QUICK, Sizes, Studies
-    from qstar.run.output import OutputError
+    from qstar.run.checkpoints import fingerprint
 
     disable_progress_bar()
     logging.disable_progress_bar()
@@ -82,17 +84,21 @@ def main(argv: list[str] | None = None) -> int:
         "training": training.settings(),
     }
     seeds = args.seeds or (1 if args.quick else 3)
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-        studies = Studies(Pair.from_pretrained(theta, t, device="cpu"), sizes)
-        for name in args.experiments or EXPERIMENTS:
-            path = args.output / f"{name}.json"
-            found = results.run(path, studies.cells(name), seeds, settings, partial(print, flush=True))
-            report.write(name, found, args.output)
-    except (OSError, ValueError, OutputError) as error:
-        return failed(parser.prog, error)
-    print(f"results: {args.output}")
+    args.output.mkdir(parents=True, exist_ok=True)
+    studies = Studies(Pair.from_pretrained(theta, t, device="cpu"), sizes)
+    say = (lambda line: None) if args.quiet else (lambda line: print(line, flush=True))
+    for name in args.experiments or EXPERIMENTS:
+        path = args.output / f"{name}.json"
+        found = results.run(path, studies.cells(name), seeds, settings, say)
+        report.write(name, found, args.output)
+    say(f"results: {args.output}")
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; 0 if all is done, 1 if something failed, 2 for a wrong command line, 130 if it was
+    interrupted."""
+    return guarded("qstar experiments", lambda: run(argv), interrupted="; start the same command again to go on")
 
 
 if __name__ == "__main__":

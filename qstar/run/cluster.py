@@ -41,9 +41,10 @@ from qstar.run.checkpoints import fingerprint, revision
 from qstar.run.formats import Finished, verl_row
 from qstar.run.generating import Generate, Todo, todo, total_samples
 from qstar.run.job import Job, data_source
+from qstar.run.options import BLOCK_BATCHES
 from qstar.run.output import Output, OutputError
 from qstar.run.parts import Parts
-from qstar.run.run import BLOCK_BATCHES, blocks, one_line_if_it_fails, say_resuming
+from qstar.run.run import blocks, say_resuming
 from qstar.run.summary import Summary, draft_table, progress_bar, tell
 from qstar.speculate import Tally
 
@@ -306,25 +307,25 @@ def for_workers(job: Job) -> tuple[Job, Namespace]:
 
 
 def generate_on_ray(job: Job) -> int:
-    """Run `qstar.generate` on a cluster; 0 if every sample is there, 1 with one line on stderr if something failed."""
+    """Run `qstar.generate` on a cluster; 0 if every sample is there, 1 if a prompt failed.
 
-    console, start = Console(soft_wrap=True), time.time()
-
-    def make_all() -> int:
-        try:
-            with only_our_lines(), job.output as parts, cluster(job.args.ray_address):
-                console.print(f"prompts: {job.prompts.description}", markup=False, highlight=False)
-                return 1 if run(job, parts, console, start) else 0
-        except ray.exceptions.RayError as error:
-            # the first line of its `cause` is what the reader raised, the others are Ray's advice; the error itself can
-            # be of the cause's kind, too, with a traceback as text
-            if (cause := getattr(error, "cause", None)) is not None:
-                reason = str(cause).splitlines()[0]
-            else:
-                reason = f"Ray gave up: {str(error).strip().splitlines()[-1]}"
-            raise OutputError(f"{reason}; what is complete is kept") from error
-
-    return one_line_if_it_fails("qstar.generate", make_all)
+    Raises:
+        ClusterError: the cluster is not there, or has not what the run needs.
+        OutputError: the run cannot go on; the message is one line.
+    """
+    console, start = Console(soft_wrap=True, quiet=job.args.quiet), time.time()
+    try:
+        with only_our_lines(), job.output as parts, cluster(job.args.ray_address):
+            console.print(f"prompts: {job.prompts.description}", markup=False, highlight=False)
+            return 1 if run(job, parts, console, start) else 0
+    except ray.exceptions.RayError as error:
+        # the first line of its `cause` is what the reader raised, the others are Ray's advice; the error itself can
+        # be of the cause's kind, too, with a traceback as text
+        if (cause := getattr(error, "cause", None)) is not None:
+            reason = str(cause).splitlines()[0]
+        else:
+            reason = f"Ray gave up: {str(error).strip().splitlines()[-1]}"
+        raise OutputError(f"{reason}; what is complete is kept") from error
 
 
 def run(job: Job, parts: Parts, console: Console, start: float) -> int:

@@ -1,12 +1,10 @@
 """A checked command line: everything that a run needs but the models, and what its output depends on."""
 
 import argparse
-import importlib.util
 import json
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,8 @@ from qstar.data.prompts import PromptSource, load_prompts
 from qstar.demo import PROMPTS
 from qstar.prompting import PromptError, PromptFormat
 from qstar.run.checkpoints import fingerprint, revision
-from qstar.run.options import check_models, settings_of
-from qstar.run.output import FORMATS, Output, OutputError
+from qstar.run.options import settings_of
+from qstar.run.output import Output, OutputError
 from qstar.run.parts import Parts
 from qstar.run.records import RunAnswers
 from qstar_kernels.types import Settings
@@ -66,23 +64,11 @@ def data_source(args: argparse.Namespace) -> str:
 def make_job(
     args: argparse.Namespace, open_data: Callable[[], Data], output_format: str = "jsonl", save_diagnostics: bool = True
 ) -> Job:
-    """What both commands check and open; raises ValueError or OSError with one line where something is wrong."""
-    check_models(args)
-    if args.device is not None and args.device_map is not None:
-        raise ValueError("--device and --device-map exclude each other")
+    """What both commands open, of arguments that `options.check_run` has passed; raises ValueError or OSError with one
+    line where something is wrong."""
     if args.device is not None and args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: this machine or this build of torch has no CUDA; try --device cpu")
-    if args.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError("--load-in-4bit needs bitsandbytes: pip install 'qstar[4bit]'")
     on_ray = getattr(args, "engine", None) == "ray"
-    suffix = "" if on_ray else FORMATS[output_format]
-    args.output = args.output or f"qstar-out/{datetime.now():%Y%m%d-%H%M%S}{suffix}"
-    if not on_ray and (Path(args.output).is_dir() or "://" in args.output):
-        what = "an URL" if "://" in args.output else "a folder"
-        parts = ", or write parts with --engine ray" if hasattr(args, "engine") else ""
-        raise ValueError(f"--output {args.output} is {what}; give a file on this machine{parts}")
-    if on_ray and Path(args.output).is_file():
-        raise ValueError(f"--output {args.output} is a file; --engine ray writes parts into a folder")
     settings = settings_of(args)
     format_theta, format_t = (prompt_format(args, side) for side in ("theta", "t"))
     data = open_data()
@@ -129,7 +115,7 @@ def prompt_format(args: argparse.Namespace, side: str) -> PromptFormat:
 def run_settings(args: argparse.Namespace, data: Data) -> dict[str, Any]:
     """Everything the output depends on, by the names of the command line."""
     # where it runs, how much at once and where it writes is no part of what it writes
-    free = {"output", "device", "device_map", "batch_size", "backend", "speculate", "draft", "clip"}
+    free = {"output", "device", "device_map", "batch_size", "backend", "speculate", "draft", "clip", "quiet", "verbose"}
     free |= {"engine", "num_workers", "gpus_per_worker", "ray_address"}
     settings = {f"--{k.replace('_', '-')}": v for k, v in vars(args).items() if k not in free}
     if args.dataset is not None and len(args.dataset) == 1:

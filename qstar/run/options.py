@@ -1,78 +1,34 @@
-"""Options that several commands have, and the parser that all of them are made with."""
+"""Options that several commands have, and what of them can be refused before anything is loaded."""
 
 import argparse
-import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import importlib.util
+import math
 from dataclasses import fields
+from datetime import datetime
 from pathlib import Path
-from typing import Any
 
+from qstar.conversation import HINT_TEMPLATE
 from qstar.demo import THETA, T
-from qstar.prompting import HINT_TEMPLATE
+from qstar.run.command import Parser, json_object, number
 from qstar_kernels.types import METHODS, RULE, SAMPLING, SETTINGS, Settings
 
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, where there is one and the text does not say it already."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        has_default = action.default not in (None, []) and action.default is not False
-        return super()._get_help_string(action) if has_default else action.help
-
-
-class Parser(argparse.ArgumentParser):
-    """That of one of the commands: one line an error, and option names with underscores as well as hyphens."""
-
-    def __init__(self, command: str, description: str, usage: str | None = None):
-        prog = f"python -m qstar.{command}"
-        super().__init__(prog, usage, description, formatter_class=HelpFormatter, allow_abbrev=False)
-
-    def parse_known_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else list(args)
-
-        def hyphenated(arg: str) -> str:
-            name, equals, value = arg.partition("=")
-            return name.replace("_", "-") + equals + value if arg.startswith("--") else arg
-
-        return super().parse_known_args([hyphenated(a) for a in args], namespace)
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
-
-    @contextmanager
-    def refusing(self) -> Iterator[None]:
-        """What is raised for a wrong command line is said as its error."""
-        try:
-            yield
-        except (ValueError, OSError) as error:
-            self.error(str(error))
-
-
-def failed(prog: str, error: object) -> int:
-    """Say in one line on stderr why a command has failed; its exit status."""
-    print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 1
-
-
-def number(kind: type, low: float, text: str):
-    """An argparse type: a number of at least `low`."""
-
-    def parse(value: str):
-        parsed = None
-        with suppress(ValueError):
-            parsed = kind(value)
-        if parsed is None or not parsed >= low:
-            raise argparse.ArgumentTypeError(f"{value!r} must be {text}")
-        return parsed
-
-    return parse
-
-
+FORMATS = {"jsonl": ".jsonl", "openai-batch": ".jsonl", "parquet": ".parquet", "verl": ".parquet"}
+DIAGNOSTICS_FORMATS = ("jsonl", "parquet")
+BLOCK_BATCHES = 16  # a block's length in batches: a longer one drains its last batch less often, a resume repeats more
+# Of an installed package, or of a checkout
+GUIDE = next(
+    (p for above in Path(__file__).parents[1:3] if (p := above / "docs" / "guide.md").is_file()), "docs/guide.md"
+)
 # The names of the settings among a command line's
 DEST = {name: "alpha_method" if name == "method" else name for name in SETTINGS}
+# How a run ends that does not end by itself (`guarded`)
+RESUMED = {
+    "memory": "; start again with a smaller --batch-size, what is on disk is kept",
+    "interrupted": "; start the same command again to go on",
+}
 COUNT = number(int, 1, "a whole number of at least 1")
+SHARE = number(float, 0, "a number of at least 0")
+NUMBERS = {int: number(int, -math.inf, "a whole number"), float: number(float, -math.inf, "a number")}
 
 
 def add_model_names(parser: Parser):
@@ -147,7 +103,7 @@ def add_rule(parser: Parser) -> None:
         for setting in (f for f in fields(Settings) if f.metadata["group"] == title):
             group.add_argument(
                 f"--{DEST[setting.name].replace('_', '-')}",
-                type=setting.type,
+                type=NUMBERS.get(setting.type),
                 default=setting.default,
                 choices=METHODS if setting.name == "method" else None,
                 help=setting.metadata["help"],
@@ -167,16 +123,6 @@ def add_output(parser: Parser):
     return group
 
 
-def json_object(value: str) -> dict[str, Any]:
-    """An argparse type: a JSON object."""
-    parsed = None
-    with suppress(ValueError):
-        parsed = json.loads(value)
-    if not isinstance(parsed, dict):
-        raise argparse.ArgumentTypeError(f"{value!r} must be a JSON object")
-    return parsed
-
-
 def check_models(args: argparse.Namespace) -> None:
     """Both models are named, or neither: then they are the demo pair's. Raises ValueError otherwise."""
     if (args.model_theta is None) != (args.model_t is None):
@@ -186,6 +132,75 @@ def check_models(args: argparse.Namespace) -> None:
         args.model_theta, args.model_t = str(THETA), str(T)
     check_folder("model-theta", args.model_theta)
     check_folder("model-t", args.model_t)
+
+
+def check_run(args: argparse.Namespace, given: set[str]) -> None:
+    """What a run can be refused for before anything is loaded; its output gets a name where it has none.
+
+    Args:
+        given: the options that were said (`Parser.given`).
+
+    Raises:
+        ValueError: with one line.
+    """
+    check_models(args)
+    settings_of(args)
+    check_unused(args, given)
+    if args.device is not None and args.device_map is not None:
+        raise ValueError("--device and --device-map exclude each other")
+    if args.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("--load-in-4bit needs bitsandbytes: pip install 'qstar[4bit]'")
+    check_output(args)
+
+
+def check_unused(args: argparse.Namespace, given: set[str]) -> None:
+    """Refuse what was said and would be ignored. Raises ValueError."""
+    said = vars(args)
+    for setting in fields(Settings):
+        methods = setting.metadata["methods"]
+        if DEST[setting.name] in given and args.alpha_method not in methods:
+            raise ValueError(
+                f"{option(setting.name)} goes with --alpha-method {' or '.join(methods)}, and it is {args.alpha_method}"
+            )
+    on_ray = ("--engine ray", said.get("engine") == "ray")
+    goes_with = {
+        "t_hint_template": ("--t-hint-field", args.t_hint_field),
+        "draft": ("--speculate", said.get("speculate")),
+        "diagnostics_format": ("--save-diagnostics", said.get("save_diagnostics")),
+        "dataset_split": ("--dataset", args.dataset),
+        "dataset_config": ("--dataset", args.dataset),
+        **dict.fromkeys(("num_workers", "gpus_per_worker", "ray_address"), on_ray),
+    }
+    for name, (other, is_there) in goes_with.items():
+        if name in given and not is_there:
+            raise ValueError(f"{option(name)} goes with {other}")
+
+
+def check_output(args: argparse.Namespace) -> None:
+    """The output can be what it is called; it gets a name where it has none. Raises ValueError."""
+    on_ray, output_format = getattr(args, "engine", None) == "ray", getattr(args, "output_format", "jsonl")
+    suffix = "" if on_ray else FORMATS[output_format]
+    args.output = args.output or f"qstar-out/{datetime.now():%Y%m%d-%H%M%S}{suffix}"
+    path = Path(args.output)
+    if on_ray and path.is_file():
+        raise ValueError(f"--output {path} is a file; --engine ray writes parts into a folder")
+    if not on_ray and (path.is_dir() or "://" in args.output):
+        what = "an URL" if "://" in args.output else "a folder"
+        parts = ", or write parts with --engine ray" if hasattr(args, "engine") else ""
+        raise ValueError(f"--output {args.output} is {what}; give a file on this machine{parts}")
+    if not on_ray:
+        check_suffix(path, output_format)
+
+
+def check_suffix(path: Path, output_format: str) -> None:
+    """The name of a file is not that of another format. Raises ValueError."""
+    if path.suffix in FORMATS.values() and path.suffix != FORMATS[output_format]:
+        raise ValueError(f"--output {path}: what is written is {output_format}, in a {FORMATS[output_format]} file")
+
+
+def option(name: str) -> str:
+    """On a command line, by its name in a parsed one or among the settings."""
+    return f"--{DEST.get(name, name).replace('_', '-')}"
 
 
 def settings_of(args: argparse.Namespace) -> Settings:

@@ -37,11 +37,10 @@ from qstar.run.formats import (
     table_of,
     verl_row,
 )
+from qstar.run.options import FORMATS
 
 FIRST_START = "first start"  # the name of its moment beside the settings
 ANSWERS = "answers"  # and of whose answers are scored; see `qstar.run.records.RunFiles.drawn`
-FORMATS = {"jsonl": ".jsonl", "openai-batch": ".jsonl", "parquet": ".parquet", "verl": ".parquet"}
-DIAGNOSTICS_FORMATS = ("jsonl", "parquet")
 GROUP = 1000  # rows of a Parquet file that are written at once
 GROUP_TOKENS = 1 << 18  # and tokens of diagnostics
 LATE = 0.1  # seconds that a finished sample waits for others, to be synced with them
@@ -62,10 +61,10 @@ class Output:
 
     Args:
         path: the output file.
-        output_format: one of `FORMATS`.
+        output_format: one of `qstar.run.options.FORMATS`.
         save_diagnostics: write `x.diagnostics.jsonl` too.
         settings: everything that a resumed run must have in common with the first start, JSON-serialisable.
-        diagnostics_format: one of `DIAGNOSTICS_FORMATS`; `parquet` is made at the end.
+        diagnostics_format: one of `qstar.run.options.DIAGNOSTICS_FORMATS`; `parquet` is made at the end.
 
     Attributes:
         done: keys of the samples that are on disk.

@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from qstar.run.formats import DIAGNOSTICS, SCHEMAS
-from qstar.run.output import FIRST_START, FORMATS, OutputError, check_settings, explained, locked, replacing
+from qstar.run.options import FORMATS
+from qstar.run.output import FIRST_START, OutputError, check_settings, explained, locked, replacing
 
 # Of a part's samples: the types of verl's columns are those of all rows together, and what a row had before it got
 # them cannot be told any more. So its parts are lines, out of which `qstar.merge` makes the Parquet file.
@@ -34,10 +35,10 @@ class Parts:
 
     Args:
         url: the folder, a path or an URL that fsspec knows (`s3://…`, `gs://…`).
-        output_format: one of `qstar.run.output.FORMATS`.
+        output_format: one of `qstar.run.options.FORMATS`.
         save_diagnostics: parts have their diagnostics too.
         settings: everything that a resumed run must have in common with the first start.
-        diagnostics_format: one of `qstar.run.output.DIAGNOSTICS_FORMATS`.
+        diagnostics_format: one of `qstar.run.options.DIAGNOSTICS_FORMATS`.
 
     Attributes:
         done: numbers of the parts that are complete.

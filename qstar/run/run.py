@@ -6,7 +6,6 @@ comes out bit for bit as it would have without the interruption.
 """
 
 import json
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -15,7 +14,6 @@ from dataclasses import fields, replace
 from itertools import islice
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -27,13 +25,10 @@ from qstar.prompting import PromptError
 from qstar.run.checkpoints import written_since
 from qstar.run.formats import Finished, Key, sample_line
 from qstar.run.job import Job, data_source
-from qstar.run.options import failed
-from qstar.run.output import OutputError
+from qstar.run.options import BLOCK_BATCHES
 from qstar.run.summary import Summary, progress_bar, tell
 from qstar.sample import DecodeOptions, Request
 from qstar.speculate import Tally
-
-BLOCK_BATCHES = 16  # a block's length in batches: a longer one drains its last batch less often, a resume repeats more
 
 
 class Run(ABC):
@@ -214,28 +209,10 @@ def blocks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield block
 
 
-def run_command(command: str, job: Job, make_run: Callable[[Job, Pair, Console], Run]) -> int:
-    """Load the pair and run; 0 if every sample is on disk, 1 with one line on stderr if something failed."""
-
-    def run() -> int:
-        console = Console(stderr=False, soft_wrap=True)
-        with job.output:
-            console.print(f"prompts: {job.prompts.description}", markup=False, highlight=False)
-            make_run(job.of_run(), load_pair(job.args), console).run()
-            return 1 if job.output.errors else 0
-
-    return one_line_if_it_fails(command, run)
-
-
-def one_line_if_it_fails(command: str, run: Callable[[], int]) -> int:
-    """What `run` returns; 1, or 130 for an interruption, with one line on stderr if it raises."""
-    try:
-        return run()
-    except torch.OutOfMemoryError:
-        message = "out of memory; start again with a smaller --batch-size, what is on disk is kept"
-        return failed(f"python -m {command}", message)
-    except (OutputError, ValueError, OSError, ImportError) as error:
-        return failed(f"python -m {command}", error)
-    except KeyboardInterrupt:
-        print("interrupted; start the same command again to go on", file=sys.stderr)
-        return 130
+def run_job(job: Job, make_run: Callable[[Job, Pair, Console], Run]) -> int:
+    """Load the pair and run; 0 if every sample is on disk, 1 if a prompt failed."""
+    console = Console(stderr=False, soft_wrap=True, quiet=job.args.quiet)
+    with job.output:
+        console.print(f"prompts: {job.prompts.description}", markup=False, highlight=False)
+        make_run(job.of_run(), load_pair(job.args), console).run()
+        return 1 if job.output.errors else 0

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qstar.cache import kept
-from qstar.pair import Pair
+from qstar.pair import Pair, naming
 from qstar.sample import DecodeOptions, Ending, Request, Sample
 from qstar.speculate import Tally
 from qstar.vllm import ARCHITECTURE, DUAL_PROMPTS, WORKER, register
@@ -33,7 +33,8 @@ def description(name: str | Path, trust_remote_code: bool):
     Raises:
         OSError: it cannot be found.
     """
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    with naming(name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).eval()
     with suppress(OSError):  # then it is made from the config, as transformers does
