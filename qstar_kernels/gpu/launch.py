@@ -17,10 +17,14 @@ makes a row's bits independent of its neighbours.
 import ctypes
 import math
 from dataclasses import dataclass
+from functools import lru_cache
+from operator import itemgetter
 
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
 from qstar_kernels.gpu import scratch
 from qstar_kernels.gpu.finish import finish_kernel, log_q_kernel
@@ -31,6 +35,7 @@ from qstar_kernels.noise import GROUP_SIZE
 from qstar_kernels.types import FIELDS, QStarStep, Settings
 
 WARP = 64 if torch.version.hip else 32
+BOUNDARY = 512  # bytes: where torch's allocator of a GPU begins, and no kernel asks for more
 THREADS = 16  # of a group in the sweep: with two groups a warp, no reduction leaves it
 
 
@@ -61,8 +66,83 @@ class Launch:
     threads: int
     arguments: dict
 
-    def __call__(self) -> None:
-        self.kernel[self.grid](**self.arguments, num_warps=max(1, self.threads // WARP))
+    def options(self) -> dict:
+        """What Triton is told beside the arguments. Newer versions would not fuse products and sums unasked."""
+        return {"num_warps": max(1, self.threads // WARP), "enable_fp_fusion": True}
+
+    def __call__(self) -> CompiledKernel | None:
+        """What was launched; None in the interpreter."""
+        return self.kernel[self.grid](**self.arguments, **self.options())
+
+
+class Kept:
+    """What is left of a step's launches when it comes again: its compiled kernels, and the numbers they are given.
+
+    Triton compares all arguments, and every global that a kernel uses, with those of earlier launches, which takes ten
+    times what a launch itself does. Here nothing but addresses is new. It asks more of Triton than `Launch` does: where
+    a version has it otherwise, and where someone listens to launches, they are made in the ordinary way.
+    """
+
+    def __init__(self):
+        self.launches = []  # until the step was launched; in the interpreter always
+        self.refused = False
+
+    def keep(self, launches: list[Launch], compiled: list, given: dict[str, Tensor], filled: dict[str, Tensor]) -> None:
+        """Remember launches that were made, and what came of each."""
+        if self.refused or not all(isinstance(kernel, CompiledKernel) for kernel in compiled):
+            return
+        made = {k: x for one in launches for k, x in one.arguments.items() if isinstance(x, Tensor) and k not in given}
+        places, size = {}, 0
+        for name, x in made.items():
+            if name not in filled:
+                places[name] = size
+                size += triton.cdiv(x.nbytes, BOUNDARY) * BOUNDARY
+        index = {name: i for i, name in enumerate(("stream", *given, *filled, *places))}
+        numbers, kept = [], []
+        for launch, kernel in zip(launches, compiled, strict=True):
+            head = *(*launch.grid, 1, 1)[:3], None, kernel.function, kernel.packed_metadata, None, None, None
+            arguments = [launch.arguments[name] for name in launch.kernel.arg_names]
+            where = list(range(len(index) + len(numbers), len(index) + len(numbers) + len(head) + len(arguments)))
+            where[3] = index["stream"]
+            for i, (name, value) in enumerate(zip(launch.kernel.arg_names, arguments, strict=True)):
+                if isinstance(value, Tensor):
+                    where[len(head) + i], arguments[i] = index[name], None
+            numbers += [*head, *arguments]
+            kept.append((kernel.run, itemgetter(*where)))
+        self.filled = {name: (x.shape, x.dtype) for name, x in filled.items()}
+        self.places, self.size, self.numbers, self.launches = tuple(places.values()), size // 4, numbers, kept
+
+    def __call__(self, given: dict[str, Tensor], device: torch.device) -> dict[str, Tensor] | None:
+        """Launch again: what is filled, by the names of the kernels' arguments. None where nothing is kept."""
+        if not self.launches:
+            return None
+        try:
+            for hook in (triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook):
+                if hook is not None and hook.calls:
+                    return None
+            filled = {k: torch.empty(shape, dtype=dtype, device=device) for k, (shape, dtype) in self.filled.items()}
+            scratch = torch.empty(self.size, device=device)
+            first = scratch.data_ptr()
+            stream = driver.active.get_current_stream(driver.active.get_current_device())
+            values = (
+                stream,
+                *[x.data_ptr() for x in given.values()],
+                *[x.data_ptr() for x in filled.values()],
+                *[first + place for place in self.places],
+                *self.numbers,
+            )
+            for run, arguments in self.launches:
+                run(*arguments(values))
+        except (AttributeError, TypeError):
+            self.launches, self.refused = [], True
+            return None
+        return filled
+
+
+@lru_cache(maxsize=1024)
+def kept(*step) -> Kept:
+    """One for all steps whose launches differ in addresses alone."""
+    return Kept()
 
 
 def halves(name: str, value: float) -> dict[str, float]:
@@ -92,10 +172,10 @@ def plan(
     positions: Tensor | None = None,
     tokens: Tensor | None = None,
     want_log_q: bool = False,
-) -> tuple[list[Launch], tuple[QStarStep, Tensor | None]]:
+) -> tuple[list[Launch], dict[str, Tensor]]:
     """The launches for at least one row, and what they fill; all sizes depend on B, V and the settings only.
 
-    The logits are `aligned`.
+    The logits are `aligned`, the rest is contiguous.
     """
     rows, vocab_size = theta.shape
     tempering = settings.temperature if settings.temperature > 0 else 1.0
@@ -110,14 +190,16 @@ def plan(
 
     out = empty(len(FIELDS), rows)  # [8, B]
     status = empty(rows, dtype=torch.int64)  # [B]
-    log_q = empty(rows, vocab_size) if want_log_q else None  # [B, V]
+    filled = {"out": out, "statuses": status}
+    if want_log_q:
+        filled["log_q"] = empty(rows, vocab_size)
     draw = scratch.NO_TOKEN
     if seeds is not None:
         draw = scratch.SAMPLED if settings.temperature > 0 else scratch.GREEDY
-        seeds, positions, tokens = seeds.contiguous(), positions.contiguous(), torch.empty_like(status)  # [B] each
+        tokens = torch.empty_like(status)  # [B]
+        filled["tokens"] = tokens
     elif tokens is not None:
-        draw, tokens = scratch.GIVEN, tokens.contiguous()
-    step = QStarStep.of(out, status, tokens)
+        draw = scratch.GIVEN
     # what asks only for the groups' masses need not be compiled twice
     drawing = draw if draw is scratch.SAMPLED else scratch.NO_TOKEN
 
@@ -217,10 +299,10 @@ def plan(
         ]
     else:
         launches.append(Launch(finish_kernel, (rows,), 256, finish))
-    if log_q is not None:
-        whole = logits | {"row": row, "log_q": log_q, "s_log_q": vocab_size, "BLOCK": GROUP_SIZE}
+    if want_log_q:
+        whole = logits | {"row": row, "log_q": filled["log_q"], "s_log_q": vocab_size, "BLOCK": GROUP_SIZE}
         launches.append(Launch(log_q_kernel, (rows, groups), 128, whole))
-    return launches, (step, log_q)
+    return launches, filled
 
 
 def qstar_triton(
@@ -240,9 +322,19 @@ def qstar_triton(
     for name, logits in (("logits_theta", theta), ("logits_t", t)):
         if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"{name} is {logits.dtype}; the kernels take float32, bfloat16 or float16")
-    launches, filled = plan(aligned(theta), aligned(t), settings, seeds, positions, tokens, want_log_q)
-    if len(theta):
-        with torch.cuda.device_of(theta):
-            for launch in launches:
-                launch()
-    return filled
+    given = {"theta": aligned(theta), "t": aligned(t)}
+    if seeds is not None:
+        given |= {"seeds": seeds.contiguous(), "positions": positions.contiguous()}
+    elif tokens is not None:
+        given["tokens"] = tokens.contiguous()
+    device, (theta, t) = theta.device, (given["theta"], given["t"])
+    layout = theta.shape, theta.stride(0), theta.dtype, t.stride(0), t.dtype
+    again = kept(settings, want_log_q, seeds is None, tokens is None, device, *layout)
+    with torch.cuda.device_of(theta):
+        filled = again(given, device)
+        if filled is None:
+            launches, filled = plan(**given, settings=settings, want_log_q=want_log_q)
+            if len(theta):
+                again.keep(launches, [launch() for launch in launches], given, filled)
+    step = QStarStep.of(filled["out"].unbind(), filled["statuses"], filled.get("tokens", tokens))
+    return step, filled.get("log_q")
