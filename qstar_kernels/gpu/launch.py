@@ -22,6 +22,7 @@ from operator import itemgetter
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
@@ -30,11 +31,21 @@ from qstar_kernels.gpu import scratch
 from qstar_kernels.gpu.finish import finish_kernel, log_q_kernel
 from qstar_kernels.gpu.settle import settle_kernel
 from qstar_kernels.gpu.sweep import sweep_kernel
-from qstar_kernels.gpu.truncate import truncate_kernel
+from qstar_kernels.gpu.truncate import (
+    BRACKET_COLUMNS,
+    OF_Q,
+    OF_T,
+    PARTS,
+    PASSES,
+    divide_kernel,
+    masses_kernel,
+    top_kernel,
+)
 from qstar_kernels.noise import GROUP_SIZE
 from qstar_kernels.types import FIELDS, QStarStep, Settings
 
 WARP = 64 if torch.version.hip else 32
+ENOUGH_PROGRAMS = 2048  # of truncation, a warp each: more than that add what the last pass left for themselves
 BOUNDARY = 512  # bytes: where torch's allocator of a GPU begins, and no kernel asks for more
 THREADS = 16  # of a group in the sweep: with two groups a warp, no reduction leaves it
 
@@ -184,10 +195,6 @@ def plan(
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=theta.device)
 
-    def count(k: int) -> float:
-        """Exact; as an integer it would be compiled apart when it is 1, and when it is a multiple of 16."""
-        return float(min(k, vocab_size))
-
     out = empty(len(FIELDS), rows)  # [8, B]
     status = empty(rows, dtype=torch.int64)  # [B]
     filled = {"out": out, "statuses": status}
@@ -269,32 +276,12 @@ def plan(
             Launch(settle_kernel, (rows,), width, settle | {"SECOND": bool(again)}),
         ]
     if settings.truncates:
-        truncate = (
-            logits
-            | halves("top_p", settings.top_p)
-            | halves("target_top_p", settings.target_top_p)
-            | {
-                "row": row,
-                "masses": masses,
-                "groups": groups,
-                "target_top_k": count(settings.target_top_k),
-                "top_k": count(settings.top_k),
-                "log_min_p": math.log(settings.min_p) if settings.min_p > 0 else 0.0,
-                "HAS_TARGET_TOP_K": 0 < settings.target_top_k < vocab_size,
-                "HAS_TARGET_TOP_P": settings.target_top_p < 1,
-                "HAS_TOP_K": 0 < settings.top_k < vocab_size,
-                "HAS_TOP_P": settings.top_p < 1,
-                "HAS_MIN_P": settings.min_p > 0,
-                "DRAW": drawing.value,
-                "BLOCK_GROUPS": groups_of_a_row_program(),
-            }
-        )
         # each half is told of the other's choices nothing that would have it compiled once more
         refine = {"CHOOSE": False, "DRAW": drawing.value, "GROUPS": 1, "seeds": None, "positions": None, "tokens": None}
         choose = {"REFINE": False, "METHOD": "fixed"}
         launches += [
             Launch(finish_kernel, (rows,), 256, finish | refine),
-            Launch(truncate_kernel, (rows,), 512, truncate),
+            *truncation(settings, logits, row, partial, masses),
             Launch(finish_kernel, (rows,), 256, finish | choose),
         ]
     else:
@@ -303,6 +290,44 @@ def plan(
         whole = logits | {"row": row, "log_q": filled["log_q"], "s_log_q": vocab_size, "BLOCK": GROUP_SIZE}
         launches.append(Launch(log_q_kernel, (rows, groups), 128, whole))
     return launches, filled
+
+
+def truncation(settings: Settings, logits: dict, row: Tensor, partial: Tensor, masses: Tensor) -> list[Launch]:
+    """What comes between the solve and the draw: floors that say what is kept, and the groups' masses among it."""
+    rows, groups, vocab_size = len(row), masses.shape[2], logits["vocab_size"]
+    times = groups if triton.knobs.runtime.interpret else max(1, rows * groups // ENOUGH_PROGRAMS)
+    grid = rows, triton.cdiv(groups, times)
+    common = logits | {"row": row, "groups": groups}
+    # [2, B, 4] and [2, B, groups, 16]: a pass reads what the last one wrote
+    brackets = row.new_empty(2, rows, BRACKET_COLUMNS.value)
+    divide = common | {"brackets": brackets, "sums": partial.new_empty(2, rows, groups, PARTS.value)}
+    divide |= {"rows": rows, "times": times}
+
+    def passes(which: tl.constexpr, k: int, p: float) -> list[Launch]:
+        # exact; an integer would be compiled apart when it is 1, and when it is a multiple of 16
+        amounts = [(True, halves("amount", float(k)))] if 0 < k < vocab_size else []
+        if p < 1:
+            amounts.append((False, halves("amount", 1 - p)))
+        return [
+            Launch(
+                divide_kernel,
+                grid if i < PASSES.value else (rows, 1),
+                WARP,
+                divide | amount | {"COUNT": count, "WHICH": which.value, "i_pass": i},
+            )
+            for count, amount in amounts
+            for i in range(PASSES.value + 1)
+        ]
+
+    top = common | {"partial": partial, "s_partial": partial.stride(0), "GROUPS": triton.next_power_of_2(groups)}
+    log_min_p = math.log(settings.min_p) if settings.min_p > 0 else 0.0
+    sum_up = common | {"masses": masses, "times": times, "log_min_p": log_min_p, "HAS_MIN_P": settings.min_p > 0}
+    return [
+        *passes(OF_T, settings.target_top_k, settings.target_top_p),
+        Launch(top_kernel, (rows,), 128, top),
+        *passes(OF_Q, settings.top_k, settings.top_p),
+        Launch(masses_kernel, grid, WARP, sum_up),
+    ]
 
 
 def qstar_triton(
