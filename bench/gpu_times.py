@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -72,10 +73,11 @@ def kernels(run: Look) -> Iterator[Item]:
         checked(theta[:8], t[:8], range(8), **settings)
         launches, _ = launch.plan(launch.aligned(theta), launch.aligned(t), Settings(**settings), index, index)
         found = []
-        for one in launches:
-            once = timer(lambda one=one: [one() for _ in range(REPEATS)], run.device, cold=False)
+        for name, group in groupby(launches, lambda one: one.kernel.__name__.removesuffix("_kernel")):
+            some = list(group)
+            once = timer(lambda some=some: [one() for _ in range(REPEATS) for one in some], run.device, cold=False)
             seconds = in_turns({"": once}, 0.0 if run.quick else 0.3)[""] / REPEATS
-            found.append((one.kernel.__name__.removesuffix("_kernel"), seconds))
+            found.append((name if len(some) == 1 else f"{len(some)} × {name}", seconds))
         return found
 
     if run.on_gpu:

@@ -37,7 +37,9 @@ MOST_REGISTERS = {
     "sweep_kernel": 100,
     "settle_kernel": 192,
     "finish_kernel": 255,
-    "truncate_kernel": 255,
+    "divide_kernel": 224,
+    "top_kernel": 128,
+    "masses_kernel": 168,
     "log_q_kernel": 128,
 }
 

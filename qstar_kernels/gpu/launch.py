@@ -45,7 +45,7 @@ from qstar_kernels.noise import GROUP_SIZE
 from qstar_kernels.types import FIELDS, QStarStep, Settings
 
 WARP = 64 if torch.version.hip else 32
-ENOUGH_PROGRAMS = 2048  # of truncation, a warp each: more than that add what the last pass left for themselves
+ENOUGH_PROGRAMS = 1024  # of truncation, a warp each; all of them add up what the last pass left
 BOUNDARY = 512  # bytes: where torch's allocator of a GPU begins, and no kernel asks for more
 THREADS = 16  # of a group in the sweep: with two groups a warp, no reduction leaves it
 
