@@ -425,6 +425,14 @@ def finish_kernel(
     status = tl.load(row + scratch.STATUS).to(tl.int32)
     token = tl.full([], -1, tl.int64)
     exact, again = tl.full([], 0, tl.int32), (status == 0).to(tl.int32)
+    if not REFINE:  # noqa: SIM102 - with `and` both would be asked at run time
+        if status == 0:
+            o_group = tl.arange(0, GROUPS)  # [GROUPS]
+            kept = tl.load(masses + o_group, mask=o_group < groups, other=-INF)  # [GROUPS]
+            norm = tl.load(row + scratch.TOP_X) + tl.log(tl.sum(tl.exp(kept)))
+            tl.store(row + scratch.LOG_NORM, norm)
+            # which is loaded by other threads
+            tl.debug_barrier()
     if REFINE:
         exact = ((status == 0) & (tl.load(row + scratch.SETTLED) == 0)).to(tl.int32)
     # once, and in float64 once more where float32 may have decided between two tokens
