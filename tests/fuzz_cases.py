@@ -103,7 +103,9 @@ def settings_of_rows(draw) -> dict:
         if which >> bit & 1:
             given[name] = draw(st.lists(values, min_size=1, max_size=4))
     if which >> 2:
-        pairs = draw(st.lists(st.tuples(CLOSED, CLOSED) | st.tuples(CLOSED).map(lambda x: x * 2), min_size=1, max_size=3))
+        pairs = draw(
+            st.lists(st.tuples(CLOSED, CLOSED) | st.tuples(CLOSED).map(lambda x: x * 2), min_size=1, max_size=3)
+        )
         given["alpha_min"], given["alpha_max"] = ([f(pair) for pair in pairs] for f in (min, max))
     if draw(CHANCE[4]) == 3:
         name = draw(st.sampled_from(sorted(given.keys() - {"type"})))

@@ -232,11 +232,17 @@ class Comparison:
         # 1 is what 1 − 2e-8 is rounded to, and not what it means where d is 1e9
         rounded = self.usable & ~refused & (got.alpha == want.alpha.to(self.dtype))
         alpha = torch.where(rounded, want.alpha, alpha)
-        alphas = (alpha, *neighbourhood(alpha, self.dtype, given), torch.where(self.usable & ~refused, want.alpha, alpha))
+        alphas = (
+            alpha,
+            *neighbourhood(alpha, self.dtype, given),
+            torch.where(self.usable & ~refused, want.alpha, alpha),
+        )
         self.here, self.low, self.high, self.there = at(self.pair, *alphas)
         self.ok = self.usable & (got.status == Status.OK)
         # what float64 leaves of sums of numbers of this size, in whatever order, on either side
-        beyond = 1 + 2 * torch.maximum(alpha - 1, -alpha).clamp(min=0)  # the parts of a sum, beyond [0, 1], of both signs
+        beyond = 1 + 2 * torch.maximum(alpha - 1, -alpha).clamp(
+            min=0
+        )  # the parts of a sum, beyond [0, 1], of both signs
         size = (self.pair.a.abs() + self.pair.b.abs()).nan_to_num(posinf=0.0) * beyond[:, None]  # [B, V]
         self.token_size = size + self.here.f.abs()[:, None]
         d = torch.where(self.pair.common, self.pair.a - self.pair.b, 0.0)

@@ -16,7 +16,9 @@ makes a row's bits independent of its neighbours.
 
 import ctypes
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 import triton
@@ -28,7 +30,7 @@ from qstar_kernels.gpu.settle import settle_kernel
 from qstar_kernels.gpu.sweep import sweep_kernel
 from qstar_kernels.gpu.truncate import truncate_kernel
 from qstar_kernels.noise import GROUP_SIZE
-from qstar_kernels.types import FIELDS, QStarStep, Settings
+from qstar_kernels.types import BUDGETS, FIELDS, PER_ROW, QStarStep, Settings
 
 WARP = 64 if torch.version.hip else 32
 THREADS = 16  # of a group in the sweep: with two groups a warp, no reduction leaves it
@@ -92,6 +94,7 @@ def plan(
     positions: Tensor | None = None,
     tokens: Tensor | None = None,
     want_log_q: bool = False,
+    per_row: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> tuple[list[Launch], tuple[QStarStep, Tensor | None]]:
     """The launches for at least one row, and what they fill; all sizes depend on B, V and the settings only.
 
@@ -125,7 +128,13 @@ def plan(
     most = second["GROUPS"] * second["TIMES"]
     partial = empty(rows, triton.cdiv(groups, most) * most, scratch.GROUP_COLUMNS.value)  # [B, groups, 32]
     masses = empty(rows, 2, groups, dtype=torch.float64)  # [B, 2, groups], logarithms and what they may be off by
-    row = empty(rows, scratch.ROW_COLUMNS.value, dtype=torch.float64)  # [B, 17]
+    row = empty(rows, scratch.ROW_COLUMNS.value, dtype=torch.float64)  # [B, 21]
+    for i, name in enumerate(PER_ROW if per_row else ()):
+        column = row[:, scratch.OWN.value + i]
+        column.copy_(per_row[name]) if name in per_row else column.fill_(getattr(settings, name))
+    # a budget that is one α for all rows is no budget
+    given = None if per_row else settings.known_alpha
+    method = settings.method if given is None else "fixed"
     logits = {
         "theta": theta,
         "t": t,
@@ -133,29 +142,30 @@ def plan(
         "s_theta": theta.stride(0),
         "s_t": t.stride(0),
     } | halves("inv_temperature", 1 / tempering)
-    alpha_range = halves("alpha_min", settings.alpha_min) | halves("alpha_max", settings.alpha_max)
-    alpha = min(max(settings.alpha, settings.alpha_min), settings.alpha_max)
-    center = halves("center", alpha if settings.method == "fixed" else 0.5)["center"]
+    alpha = 0.5 if given is None else given
+    low, high = (settings.alpha_min, settings.alpha_max) if given is None else (alpha, alpha)
+    rule = halves("alpha_min", low) | halves("alpha_max", high) | halves("kl_budget", settings.kl_budget)
+    rule |= {"tol": settings.tol, "METHOD": method, "OWN": bool(per_row)}
+    center = halves("center", alpha)["center"]
     sums = {"row": row, "partial": partial, "s_partial": partial.stride(0), "center": center}
     sweep = {k: v for k, v in logits.items() if k != "inv_temperature_low"} | sums
     sweep |= {
-        "EXTRA": settings.method if settings.method in ("entropy", "reverse_kl_symmetry") else "",
+        "EXTRA": method if method in ("entropy", "reverse_kl_symmetry") else "",
+        "OWN": method if per_row and method in ("fixed", *BUDGETS) else "",
         "TEMPERED": tempering != 1,
     }
-    settle = alpha_range | halves("inv_temperature", 1 / tempering) | halves("fixed_alpha", alpha) | sums
+    settle = rule | halves("inv_temperature", 1 / tempering) | halves("fixed_alpha", alpha) | sums
     settle |= {
         "masses": masses,
         "out": out,
         "rows": rows,
         "groups": groups,
-        "tol": settings.tol,
         "TEMPERED": tempering != 1,
-        "METHOD": settings.method,
         "GROUPS": triton.next_power_of_2(groups),
     }
     finish = (
         logits
-        | alpha_range
+        | rule
         | {
             "row": row,
             "partial": partial,
@@ -168,8 +178,6 @@ def plan(
             "rows": rows,
             "groups": groups,
             "s_partial": partial.stride(0),
-            "tol": settings.tol,
-            "METHOD": settings.method,
             "DRAW": draw.value,
             "REFINE": True,
             "CHOOSE": True,
@@ -180,7 +188,7 @@ def plan(
     # A program that has a row to itself has a thread a group, or as many as leave it the registers for float64.
     width = min(max(triton.next_power_of_2(groups), 32), 128)
     launches = []
-    for again, shape in enumerate((first,) if settings.method == "fixed" else (first, second)):
+    for again, shape in enumerate((first,) if method == "fixed" else (first, second)):
         blocks = triton.cdiv(groups, shape["GROUPS"] * shape["TIMES"])
         launches += [
             Launch(sweep_kernel, (rows, blocks), WARP, sweep | shape | {"SECOND": bool(again)}),
@@ -209,7 +217,7 @@ def plan(
         )
         # each half is told of the other's choices nothing that would have it compiled once more
         refine = {"CHOOSE": False, "DRAW": drawing.value, "GROUPS": 1, "seeds": None, "positions": None, "tokens": None}
-        choose = {"REFINE": False, "METHOD": "fixed"}
+        choose = {"REFINE": False, "METHOD": "fixed", "OWN": False}
         launches += [
             Launch(finish_kernel, (rows,), 256, finish | refine),
             Launch(truncate_kernel, (rows,), 512, truncate),
@@ -231,6 +239,7 @@ def qstar_triton(
     positions: Tensor | None = None,
     tokens: Tensor | None = None,
     want_log_q: bool = False,
+    per_row: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> tuple[QStarStep, Tensor | None]:
     """`qstar_reference` by the kernels; float32 fields. Logits are float32, bfloat16 or float16.
 
@@ -240,7 +249,7 @@ def qstar_triton(
     for name, logits in (("logits_theta", theta), ("logits_t", t)):
         if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"{name} is {logits.dtype}; the kernels take float32, bfloat16 or float16")
-    launches, filled = plan(aligned(theta), aligned(t), settings, seeds, positions, tokens, want_log_q)
+    launches, filled = plan(aligned(theta), aligned(t), settings, seeds, positions, tokens, want_log_q, per_row)
     if len(theta):
         with torch.cuda.device_of(theta):
             for launch in launches:
