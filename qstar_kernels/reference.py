@@ -165,7 +165,7 @@ def entropy(a: Tensor) -> Tensor:
 def residual(pair: Pair, method: str, alpha: Tensor, budget: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What vanishes at the α of a rule that is solved for, its derivative (≥ 0) and its rounding: [B] each.
 
-    For a budget it is the slope of the step instead that makes the root of KL, all but straight in α, that of the budget.
+    For a budget the slope is that of Newton's step for the root of KL, which is all but straight in α.
     """
     if method in BUDGETS:
         _, f, slope, curvature = pair.curve(alpha)
@@ -259,7 +259,7 @@ def holds(
     """
     size = torch.maximum(kl_theta, kl_t).clamp(min=1)
     good = (alpha >= own.low) & (alpha <= own.high) & (torch.minimum(kl_theta, kl_t) >= -1e-9 * size - lost)
-    good &= size.isfinite() & (lost <= 1e-6 * size)
+    good &= size.isfinite() & (lost <= 1e-5 * torch.minimum(kl_theta, kl_t).clamp(min=1))
     if settings.method in (*BUDGETS, "kl_symmetry", "ess_balance"):
         value, _, _ = residual(pair, settings.method, alpha, own.budget)
         at_low, at_high = alpha <= own.low, alpha >= own.high

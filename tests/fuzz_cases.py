@@ -28,6 +28,7 @@ CLOSED = st.sampled_from((*EXTREMES, 0.0, 1.0)) | st.floats(0.0, 1.0)
 ALPHA = CLOSED | st.sampled_from((1.5, -0.5, 3.0, -2.0, 1 + 2**-52, -1e-12, 100.0, -100.0)) | st.floats(-4.0, 5.0)
 BUDGET = st.sampled_from((0.01, 0.1, 1.0, 1e-3, 1e-4, 1e-6, 0.0, 10.0, 1e-12, 1e-300, 1e6)) | st.floats(1e-8, 5.0)
 BAD_NUMBER = st.sampled_from((math.nan, -math.inf, math.inf, -1e-3, 1e7))  # for none of the settings of a row
+CLAMPS = st.tuples(CLOSED, CLOSED) | st.tuples(CLOSED)  # one number: α is given
 SMALL = (
     st.integers(1, 12),
     st.integers(1, 40),
@@ -103,9 +104,7 @@ def settings_of_rows(draw) -> dict:
         if which >> bit & 1:
             given[name] = draw(st.lists(values, min_size=1, max_size=4))
     if which >> 2:
-        pairs = draw(
-            st.lists(st.tuples(CLOSED, CLOSED) | st.tuples(CLOSED).map(lambda x: x * 2), min_size=1, max_size=3)
-        )
+        pairs = draw(st.lists(CLAMPS, min_size=1, max_size=3))
         given["alpha_min"], given["alpha_max"] = ([f(pair) for pair in pairs] for f in (min, max))
     if draw(CHANCE[4]) == 3:
         name = draw(st.sampled_from(sorted(given.keys() - {"type"})))

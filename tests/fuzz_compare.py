@@ -125,8 +125,8 @@ def neighbourhood(alpha: Tensor, dtype: torch.dtype, given: bool) -> tuple[Tenso
 
 
 def moved(residual: Tensor, weight: Tensor, curvature: Tensor) -> Tensor:
-    """How far α may be where KL is off its budget by so much: KL's slope is `weight`, F″ times the way to the end, where
-    it is a parabola."""
+    """How far α may be off where KL is off its budget by so much: KL's slope is `weight`, F″ times the way to the end,
+    where it is a parabola."""
     return torch.minimum(residual / weight.clamp(min=1e-300), (2 * residual / curvature.clamp(min=1e-300)).sqrt())
 
 
@@ -240,9 +240,8 @@ class Comparison:
         self.here, self.low, self.high, self.there = at(self.pair, *alphas)
         self.ok = self.usable & (got.status == Status.OK)
         # what float64 leaves of sums of numbers of this size, in whatever order, on either side
-        beyond = 1 + 2 * torch.maximum(alpha - 1, -alpha).clamp(
-            min=0
-        )  # the parts of a sum, beyond [0, 1], of both signs
+        # beyond [0, 1] the parts of a sum are of both signs
+        beyond = 1 + 2 * torch.maximum(alpha - 1, -alpha).clamp(min=0)
         size = (self.pair.a.abs() + self.pair.b.abs()).nan_to_num(posinf=0.0) * beyond[:, None]  # [B, V]
         self.token_size = size + self.here.f.abs()[:, None]
         d = torch.where(self.pair.common, self.pair.a - self.pair.b, 0.0)
@@ -326,7 +325,8 @@ class Comparison:
         for part in at(pair, alpha, *neighbourhood(alpha, self.dtype, method == "fixed")):
             size = torch.maximum(part.kl_theta, part.kl_t).clamp(min=1)
             if method == "fixed":
-                if (lost_outside(alpha, part.f, part.slope) > 0.5e-6 * size).any():
+                size = torch.minimum(part.kl_theta, part.kl_t).clamp(min=1)
+                if (lost_outside(alpha, part.f, part.slope) > 0.5e-5 * size).any():
                     return True
                 continue
             if method in BUDGETS:

@@ -1020,8 +1020,8 @@ def kl_beside_a_centre(impl: str) -> float:
 
 
 def rounding_of_a_budget(impl: str) -> float:
-    """KLs of a float32 sweep are no farther from the definition than their bounds, and an accepted α leaves no more than
-    the tolerance and the rounding between the KL and its budget."""
+    """KLs of a float32 sweep are no farther from the definition than their bounds, and an accepted α leaves no more
+    than the tolerance and the rounding between the KL and its budget."""
     worst, accepted = 0.0, 0
     for log_theta, log_t, sweep in sweeps(np.float32):
         for of_t, budget in itertools.product((False, True), (1e-3, 0.05, 0.5)):

@@ -13,7 +13,7 @@ import torch
 
 from qstar.run.records import NULL, RunFiles
 from qstar.weights import BANDS, FAR_APART_KL, WEIGHT, derived, effective_sample_size, top_share
-from qstar_kernels.types import FIELDS
+from qstar_kernels.types import BUDGETS, FIELDS
 
 STATISTICS = ("mean", "std", "min", "q25", "median", "q75", "max")
 LITTLE_ESS = 0.1  # mean ESS of a token below which almost all of a model's mass is where q* has none
@@ -140,7 +140,9 @@ def warnings(numbers: Numbers, fields: dict, weights: dict) -> list[str]:
     for bound, edge in (("--alpha-min", 0.0), ("--alpha-max", 1.0)):
         limit = numbers.settings.get(bound, edge)
         share = float((np.abs(tokens["alpha"] - np.float32(limit)) < 1e-6).mean())
-        if share > AT_CLAMP and numbers.settings.get("--alpha-method", "kl_symmetry") != "fixed":
+        method = numbers.settings.get("--alpha-method", "kl_symmetry")
+        inside = method in BUDGETS and limit == edge  # where one model is within the budget α is at an end
+        if share > AT_CLAMP and method != "fixed" and not inside:
             found.append(f"α is at its bound {limit:g} ({bound}) at {share:.1%} of the tokens")
     return found
 

@@ -416,7 +416,7 @@ static int holds(const Job *job, const Solved *solved, const double *groups) {
     /* beyond [0, 1] the KLs are differences of numbers of any size */
     const double lost = outside(alpha) > 0 ? 4e-16 * ((fabs(alpha) + 1) * fabs(p->slope) + fabs(p->f)) : 0;
     if (!(alpha >= low && alpha <= high && fmin(theta, t) >= -1e-9 * size - lost && isfinite(size))) return 0;
-    if (!(isfinite(p->f_high) && isfinite(p->f_low) && lost <= 1e-6 * size)) return 0;
+    if (!(isfinite(p->f_high) && isfinite(p->f_low) && lost <= 1e-5 * fmax(fmin(theta, t), 1))) return 0;
     for (int64_t c = 0; c < solved->row.groups; c++) mass += exp(groups[c] - p->f);
     if (!(fabs(mass - 1) <= 1e-6)) return 0;
     if (budgeted(job)) size = fmax(job->method == KL_BUDGET_T ? t : theta, 1);

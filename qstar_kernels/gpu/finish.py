@@ -273,8 +273,8 @@ def refine(
             lost = tl.where(outside(alpha) > 0, lost, 0.0)
         sound = is_sound(alpha, slope, f, f_high, f_low, norm_theta, norm_t, alpha_min, alpha_max, 1e-9 + lost)
         if METHOD == "fixed":
-            _kl_theta, _kl_t, size = kls_of(alpha, slope, f, norm_theta, norm_t)
-            sound = sound & (lost <= 1e-6 * size)
+            kl_theta, kl_t, _size = kls_of(alpha, slope, f, norm_theta, norm_t)
+            sound = sound & (lost <= 1e-5 * tl.maximum(tl.minimum(kl_theta, kl_t), 1.0))
         if (METHOD == "kl_budget") | (METHOD == "kl_budget_t"):
             residual, _steep, kl, _away = budget_of(alpha, slope, f, norm_theta, norm_t, variance, budget, METHOD)
             stopped = ((alpha <= alpha_min) & (residual > 0)) | ((alpha >= alpha_max) & (residual < 0))

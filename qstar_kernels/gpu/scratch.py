@@ -171,7 +171,7 @@ def outside(alpha):
 
 @triton.jit
 def budget_of(alpha, slope, f, norm_theta, norm_t, width, budget, METHOD: tl.constexpr):
-    """Under a budget rule: what vanishes at its α, increasing, and its derivative; the KL; the way to that model's end."""
+    """Under a budget rule: what vanishes at its α, increasing, and its derivative; the KL; how far that end is."""
     kl_theta, kl_t, _size = kls_of(alpha, slope, f, norm_theta, norm_t)
     if METHOD == "kl_budget":
         return budget - kl_theta, (1 - alpha) * width, kl_theta, 1 - alpha
