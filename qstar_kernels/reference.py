@@ -192,7 +192,7 @@ def solve_alpha(pair: Pair, settings: Settings, own: RowSettings) -> Tensor:
     s = pair.secant
     zero, one = torch.zeros_like(s), torch.ones_like(s)
     if settings.method == "fixed":
-        alpha = one * own.alpha
+        alpha = own.alpha
     elif settings.method == "entropy":
         h_theta, h_t = entropy(pair.a), entropy(pair.b)
         total = h_theta + h_t

@@ -220,12 +220,12 @@ def refine(
         if METHOD == "ess_balance":
             residual, steepness = f_low - f_high + 2 * s, mean_high - mean_low
             rounding = 4e-16 * (tl.abs(f_low) + tl.abs(f_high))
-        least = 1e-14
+        least, of_alpha = 1e-14, 1e-7
         if (METHOD == "kl_budget") | (METHOD == "kl_budget_t"):
             residual, steepness, kl, away = budget_of(alpha, slope, f, norm_theta, norm_t, variance, budget, METHOD)
             norm = norm_theta if METHOD == "kl_budget" else norm_t
             rounding = 4e-16 * (tl.abs(f) + tl.abs(norm) + tl.abs(away * slope))
-            least = 1e-15
+            least, of_alpha = 1e-15, 1e-12
         count += 1
         if f == -INF:
             status = scratch.STATUS_DISJOINT
@@ -238,7 +238,7 @@ def refine(
             rootless = ((alpha <= 0) & (residual > 0)) | ((alpha >= 1) & (residual < 0))
             # convergence first: at the root rounding can put the Newton step on the bracket's end, and a bisection
             # there would throw α half a bracket away
-            done = (size <= 1e-3 * tol) & (size <= 1e-7 * steepness)
+            done = (size <= 1e-3 * tol) & (size <= of_alpha * steepness)
             done = done | (size <= tl.maximum(rounding, least)) | rootless
             done = done | (high - low <= tl.maximum(2.3e-16 * high, 1e-30)) | (count >= scratch.MOST_SWEEPS)
             if residual < 0:
