@@ -5,7 +5,7 @@ from a value or an address on top (multiples of 16, ones, None). `distinct` redu
 specialisations, as the JIT itself would tell them apart.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations, product
@@ -66,7 +66,7 @@ class Call:
     def launches(self) -> list[Launch]:
         """Its launches, in order, with their arguments on no device."""
         index = torch.empty(self.first + self.rows, dtype=torch.int64, device="meta")[self.first :]
-        own = dict.fromkeys(PER_ROW, torch.empty(self.rows, device="meta")) if self.per_row else {}
+        own = torch.empty(self.rows, len(PER_ROW), dtype=torch.float64, device="meta") if self.per_row else None
         return plan(
             aligned(self.theta.logits(self.rows, self.vocab_size)),
             aligned(self.t.logits(self.rows, self.vocab_size)),
@@ -75,7 +75,7 @@ class Call:
             positions=index if self.what in ("sample", "greedy") else None,
             tokens=index if self.what == "look up" else None,
             want_log_q=self.what == "log q",
-            per_row=own,
+            own=own,
         )[0]
 
 
@@ -113,10 +113,21 @@ class Specialisation(NamedTuple):
 
 
 class Pretended:
-    """Triton's driver for a GPU that is not here: kernels can be compiled for it, not launched."""
+    """Triton's driver for a GPU that is not here: kernels are compiled for it, and their launches are written down."""
 
     def __init__(self, architecture: str):
-        self.architecture = architecture
+        self.architecture, self.utils = architecture, self
+        self.launched: list[tuple[str, tuple]] = []  # the kernel, and all that its launcher was given
+
+    def launcher_cls(self, source, metadata) -> Callable[..., None]:
+        return lambda *given: driver.active.launched.append((metadata.name, given))
+
+    def get_device_properties(self, device: str) -> dict[str, int]:
+        return {"max_shared_mem": 232448}
+
+    def load_binary(self, name: str, kernel: bytes, shared: int, device: str) -> tuple:
+        """Module, function, registers, spills, and the most threads of a program."""
+        return None, name, 0, 0, 1024
 
     def get_current_target(self) -> GPUTarget:
         if self.architecture.startswith("gfx"):
@@ -132,26 +143,22 @@ class Pretended:
 
 
 @contextmanager
-def pretended(architecture: str) -> Iterator[GPUTarget]:
+def pretended(architecture: str) -> Iterator[Pretended]:
     """Within it, Triton compiles for this GPU, and launches are planned for its warps."""
     before, now, warp = driver._active, Pretended(architecture), gpu.WARP
     driver.set_active(now)
     gpu.WARP = now.get_current_target().warp_size
     try:
-        yield now.get_current_target()
+        yield now
     finally:
         gpu.WARP = warp
         driver.set_active(before)
 
 
-def options(launch: Launch, target: GPUTarget) -> dict:
-    return launch.arguments | {"num_warps": max(1, launch.threads // target.warp_size)}
-
-
 def compiled(launch: Launch, architecture: str) -> CompiledKernel:
     """The kernel as the JIT compiles it before this launch on a GPU."""
-    with pretended(architecture) as target:
-        return launch.kernel.run(**options(launch, target), grid=launch.grid, warmup=True)
+    with pretended(architecture):
+        return launch.kernel.run(**launch.arguments, **launch.options(), grid=launch.grid, warmup=True)
 
 
 class Distinct(NamedTuple):
@@ -165,13 +172,13 @@ class Distinct(NamedTuple):
 def distinct(calls: Iterable[Call], architecture: str) -> Distinct:
     """The specialisations among the launches of some calls."""
     found, count, launches = {}, 0, 0
-    with pretended(architecture) as target:
+    with pretended(architecture):
         for call in calls:
             count += 1
             for i, launch in enumerate(call.launches()):
                 launches += 1
                 bind = launch.kernel.device_caches[architecture][-1]
-                bound, classes, _ = bind(**options(launch, target))
+                bound, classes, _ = bind(**launch.arguments, **launch.options())
                 # a constant's own value is kept beside its class
                 key = Specialisation(launch.kernel.__name__, tuple(zip(bound, classes, strict=True)))
                 found.setdefault(key, (call, i))

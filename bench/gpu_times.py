@@ -3,13 +3,16 @@
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.calls import pretended
 from bench.competitors import ordinary_sampling, research_step, two_log_softmax
 from bench.gpu_checks import BF16, Item, Look, Option, checked, options, shapes
 from bench.rows import check_exact, llm_like
@@ -70,10 +73,11 @@ def kernels(run: Look) -> Iterator[Item]:
         checked(theta[:8], t[:8], range(8), **settings)
         launches, _ = launch.plan(launch.aligned(theta), launch.aligned(t), Settings(**settings), index, index)
         found = []
-        for one in launches:
-            once = timer(lambda one=one: [one() for _ in range(REPEATS)], run.device, cold=False)
+        for name, group in groupby(launches, lambda one: one.kernel.__name__.removesuffix("_kernel")):
+            some = list(group)
+            once = timer(lambda some=some: [one() for _ in range(REPEATS) for one in some], run.device, cold=False)
             seconds = in_turns({"": once}, 0.0 if run.quick else 0.3)[""] / REPEATS
-            found.append((one.kernel.__name__.removesuffix("_kernel"), seconds))
+            found.append((name if len(some) == 1 else f"{len(some)} × {name}", seconds))
         return found
 
     if run.on_gpu:
@@ -83,31 +87,36 @@ def kernels(run: Look) -> Iterator[Item]:
 
 
 def host(run: Look) -> Iterator[Item]:
+    """Without a GPU the launches do nothing: what is left is what this project and Triton do before each."""
+
     def seconds(function: Callable[[], object], calls: int = 50) -> float:
         function()
-        torch.cuda.synchronize()
         found = []
+        if run.on_gpu:
+            torch.cuda.synchronize()
         for _ in range(calls):  # too few to fill the queue of launches, so the device is not waited for
             start = time.perf_counter()
             function()
             found.append(time.perf_counter() - start)
-        torch.cuda.synchronize()
+        if run.on_gpu:
+            torch.cuda.synchronize()
         return statistics.median(found)
 
     def times(rows: int, **settings) -> dict[str, float]:
         theta, t, index = like_models(run, rows, shapes(run.quick)[0][1])
         checked(theta[:8], t[:8], range(8), **settings)
-        make = partial(launch.plan, launch.aligned(theta), launch.aligned(t), Settings(**settings), index, index)
-        launches, _ = make()
-        return {
-            "the whole call": seconds(partial(qstar_sample, theta, t, seeds=index, positions=index, **settings)),
-            "`plan`": seconds(make),
-            f"its {len(launches)} launches": seconds(lambda: [one() for one in launches]),
-        }
+        with nullcontext() if run.on_gpu else pretended("sm_90"):
+            make = partial(launch.plan, launch.aligned(theta), launch.aligned(t), Settings(**settings), index, index)
+            launches, _ = make()
+            step = partial(qstar_sample, theta, t, seeds=index, positions=index, impl="triton", **settings)
+            return {
+                "the whole call": seconds(step),
+                "`plan`, once": seconds(make),
+                f"its {len(launches)} launches, the first time": seconds(lambda: [one() for one in launches]),
+            }
 
-    if run.on_gpu:
-        yield "1", partial(times, 1)
-        yield "64", partial(times, 64)
+    for rows in (1, 64):
+        yield f"{rows}{'' if run.on_gpu else ', with launches that do nothing'}", partial(times, rows)
 
 
 @dataclass

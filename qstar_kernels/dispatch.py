@@ -76,10 +76,16 @@ def implementation(impl: str, theta: Tensor, t: Tensor):
     elif impl == "auto" and device == "cuda" and output_dtype(theta, t) == torch.float32:
         impl = "triton"
     if impl == "triton":
-        from qstar_kernels.gpu.launch import qstar_triton  # a machine without a GPU may lack Triton
-
-        return qstar_triton
+        return kernels()
     return cpu.qstar_cpu if impl == "cpu" else qstar_reference
+
+
+@cache
+def kernels():
+    """The path through the kernels. A machine without a GPU may lack Triton."""
+    from qstar_kernels.gpu.launch import qstar_triton
+
+    return qstar_triton
 
 
 @cache

@@ -1,12 +1,15 @@
 """What the kernels compile to on GPUs that are not here, and the sampler under torch's tracers."""
 
 import os
-from itertools import combinations, islice, product
+import time
+from itertools import combinations, islice, pairwise, product
 
 import pytest
 import torch
+import triton
 from rows import zipf_pair
 from torch._dynamo.testing import CompileCounterWithBackend
+from triton.runtime import driver
 
 from bench.calls import (
     PLACES,
@@ -20,10 +23,14 @@ from bench.calls import (
     covering,
     distinct,
     every_call,
+    pretended,
 )
+from bench.gpu_checks import prepared
 from bench.machine_code import ARCHITECTURES, attempts, estimate, report, reports, sampling_step, whole, workers
 from qstar_kernels import qstar_logprobs, qstar_sample, qstar_stats
 from qstar_kernels.dispatch import step_op
+from qstar_kernels.gpu import launch as gpu
+from qstar_kernels.gpu.launch import Kept, kept
 from qstar_kernels.types import PER_ROW, Settings
 
 # 20 warps of the sweep find room on a multiprocessor with these, and one program of 256 threads.
@@ -31,7 +38,9 @@ MOST_REGISTERS = {
     "sweep_kernel": 100,
     "settle_kernel": 192,
     "finish_kernel": 255,
-    "truncate_kernel": 255,
+    "divide_kernel": 224,
+    "top_kernel": 128,
+    "masses_kernel": 168,
     "log_q_kernel": 128,
 }
 
@@ -126,6 +135,112 @@ def test_rules_share_what_does_not_depend_on_them():
     }
     differ = by_rule["kl_symmetry"] ^ by_rule["ess_balance"]
     assert sorted(key.kernel for key in differ) == ["finish_kernel"] * 2 + ["settle_kernel"] * 4
+
+
+# what the tests above compile anyway
+ASKED = {
+    "sample": (qstar_sample, {}),
+    "truncated": (qstar_sample, TRUNCATIONS),
+    "greedy": (qstar_sample, {"temperature": 0.0}),
+    "look up": (qstar_stats, {}),
+    "log q": (qstar_logprobs, {}),
+}
+LOGITS = torch.zeros(2, 9, 50304, dtype=torch.bfloat16)
+
+
+def ask(what: str, first: int, rows: int):
+    """A call on some of 9 rows, which lie apart; its launches and what it returned."""
+    function, settings = ASKED[what]
+    theta, t = (x[first : first + rows] for x in LOGITS)
+    index = torch.arange(9)[first : first + rows]
+    names = {qstar_sample: ("seeds", "positions"), qstar_stats: ("tokens",), qstar_logprobs: ()}[function]
+    given = {"theta": theta, "t": t} | dict.fromkeys(names, index)
+    driver.active.launched.clear()
+    result = function(theta, t, impl="triton", vocab_size=50257, **dict.fromkeys(names, index), **settings)
+    return given, list(driver.active.launched), result
+
+
+@pytest.fixture
+def no_gpu():
+    kept.cache_clear()
+    with pretended("sm_90") as device:
+        yield device
+    kept.cache_clear()
+
+
+@pytest.mark.parametrize("what", ASKED)
+def test_a_step_that_comes_again_is_launched_alike(no_gpu, what):
+    """The second time without Triton's binder: equal kernels and numbers, the new addresses at the old ones' places."""
+    _, launched, _ = ask(what, 0, 4)
+    given, again, result = ask(what, 3, 4)
+    assert [name for name, _ in again] == [name for name, _ in launched]
+    memory, addresses = {}, {x.data_ptr() for x in given.values()}
+    for (_, before), (_, now) in zip(launched, again, strict=True):
+        tensors = [isinstance(x, torch.Tensor) for x in before]
+        hooks = slice(6, 9)
+        assert now[hooks] == (None, None, None)
+        for is_tensor, x, y in list(zip(tensors, before, now, strict=True))[hooks.stop :]:
+            if is_tensor:
+                assert memory.setdefault(id(x), (y, x.nbytes))[0] == y, "one tensor, two addresses"
+            else:
+                assert type(x) is type(y)
+                assert x == y
+        assert now[:6] == before[:6]
+    assert addresses <= {address for address, _ in memory.values()}
+    ends = sorted((address, address + size) for address, size in memory.values() if address not in addresses)
+    assert all(end <= start for (_, end), (start, _) in pairwise(ends)), "memory that overlaps"
+    assert all(address % 16 == 0 for address, _ in ends)
+    step = result[1] if isinstance(result, tuple) else result
+    filled = {step.alpha, step.status, *({step.token} if what in ("sample", "greedy") else ())}
+    assert {x.data_ptr() for x in filled} <= {start for start, _ in ends}
+
+
+@pytest.mark.parametrize("what", ASKED)
+def test_other_rows_and_batches_compile_nothing(no_gpu, what):
+    ask(what, 0, 8)
+    before = prepared()
+    for first, rows in ((1, 8), (2, 7), (0, 3), (5, 2), (4, 1)):
+        ask(what, first, rows)
+    assert prepared() == before
+
+
+def test_a_triton_that_launches_otherwise_is_launched_in_the_ordinary_way(no_gpu, monkeypatch):
+    def ordinary(launched) -> bool:
+        return all(any(isinstance(x, torch.Tensor) for x in given) for _, given in launched)
+
+    again = Kept()
+    monkeypatch.setattr(gpu, "kept", lambda *step: again)
+    ask("sample", 0, 4)
+    assert not ordinary(ask("sample", 0, 4)[1])
+    hook = triton.knobs.runtime.launch_enter_hook
+    hook.add(print)
+    assert ordinary(ask("sample", 0, 4)[1]), "who listens hears nothing"
+    hook.remove(print)
+    again.launches = [(len, arguments) for _, arguments in again.launches]  # which takes one argument
+    for _ in range(2):
+        _, launched, step = ask("sample", 0, 4)
+        assert ordinary(launched)
+        assert len(launched) == 5
+        assert len(step.token) == 4
+    assert again.refused
+
+
+def test_a_step_that_comes_again_takes_less_than_half_the_time(no_gpu):
+    """Before the launchers, which do nothing here; prints the microseconds."""
+
+    def least(prepare) -> float:
+        times = []
+        for _ in range(30):
+            prepare()
+            start = time.perf_counter()
+            ask("sample", 0, 8)
+            times.append(time.perf_counter() - start)
+        return 1e6 * min(times)
+
+    ask("sample", 0, 8)
+    first, again = least(kept.cache_clear), least(lambda: None)
+    print(f"\nhost time of a step: {first:.0f} µs, again {again:.0f} µs")
+    assert again < first / 2
 
 
 def test_any_two_arguments_and_three_constants_meet_in_a_cover():

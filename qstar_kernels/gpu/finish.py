@@ -20,6 +20,7 @@ from qstar_kernels.gpu.scratch import (
     exact_mix,
     is_sound,
     kls_of,
+    more_than_maxima,
     outside,
     own_settings,
     relative_logit,
@@ -376,17 +377,13 @@ def greedy_token(theta, t, row, partial, vocab_size, groups, tops, inv_temperatu
     doubt, slope = tl.load(row + scratch.DOUBT), tl.load(row + scratch.SLOPE)
     norm = tl.load(row + scratch.LOG_NORM)
     o_group = tl.arange(0, GROUPS)  # [GROUPS]
-    partial += o_group * scratch.GROUP_COLUMNS  # [GROUPS]
-    most_theta = tl.load(partial + scratch.MAX_THETA, mask=o_group < groups, other=-INF)  # [GROUPS]
-    most_t = tl.load(partial + scratch.MAX_T, mask=o_group < groups, other=-INF)  # [GROUPS]
+    maxima = partial + o_group * scratch.GROUP_COLUMNS  # [GROUPS]
+    most_theta = tl.load(maxima + scratch.MAX_THETA, mask=o_group < groups, other=-INF)  # [GROUPS]
+    most_t = tl.load(maxima + scratch.MAX_T, mask=o_group < groups, other=-INF)  # [GROUPS]
     most_theta, most_t, allow_theta, allow_t = exact_logits(most_theta, most_t, tops, inv_temperature)
     most = exact_mix(most_theta, most_t, tl.load(row + scratch.ALPHA)) - norm  # [GROUPS]
     most += doubt * tl.abs(most_theta - most_t - slope)  # [GROUPS]
-    # beyond [0, 1] another token of the group may have more than both maxima would
-    beyond = outside(tl.load(row + scratch.ALPHA))
-    if beyond > 0:
-        reach = tl.load(partial + scratch.REACH, mask=o_group < groups, other=0.0).to(tl.float64)  # [GROUPS]
-        most += beyond * reach * inv_temperature * (1 + 1e-6)
+    most += more_than_maxima(partial, tl.load(row + scratch.ALPHA), inv_temperature, groups, GROUPS)
     most = tl.where(allow_theta & allow_t, most, -INF)
     token, best, kind = tl.full([], -1, tl.int32), norm * 0 - INF, norm * 0
     lead, rival = best, best  # the least that the best may be, the most that any other may be
@@ -418,6 +415,7 @@ def finish_kernel(
     theta,
     t,
     row,
+    own,
     partial,
     masses,
     seeds,
@@ -441,7 +439,6 @@ def finish_kernel(
     kl_budget_low,
     tol,
     METHOD: tl.constexpr,
-    OWN: tl.constexpr,
     DRAW: tl.constexpr,
     REFINE: tl.constexpr,
     CHOOSE: tl.constexpr,
@@ -459,12 +456,20 @@ def finish_kernel(
     partial += i_row * s_partial
     masses += i_row * 2 * groups
     out += i_row
-    if OWN:
-        _alpha, alpha_min, alpha_max, budget, _good = own_settings(row, METHOD)
+    if own is not None:
+        _alpha, alpha_min, alpha_max, budget, _good = own_settings(own + i_row * scratch.OWN_COLUMNS, METHOD)
     tops = (tl.load(row + scratch.TOP_THETA), tl.load(row + scratch.TOP_T))
     status = tl.load(row + scratch.STATUS).to(tl.int32)
     token = tl.full([], -1, tl.int64)
     exact, again = tl.full([], 0, tl.int32), (status == 0).to(tl.int32)
+    if not REFINE:  # noqa: SIM102 - with `and` both would be asked at run time
+        if status == 0:
+            o_group = tl.arange(0, GROUPS)  # [GROUPS]
+            kept = tl.load(masses + o_group, mask=o_group < groups, other=-INF)  # [GROUPS]
+            norm = tl.load(row + scratch.TOP_X) + tl.log(tl.sum(tl.exp(kept)))
+            tl.store(row + scratch.LOG_NORM, norm)
+            # which is loaded by other threads
+            tl.debug_barrier()
     if REFINE:
         exact = ((status == 0) & (tl.load(row + scratch.SETTLED) == 0)).to(tl.int32)
     # once, and in float64 once more where float32 may have decided between two tokens

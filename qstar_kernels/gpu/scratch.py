@@ -87,9 +87,9 @@ TOP_X = tl.constexpr(13)  # what the `value` of a token is relative to: the grea
 DOUBT = tl.constexpr(14)  # how far α may be off before a token is drawn
 SLOPE = tl.constexpr(15)  # F' and √F''
 DEVIATION = tl.constexpr(16)
-OWN = tl.constexpr(17)  # 4 columns, as they were given for the row: α, its clamps, the budget
-ROW_COLUMNS = tl.constexpr(21)
+ROW_COLUMNS = tl.constexpr(17)
 
+OWN_COLUMNS = tl.constexpr(len(PER_ROW))  # as they were given for a row: α, its clamps, the budget
 LEAST_ALPHA, GREATEST_ALPHA = (tl.constexpr(x) for x in PER_ROW["alpha"][:2])
 MOST_BUDGET = tl.constexpr(PER_ROW["kl_budget"].most)
 
@@ -139,13 +139,13 @@ def halved(x):
 
 
 @triton.jit
-def own_settings(row, METHOD: tl.constexpr):
-    """α if it is given, the range it lies in, the budget, and whether they are good: `row_settings` of reference.py.
+def own_settings(own, METHOD: tl.constexpr):
+    """Of a row with settings of its `own` (at this address): α if it is given, the range it lies in, the budget, and
+    whether they are good; `row_settings` of reference.py.
 
     A range of one point has its α given under the budget rules, too.
     """
-    alpha, budget = tl.load(row + OWN), tl.load(row + OWN + 3)
-    low, high = tl.load(row + OWN + 1), tl.load(row + OWN + 2)
+    alpha, low, high, budget = tl.load(own), tl.load(own + 1), tl.load(own + 2), tl.load(own + 3)
     good = (alpha >= LEAST_ALPHA) & (alpha <= GREATEST_ALPHA) & (budget >= 0) & (budget <= MOST_BUDGET)
     good = good & (low >= 0) & (low <= high) & (high <= 1)
     alpha, budget = tl.where(good, alpha, 0.5), tl.where(good, budget, 0.0)
@@ -167,6 +167,15 @@ def own_settings(row, METHOD: tl.constexpr):
 def outside(alpha):
     """How far α lies outside [0, 1]."""
     return tl.maximum(tl.maximum(alpha - 1, -alpha), 0.0)
+
+
+@triton.jit
+def more_than_maxima(sums, alpha, inv_temperature, groups, GROUPS: tl.constexpr):
+    """By how much a token of a group may have more of log q's mass than the group's two maxima mixed [GROUPS]: none at α
+    in [0, 1]. `sums`: those of the groups."""
+    beyond, o_group = outside(alpha), tl.arange(0, GROUPS)
+    reach = tl.load(sums + o_group * GROUP_COLUMNS + REACH, mask=o_group < groups, other=0.0).to(tl.float64)
+    return tl.where(beyond > 0, beyond * reach * inv_temperature * (1 + 1e-6), 0.0)
 
 
 @triton.jit

@@ -751,6 +751,7 @@ def settle_row(
 def settle_kernel(
     partial,
     row,
+    own,
     masses,
     out,
     rows,
@@ -770,7 +771,6 @@ def settle_kernel(
     tol,
     TEMPERED: tl.constexpr,
     METHOD: tl.constexpr,
-    OWN: tl.constexpr,
     SECOND: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
@@ -781,8 +781,8 @@ def settle_kernel(
     alpha, budget = as_double(fixed_alpha, fixed_alpha_low), as_double(kl_budget, kl_budget_low)
     row += i_row * scratch.ROW_COLUMNS
     c = as_double(center, 0.0)
-    if OWN:
-        alpha, alpha_min, alpha_max, budget, good = own_settings(row, METHOD)
+    if own is not None:
+        alpha, alpha_min, alpha_max, budget, good = own_settings(own + i_row * scratch.OWN_COLUMNS, METHOD)
         if (METHOD == "fixed") | (METHOD == "kl_budget") | (METHOD == "kl_budget_t"):
             c = alpha.to(tl.float32).to(tl.float64)
     wanted = i_row >= 0
@@ -793,7 +793,7 @@ def settle_kernel(
         partial += i_row * s_partial
         o = tl.arange(0, GROUPS)  # [G]
         norms, present, status = norms_of(partial, row, o < groups, o, groups, inv_temperature, TEMPERED)
-        if OWN:
+        if own is not None:
             status = tl.where(good, status, scratch.STATUS_BAD_SETTING)
             tl.store(row + scratch.STATUS, status.to(tl.float64))
         if status == 0:

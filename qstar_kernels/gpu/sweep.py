@@ -226,6 +226,7 @@ def sweep_kernel(
     theta,
     t,
     row,
+    own,
     partial,
     vocab_size,
     s_theta,
@@ -236,7 +237,7 @@ def sweep_kernel(
     EXTRA: tl.constexpr,
     TEMPERED: tl.constexpr,
     SECOND: tl.constexpr,
-    OWN: tl.constexpr,
+    METHOD: tl.constexpr,
     TIMES: tl.constexpr,
     GROUPS: tl.constexpr,
     AHEAD: tl.constexpr,
@@ -246,19 +247,18 @@ def sweep_kernel(
 ):
     """Some groups of a row, about `center`, or (`SECOND`) about the row's α where that is not settled.
 
-    `OWN`: the rule under which a row may have its own α given, or none.
+    `METHOD`: the rule, where a row may have its `own` α given.
     """
     # rows × vocabulary passes 2³¹ when whole prompts are scored
     i_row, i_block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     wanted = i_row >= 0
-    if SECOND or OWN != "":
-        row += i_row * scratch.ROW_COLUMNS
-    if OWN != "" and not SECOND:
-        alpha, _low, _high, _budget, _good = own_settings(row, OWN)
-        center = alpha.to(tl.float32)
     if SECOND:
+        row += i_row * scratch.ROW_COLUMNS
         wanted = (tl.load(row + scratch.STATUS) == 0) & (tl.load(row + scratch.SETTLED) == 0)
         center = tl.load(row + scratch.ALPHA).to(tl.float32)
+    elif own is not None:
+        alpha, _low, _high, _budget, _good = own_settings(own + i_row * scratch.OWN_COLUMNS, METHOD)
+        center = alpha.to(tl.float32)
     if wanted:
         theta += i_row * s_theta
         t += i_row * s_t

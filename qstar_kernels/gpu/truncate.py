@@ -1,13 +1,13 @@
 """Top-k, top-p and min-p on the device without sorting the vocabulary.
 
-Both ask for the greatest value v such that the tokens that reach v number k, or those below it weigh at most 1 − p: all
-that reach v are kept, ties of the last one included. float32 orders like its bits read as an integer (the negative ones
-flipped), so v is found digit by digit in base 16: a sweep over the row counts the tokens that reach each of 15
-candidates, or weighs those that do not, and eight sweeps fix all 32 bits. That costs the same for every k and p. Values
-are relative to the greatest that is left, subtracted in float64, whatever mass q has there.
+Both ask for the greatest value v such that the tokens below it are not too many, or weigh at most 1 − p: all that reach
+v are kept, ties of the last one included. float32 orders like its bits read as an integer (the negative ones flipped),
+so v is found in a bracket of such integers that is cut into 16 parts again and again: octaves first, where the values
+of a row lie; equal parts then. A program weighs some groups of ids below each cut; the next launch adds the groups'
+numbers in one order, and goes on in the part in which the target is crossed. Groups without a token there are not read
+again. That is exact whatever k, p and the row are, ties and values of all sizes included. Values are relative to the
+greatest that is left, subtracted in float64, whatever mass q has there.
 """
-
-# ruff: noqa: RUF005 - Triton knows no starred tuples
 
 import triton
 import triton.language as tl
@@ -20,28 +20,46 @@ from qstar_kernels.gpu.scratch import (
     as_logits,
     exact_logits,
     exact_mix,
+    more_than_maxima,
     relative_logit,
     value_of,
-    zeros_of,
 )
 
 OF_T = tl.constexpr(0)  # the values are the logits of π_t less their maximum, over all tokens π_t allows
+OF_Q = tl.constexpr(1)  # the values are the logarithms of q's mass, over the tokens that are left
+
 LEAST = tl.constexpr(-(2**31))
-OF_Q = tl.constexpr(1)  # the values are log2 of q's mass, over the tokens that are left
+PARTS = tl.constexpr(16)
+OCTAVES = tl.constexpr(6)  # parts of the first pass: fewer, as all groups are read for it
+AT_ONCE = tl.constexpr(5)  # cuts: 5 and 15 are multiples of it, and more would not leave the registers
+# Octaves leave less than 2³⁰ numbers, each pass after them a sixteenth: one is left. Then the floor is written down.
+PASSES = tl.constexpr(9)
+
+# What is known of a row before a pass, float64
+LOW = tl.constexpr(0)  # the value sought is at least this number
+HIGH = tl.constexpr(1)  # and below this one
+BELOW = tl.constexpr(2)  # what the tokens below LOW weigh
+TARGET = tl.constexpr(3)  # what those below the value sought may weigh
+BRACKET_COLUMNS = tl.constexpr(4)
 
 
 @triton.jit
-def values_of(theta, t, o, vocab_size, row, tops, top_x, floor_t, inv_temperature, WHICH: tl.constexpr):
-    """Value and mass of the tokens [N], relative to the greatest, and whether they take part."""
-    a = as_logits(tl.load(theta + o, mask=o < vocab_size, other=-INF))  # [N]
-    b = as_logits(tl.load(t + o, mask=o < vocab_size, other=-INF))  # [N]
-    if WHICH == OF_T:
-        value, part = relative_logit(b, tops[1]), b > scratch.MASK  # [N]
-        mass = tl.exp(value * inv_temperature.to(tl.float32))  # [N]
+def values_of(theta, t, group, vocab_size, row, tops, top_x, floor_t, inv_temperature, WHICH: tl.constexpr):
+    """Value and mass of a group's tokens [GROUP], relative to the greatest, and whether they take part."""
+    o = group * GROUP + tl.arange(0, GROUP)  # [GROUP]
+    # a mask of a length that is no multiple of 16 makes all loads narrow
+    if (group + 1) * GROUP <= vocab_size:
+        a, b = tl.load(theta + o), tl.load(t + o)
     else:
-        x, part = left_of(a, b, row, tops, floor_t, inv_temperature)  # [N]
-        value = value_of(x, top_x)  # [N]
-        mass = tl.exp(value)  # [N]
+        a, b = tl.load(theta + o, mask=o < vocab_size, other=-INF), tl.load(t + o, mask=o < vocab_size, other=-INF)
+    a, b = as_logits(a), as_logits(b)  # [GROUP] each
+    if WHICH == OF_T:
+        value, part = relative_logit(b, tops[1]), b > scratch.MASK  # [GROUP]
+        mass = tl.exp(value * inv_temperature.to(tl.float32))  # [GROUP]
+    else:
+        x, part = left_of(a, b, row, tops, floor_t, inv_temperature)  # [GROUP]
+        value = value_of(x, top_x)  # [GROUP]
+        mass = tl.exp(value)  # [GROUP]
     # −0 and 0 are one value: the sum has the sign of 0
     return value + 0.0, tl.where(part, mass, 0.0), part
 
@@ -67,222 +85,252 @@ def unordered(index):
 
 
 @triton.jit
-def pivot(
-    theta,
-    t,
-    target,
-    floor,
-    vocab_size,
-    row,
-    tops,
-    top_x,
-    floor_t,
-    inv_temperature,
-    WHICH: tl.constexpr,
-    COUNT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Of the tokens not below `floor`: the greatest value that `target` of them reach (`COUNT`), or the greatest below
-    which there is no more mass than `target`.
-
-    The mass below, not above: the tail of a top-p near 1 is then a sum of small numbers, without loss of digits.
-    """
-    best = tl.full([], LEAST, tl.int32)
-    unit = tl.full([], 2**28, tl.int32)
-    for _ in range(8):
-        sums = zeros_of(tl.full([], 0.0, tl.float64), 15)
-        for start in range(0, vocab_size, BLOCK):
-            o = start + tl.arange(0, BLOCK)  # [BLOCK]
-            value, mass, part = values_of(
-                theta, t, o, vocab_size, row, tops, top_x, floor_t, inv_temperature, WHICH
-            )  # [BLOCK] each
-            if COUNT:
-                mass = tl.where(part, 1.0, 0.0)
-            mass = tl.where(value >= floor, mass, 0.0)
-            index = ordered(value)  # [BLOCK]
-            more = ()
-            for j in tl.static_range(15):
-                reaches = index >= best + unit * (j + 1)  # [BLOCK]
-                hit = tl.where(reaches == COUNT, mass, 0.0)  # [BLOCK]
-                more = more + (sums[j] + tl.sum(hit).to(tl.float64),)
-            sums = more
-        digit = tl.full([], 0, tl.int32)
-        for j in tl.static_range(15):
-            holds = sums[j] >= target if COUNT else sums[j] <= target
-            digit += holds.to(tl.int32)
-        best += digit * unit
-        unit = unit // 16
-    # where not even all of them are enough nothing is cut; and never the greatest, whose value is 0: the last of all
-    # bits are a NaN's
-    found = unordered(best)
-    return tl.where(best == LEAST, -INF, tl.where(found < 0, found, 0.0))
+def bound(low, high, first, i):
+    """The lower end of part `i` of a bracket, int64: −32, −16 … −2 of the `first`, then at equal distances."""
+    octave = tl.where(i < OCTAVES, LEAST + ((122 + i) << 23) + 0x7FFFFF, high)
+    octave = tl.where(i == 0, low, octave)
+    return tl.where(first, octave, tl.minimum(low + (high - low + PARTS - 1) // PARTS * i, high))
 
 
 @triton.jit
-def top_p_floor(
+def narrowed(bracket, sums, groups, first, amount, COUNT: tl.constexpr):
+    """The bracket after a pass over it that left `sums` [groups, PARTS], and which part of the old one it is.
+
+    Every program of the next pass asks, and all add in one order.
+    """
+    low, high = tl.load(bracket + LOW).to(tl.int64), tl.load(bracket + HIGH).to(tl.int64)
+    below, target = tl.load(bracket + BELOW), tl.load(bracket + TARGET)
+    part = tl.full([], 0, tl.int64)
+    if high - low > 1:
+        i_part = tl.arange(0, PARTS)  # [PARTS]
+        weights = tl.zeros([PARTS], tl.float64)
+        for start in range(0, groups, 32):
+            o_group = start + tl.arange(0, 32)[:, None]  # [32, 1]
+            some = tl.load(sums + o_group * PARTS + i_part[None, :], mask=o_group < groups, other=0.0)  # [32, PARTS]
+            weights += tl.sum(some.to(tl.float64), axis=0)
+        if first:
+            whole = tl.sum(tl.where(i_part == PARTS - 1, weights, 0.0))
+            target = whole - amount if COUNT else whole * amount
+        passed = (below + weights <= target) & (i_part < tl.where(first, OCTAVES, PARTS) - 1)  # [PARTS]
+        part = tl.sum(passed.to(tl.int64))
+        below += tl.sum(tl.where(i_part == part - 1, weights, 0.0))
+        low, high = bound(low, high, first, part), bound(low, high, first, part + 1)
+    return low, high, below, target, part
+
+
+@triton.jit(do_not_specialize=["rows", "groups", "times", "i_pass"])
+def divide_kernel(
     theta,
     t,
-    share,
-    share_low,
-    floor,
+    row,
+    brackets,
+    sums,
+    rows,
+    vocab_size,
+    groups,
+    times,
+    i_pass,
+    s_theta,
+    s_t,
+    inv_temperature,
+    inv_temperature_low,
+    amount,
+    amount_low,
+    WHICH: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """A pass: what the tokens of `times` groups weigh below each cut of the bracket that the last pass leaves.
+
+    `amount` tokens are kept (`COUNT`), or what is cut has this share of the mass. The mass below, not above: the tail
+    of a top-p near 1 is then a sum of small numbers, without loss of digits.
+    """
+    i_row, i_block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row += i_row * scratch.ROW_COLUMNS
+    inv_temperature = as_double(inv_temperature, inv_temperature_low)
+    if tl.load(row + scratch.STATUS) == 0:
+        floor_t = tl.load(row + scratch.FLOOR_T).to(tl.float32)
+        floor = floor_t if WHICH == OF_T else tl.load(row + scratch.FLOOR_X).to(tl.float32)
+        # what the last pass wrote is read while this one writes
+        before, now = ((i_pass + 1) % 2) * rows + i_row, (i_pass % 2) * rows + i_row
+        sums_before, sums = sums + before * groups * PARTS, sums + now * groups * PARTS
+        bracket_before, bracket = brackets + before * BRACKET_COLUMNS, brackets + now * BRACKET_COLUMNS
+        low, high = tl.full([], LEAST, tl.int64), tl.full([], 1, tl.int64)
+        below, target = tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64)
+        part = tl.full([], 0, tl.int64)
+        if i_pass > 0:
+            low, high, below, target, part = narrowed(
+                bracket_before, sums_before, groups, i_pass == 1, as_double(amount, amount_low), COUNT
+            )
+        if i_pass == PASSES:
+            # where not even all of them are enough nothing is cut; and never the greatest, whose value is 0
+            found = tl.minimum(unordered(low.to(tl.int32)), 0.0)
+            found = tl.maximum(floor, tl.where(low == LEAST, -INF, found)).to(tl.float64)
+            tl.store(row + (scratch.FLOOR_T if WHICH == OF_T else scratch.FLOOR_X), found)
+        else:
+            if i_block == 0:
+                tl.store(bracket + LOW, low.to(tl.float64))
+                tl.store(bracket + HIGH, high.to(tl.float64))
+                tl.store(bracket + BELOW, below)
+                tl.store(bracket + TARGET, target)
+            if high - low > 1:
+                theta += i_row * s_theta
+                t += i_row * s_t
+                tops = (tl.load(row + scratch.TOP_THETA), tl.load(row + scratch.TOP_T))
+                for group in range(i_block * times, tl.minimum(i_block * times + times, groups)):
+                    add_up(
+                        theta,
+                        t,
+                        group,
+                        vocab_size,
+                        row,
+                        tops,
+                        floor_t,
+                        floor,
+                        inv_temperature,
+                        sums_before,
+                        sums,
+                        low,
+                        high,
+                        part,
+                        i_pass == 0,
+                        WHICH,
+                        COUNT,
+                    )
+
+
+@triton.jit
+def add_up(
+    theta,
+    t,
+    group,
     vocab_size,
     row,
     tops,
-    top_x,
     floor_t,
+    floor,
     inv_temperature,
+    sums_before,
+    sums,
+    low,
+    high,
+    part,
+    first,
     WHICH: tl.constexpr,
-    BLOCK: tl.constexpr,
+    COUNT: tl.constexpr,
 ):
-    """The value of the token at which the tokens not below `floor`, in order, have the share of their mass."""
-    whole = tl.full([], 0.0, tl.float64)
-    for start in range(0, vocab_size, BLOCK):
-        o = start + tl.arange(0, BLOCK)  # [BLOCK]
-        value, mass, _part = values_of(
-            theta, t, o, vocab_size, row, tops, top_x, floor_t, inv_temperature, WHICH
-        )  # [BLOCK] each
-        whole += tl.sum(tl.where(value >= floor, mass, 0.0)).to(tl.float64)
-    rest = whole * ((1 - as_double(share, 0.0)) - share_low)
-    found = pivot(theta, t, rest, floor, vocab_size, row, tops, top_x, floor_t, inv_temperature, WHICH, False, BLOCK)
-    return tl.maximum(floor, found)
+    """Store what a group's tokens from `low` on weigh below each cut, and in the last column below `high`."""
+    wanted = first
+    if first == 0:
+        here = sums_before + group * PARTS + part
+        begins = tl.load(here - 1, mask=part > 0, other=0.0)
+        wanted = tl.load(here) > begins
+    sums += group * PARTS
+    if wanted:
+        value, mass, takes_part = values_of(
+            theta, t, group, vocab_size, row, tops, tl.load(row + scratch.TOP_X), floor_t, inv_temperature, WHICH
+        )  # [GROUP] each
+        if COUNT:
+            mass = tl.where(takes_part, 1.0, 0.0)
+        index = ordered(value)  # [GROUP]
+        inside = (value >= floor) & (index >= low.to(tl.int32)) & (index < high.to(tl.int32))  # [GROUP]
+        mass = tl.where(inside, mass, 0.0)
+        tl.store(sums + (PARTS - 1), tl.sum(mass))
+        for some in range(1, tl.where(first, OCTAVES, PARTS), AT_ONCE):
+            for i in tl.static_range(AT_ONCE):
+                cut = bound(low, high, first, some + i).to(tl.int32)
+                tl.store(sums + (some + i - 1), tl.sum(tl.where(index < cut, mass, 0.0)))
+        if first:
+            tl.store(sums + (OCTAVES - 1), tl.sum(mass))
+    else:
+        tl.store(sums + tl.arange(0, PARTS), tl.zeros([PARTS], tl.float32))
 
 
-@triton.jit(do_not_specialize=["groups"])
-def truncate_kernel(
+@triton.jit(do_not_specialize=["groups", "s_partial"])
+def top_kernel(
+    theta,
+    t,
+    row,
+    partial,
+    vocab_size,
+    groups,
+    s_theta,
+    s_t,
+    s_partial,
+    inv_temperature,
+    inv_temperature_low,
+    GROUPS: tl.constexpr,
+):
+    """The greatest mass of the tokens that π_t's truncation leaves: what is left may have no mass that float32 has.
+
+    Groups are read in the order of a bound, their two maxima mixed, until none can have a greater one.
+    """
+    i_row = tl.program_id(0).to(tl.int64)
+    theta += i_row * s_theta
+    t += i_row * s_t
+    row += i_row * scratch.ROW_COLUMNS
+    inv_temperature = as_double(inv_temperature, inv_temperature_low)
+    if tl.load(row + scratch.STATUS) == 0:
+        tops = (tl.load(row + scratch.TOP_THETA), tl.load(row + scratch.TOP_T))
+        floor_t = tl.load(row + scratch.FLOOR_T).to(tl.float32)
+        o_group = tl.arange(0, GROUPS)  # [GROUPS]
+        partial += i_row * s_partial
+        maxima = partial + o_group * scratch.GROUP_COLUMNS  # [GROUPS]
+        most_a = tl.load(maxima + scratch.MAX_THETA, mask=o_group < groups, other=-INF)  # [GROUPS]
+        most_b = tl.load(maxima + scratch.MAX_T, mask=o_group < groups, other=-INF)  # [GROUPS]
+        most, some = left_of(most_a, most_b, row, tops, floor_t, inv_temperature)  # [GROUPS]
+        most += more_than_maxima(partial, tl.load(row + scratch.ALPHA), inv_temperature, groups, GROUPS)
+        most = tl.where(some, most, -INF)  # [GROUPS]
+        greatest = tl.full([], -INF, tl.float64)
+        while tl.max(most) > greatest:
+            group = tl.argmax(most, axis=0).to(tl.int32)
+            most = tl.where(o_group == group, -INF, most)
+            o = group * GROUP + tl.arange(0, GROUP)  # [GROUP]
+            a = as_logits(tl.load(theta + o, mask=o < vocab_size, other=-INF))  # [GROUP]
+            b = as_logits(tl.load(t + o, mask=o < vocab_size, other=-INF))  # [GROUP]
+            x, part = left_of(a, b, row, tops, floor_t, inv_temperature)  # [GROUP]
+            greatest = tl.maximum(greatest, tl.max(tl.where(part, x, -INF)))
+        if greatest == -INF:
+            tl.store(row + scratch.STATUS, scratch.STATUS_EMPTY * 1.0)
+        else:
+            tl.store(row + scratch.TOP_X, greatest)
+
+
+@triton.jit(do_not_specialize=["groups", "times"])
+def masses_kernel(
     theta,
     t,
     row,
     masses,
     vocab_size,
     groups,
+    times,
     s_theta,
     s_t,
     inv_temperature,
     inv_temperature_low,
-    target_top_k,
-    target_top_p,
-    target_top_p_low,
-    top_k,
-    top_p,
-    top_p_low,
     log_min_p,
-    HAS_TARGET_TOP_K: tl.constexpr,
-    HAS_TARGET_TOP_P: tl.constexpr,
-    HAS_TOP_K: tl.constexpr,
-    HAS_TOP_P: tl.constexpr,
     HAS_MIN_P: tl.constexpr,
-    DRAW: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr,
 ):
-    """The floors that say which tokens of a row are kept, their normaliser, and the groups' masses among them."""
-    i_row = tl.program_id(0).to(tl.int64)
-    theta += i_row * s_theta
-    t += i_row * s_t
+    """The logarithms of what is kept of the mass of each group."""
+    i_row, i_block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row += i_row * scratch.ROW_COLUMNS
-    masses += i_row * 2 * groups
     inv_temperature = as_double(inv_temperature, inv_temperature_low)
-    BLOCK: tl.constexpr = BLOCK_GROUPS * GROUP
     if tl.load(row + scratch.STATUS) == 0:
-        tops = (tl.load(row + scratch.TOP_THETA), tl.load(row + scratch.TOP_T))
-        nothing = tl.full([], -INF, tl.float32)
-        none = tl.full([], 0.0, tl.float64)
-        floor_t, floor_x = nothing, nothing
-        if HAS_TARGET_TOP_K:
-            floor_t = pivot(
-                theta,
-                t,
-                target_top_k,
-                nothing,
-                vocab_size,
-                row,
-                tops,
-                none,
-                nothing,
-                inv_temperature,
-                OF_T,
-                True,
-                BLOCK,
-            )
-        if HAS_TARGET_TOP_P:
-            floor_t = top_p_floor(
-                theta,
-                t,
-                target_top_p,
-                target_top_p_low,
-                floor_t,
-                vocab_size,
-                row,
-                tops,
-                none,
-                nothing,
-                inv_temperature,
-                OF_T,
-                BLOCK,
-            )
-
-        # what is left may have no mass that float32 has: all values are relative to the greatest
-        greatest = tl.full([], -INF, tl.float64)
-        for start in range(0, vocab_size, BLOCK):
-            o = start + tl.arange(0, BLOCK)  # [BLOCK]
-            a = as_logits(tl.load(theta + o, mask=o < vocab_size, other=-INF))  # [BLOCK]
-            b = as_logits(tl.load(t + o, mask=o < vocab_size, other=-INF))  # [BLOCK]
-            x, part = left_of(a, b, row, tops, floor_t, inv_temperature)  # [BLOCK]
-            greatest = tl.maximum(greatest, tl.max(tl.where(part, x, -INF)))
-        if greatest == -INF:
-            tl.store(row + scratch.STATUS, scratch.STATUS_EMPTY * 1.0)
-        else:
-            tl.store(row + scratch.TOP_X, greatest)
-            if HAS_TOP_K:
-                floor_x = pivot(
-                    theta,
-                    t,
-                    top_k,
-                    nothing,
-                    vocab_size,
-                    row,
-                    tops,
-                    greatest,
-                    floor_t,
-                    inv_temperature,
-                    OF_Q,
-                    True,
-                    BLOCK,
-                )
-            if HAS_TOP_P:
-                floor_x = top_p_floor(
-                    theta,
-                    t,
-                    top_p,
-                    top_p_low,
-                    floor_x,
-                    vocab_size,
-                    row,
-                    tops,
-                    greatest,
-                    floor_t,
-                    inv_temperature,
-                    OF_Q,
-                    BLOCK,
-                )
-            if HAS_MIN_P:
-                floor_x = tl.maximum(floor_x, log_min_p)
-
-            o_group = tl.arange(0, BLOCK_GROUPS)  # [GROUPS]
-            total = tl.full([], 0.0, tl.float64)
-            for start in range(0, vocab_size, BLOCK):
-                o = start + tl.arange(0, BLOCK)  # [BLOCK]
-                value, mass, part = values_of(
-                    theta, t, o, vocab_size, row, tops, greatest, floor_t, inv_temperature, OF_Q
-                )  # [BLOCK] each
-                kept = part & (value >= floor_x)  # [BLOCK]
-                mass = tl.where(kept, mass, 0.0)
-                total += tl.sum(mass).to(tl.float64)
-                group = start // GROUP + o_group  # [GROUPS]
-                if DRAW == scratch.SAMPLED:
-                    by_group = tl.sum(tl.reshape(mass, [BLOCK_GROUPS, GROUP]), axis=1)  # [GROUPS]
-                    some = by_group > 0  # [GROUPS]
-                    log_mass = tl.where(some, tl.log(tl.where(some, by_group, 1.0).to(tl.float64)), -INF)  # [GROUPS]
-                    tl.store(masses + group, log_mass, mask=group < groups)
-            tl.store(row + scratch.FLOOR_X, floor_x.to(tl.float64))
-            tl.store(row + scratch.FLOOR_T, floor_t.to(tl.float64))
-            tl.store(row + scratch.LOG_NORM, greatest + tl.log(total))
+        theta += i_row * s_theta
+        t += i_row * s_t
+        masses += i_row * 2 * groups
+        tops, top_x = (tl.load(row + scratch.TOP_THETA), tl.load(row + scratch.TOP_T)), tl.load(row + scratch.TOP_X)
+        floor_t = tl.load(row + scratch.FLOOR_T).to(tl.float32)
+        floor_x = tl.load(row + scratch.FLOOR_X).to(tl.float32)
+        if HAS_MIN_P:
+            # other programs of the row may read it before or after: the greater of the two is the same
+            floor_x = tl.maximum(floor_x, log_min_p)
+            if i_block == 0:
+                tl.store(row + scratch.FLOOR_X, floor_x.to(tl.float64))
+        for group in range(i_block * times, tl.minimum(i_block * times + times, groups)):
+            value, mass, part = values_of(
+                theta, t, group, vocab_size, row, tops, top_x, floor_t, inv_temperature, OF_Q
+            )  # [GROUP] each
+            kept = tl.sum(tl.where(part & (value >= floor_x), mass, 0.0))
+            log_mass = tl.where(kept > 0, tl.log(tl.where(kept > 0, kept, 1.0).to(tl.float64)), -INF)
+            tl.store(masses + group, log_mass)
