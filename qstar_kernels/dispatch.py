@@ -55,8 +55,10 @@ def step(
         ValueError: shapes or vocabularies that do not fit; the message says what would.
     """
     theta, t = checked_rows(theta, t, vocab_size)
-    index = {name: checked(name, x, theta, INDEX_TYPES) for name, x in index.items()}
-    per_row = {name: checked(name, x, theta, SETTING_TYPES) for name, x in per_row.items()}
+    for name, x in index.items():
+        check(name, x, theta, INDEX_TYPES)
+    for name, x in per_row.items():
+        check(name, x, theta, SETTING_TYPES)
     if torch.compiler.is_compiling():
         return traced_step(impl, theta, t, settings, want_log_q, per_row, index)
     step, log_q = implementation(impl, theta, t)(theta, t, settings, want_log_q=want_log_q, per_row=per_row, **index)
@@ -126,19 +128,20 @@ def checked_rows(theta: Tensor, t: Tensor, vocab_size: int | None) -> tuple[Tens
 
 def parted(settings: dict[str, Any]) -> tuple[Settings, dict[str, Tensor]]:
     """The settings of a call, and those of them that are one number a row."""
-    per_row = {name: x for name, x in settings.items() if name in PER_ROW and isinstance(x, Tensor)}
-    return Settings(**{name: x for name, x in settings.items() if name not in per_row}), per_row
+    per_row = {name: x for name, x in settings.items() if isinstance(x, Tensor) and name in PER_ROW}
+    if per_row:
+        settings = {name: x for name, x in settings.items() if name not in per_row}
+    return Settings(**settings), per_row
 
 
-def checked(name: str, x: Tensor, rows: Tensor, types: tuple[torch.dtype, ...]) -> Tensor:
-    """[B] beside the rows, of one of the types."""
+def check(name: str, x: Tensor, rows: Tensor, types: tuple[torch.dtype, ...]) -> None:
+    """Refuse what is not [B] beside the rows, of one of the types."""
     if x.shape != rows.shape[:1] or x.dtype not in types or x.device != rows.device:
         accepted = " or ".join(str(dtype).removeprefix("torch.") for dtype in types)
         raise ValueError(
             f"{name} is {x.dtype} {list(x.shape)} on {x.device}; "
             f"it must be {accepted} [{rows.shape[0]}] on {rows.device}"
         )
-    return x
 
 
 @torch.library.custom_op("qstar_kernels::step", mutates_args=(), schema=SCHEMA)

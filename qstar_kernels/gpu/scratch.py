@@ -171,8 +171,9 @@ def outside(alpha):
 
 @triton.jit
 def more_than_maxima(sums, alpha, inv_temperature, groups, GROUPS: tl.constexpr):
-    """By how much a token of a group may have more of log q's mass than the group's two maxima mixed [GROUPS]: none at α
-    in [0, 1]. `sums`: those of the groups."""
+    """By how much a token of a group may have more of log q's mass than the group's two maxima mixed, [GROUPS].
+
+    It is 0 at α in [0, 1]. `sums`: those of the groups."""
     beyond, o_group = outside(alpha), tl.arange(0, GROUPS)
     reach = tl.load(sums + o_group * GROUP_COLUMNS + REACH, mask=o_group < groups, other=0.0).to(tl.float64)
     return tl.where(beyond > 0, beyond * reach * inv_temperature * (1 + 1e-6), 0.0)
