@@ -28,8 +28,8 @@ setup(
     ],
     python_requires=">=3.11",
     install_requires=[
-        "torch>=2.13",
-        "triton>=3.7; platform_system == 'Linux'",
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
         "numpy>=1.24",
         "pyarrow>=20",
         "transformers>=5.19,<6",
