@@ -110,7 +110,7 @@ MUTATIONS_OF_ONE_SWEEP = [
     ("KL, row's moments", "(end - x) * first / value", "1.01 * (end - x) * first / value", "8.6"),
     ("KL, row's moments, bound", "return kl, 1.1 * off if", "return kl, 0.2 * off if", "8.6"),
     ("KL, rounding", "self.rounding(alpha) + 4 * self.of_f(alpha)\n", "0 * self.of_f(alpha)\n", "8.7"),
-    ("budget", "gap = away(alpha) * width, kl - budget", "gap = away(alpha) * width, 1.01 * kl - budget", "8.7"),
+    ("budget", "(np.sqrt(budget) - root) / max", "(1.01 * np.sqrt(budget) - root) / max", "8.7"),
     ("outside, rounding", "+ 2 * of_norms) + self.of_f(self.center)", ") * 0.001", "9.3"),
 ]
 
