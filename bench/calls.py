@@ -19,7 +19,7 @@ from triton.runtime.driver import driver
 
 from qstar_kernels.gpu import launch as gpu
 from qstar_kernels.gpu.launch import Launch, aligned, plan
-from qstar_kernels.types import METHODS, Settings
+from qstar_kernels.types import METHODS, PER_ROW, Settings
 
 # what is asked for, and the temperatures it can be asked at
 WHATS = {"sample": (1.0, 0.7), "greedy": (0.0,), "look up": (1.0, 0.7), "stats": (1.0, 0.7), "log q": (1.0, 0.7)}
@@ -61,10 +61,12 @@ class Call:
     rows: int = 3
     vocab_size: int = 50257
     first: int = 0  # seeds, positions and tokens are those of some sequences from this one on
+    per_row: bool = False  # one number a row of the settings that may be
 
     def launches(self) -> list[Launch]:
         """Its launches, in order, with their arguments on no device."""
         index = torch.empty(self.first + self.rows, dtype=torch.int64, device="meta")[self.first :]
+        own = torch.empty(self.rows, len(PER_ROW), dtype=torch.float64, device="meta") if self.per_row else None
         return plan(
             aligned(self.theta.logits(self.rows, self.vocab_size)),
             aligned(self.t.logits(self.rows, self.vocab_size)),
@@ -73,14 +75,15 @@ class Call:
             positions=index if self.what in ("sample", "greedy") else None,
             tokens=index if self.what == "look up" else None,
             want_log_q=self.what == "log q",
+            own=own,
         )[0]
 
 
 def every_call() -> Iterator[Call]:
     """What × rule × temperature × truncation × types × rows × vocabularies.
 
-    Rows far apart, a vocabulary of one token and logits of more than 2 GiB meet only calls without truncation or with
-    all of it; rows in any other place are launched like padded ones.
+    Rows far apart or with settings of their own, a vocabulary of one token and logits of more than 2 GiB meet only
+    calls without truncation or with all of it; rows in any other place are launched like padded ones.
     """
     truncations = [
         {name: value for name, value, on in zip(TRUNCATIONS, TRUNCATIONS.values(), chosen, strict=True) if on}
@@ -97,6 +100,7 @@ def every_call() -> Iterator[Call]:
                 yield Call(what, settings, Side(theta, place_theta), Side(t, place_t), *size)
 
     yield from calls(truncations, [("padded", "padded")], list(product((1, 3, 16), VOCABULARIES)))
+    yield from calls(few, [("padded", "padded")], [(*size, 0, True) for size in product((1, 3, 16), VOCABULARIES)])
     yield from calls(few, [("padded", "far"), ("far", "padded"), ("far", "far")], [(3, 50257)])
     yield from calls(few, [("padded", "padded")], [(3, 50257, 1), (1, 1), (3, 1), (20000, 128256)])
 

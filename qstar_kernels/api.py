@@ -7,7 +7,7 @@ of π_θ (`theta`); π_t (`t`) is the target or teacher.
 from torch import Tensor
 
 from qstar_kernels import dispatch
-from qstar_kernels.types import QStarStep, Settings
+from qstar_kernels.types import QStarStep
 
 
 def qstar_sample(
@@ -37,14 +37,21 @@ def qstar_sample(
             where no C compiler was found at installation).
         **settings: the fields of `qstar_kernels.types.Settings`, with its defaults:
             method: the rule for α, one of `METHODS`: `kl_symmetry` (KL(q*‖π_θ) = KL(q*‖π_t), the minimax point),
-                `fixed` with `alpha`, or another of the guide's table.
-            alpha_min, alpha_max: α is clamped to this range after the solve.
+                `kl_budget` (KL(q*‖π_θ) = `kl_budget`, or π_t where it is nearer than that), `kl_budget_t` (the same
+                around π_t), `fixed` with `alpha`, or another of the guide's table.
+            alpha: of `fixed`, from −100 to 100. Outside [0, 1] it extrapolates, and there, too, a token that either
+                model forbids has no probability (theory/proof.md, part 9).
+            alpha_min, alpha_max: α is clamped to this range after the solve; 0 and 1 do not bind a given α.
+            kl_budget: of the two budget rules, in nats; 0 is α = 1 (of `kl_budget_t`, 0).
             temperature: divides both rows before they are mixed, 1e-6 to 1e6; 0 takes the most probable token that is
                 left of q* at temperature 1.
             target_top_k, target_top_p: restrict q* to the tokens that π_t's top-k and top-p keep, after the α solve.
             top_k, top_p, min_p: truncate q* after that, in this order; the token that crosses `top_p` is kept, and so
                 are ties of the last token kept.
-            tol: bound on |KL(q*‖π_θ) − KL(q*‖π_t)| in nats that `kl_symmetry` is solved to.
+            tol: in nats, what KL(q*‖π_θ) − KL(q*‖π_t) under `kl_symmetry`, or a KL less its budget, may be off 0.
+            `alpha`, `alpha_min`, `alpha_max` and `kl_budget` may be one number a row: float32 or float64 [B] beside
+            the logits. A row has the same bits then as in a call of its own with its numbers, and other numbers
+            compile nothing anew. One that is NaN or outside its range refuses its row (`Status.BAD_SETTING`).
 
     Returns:
         `QStarStep` with every field set. A row that cannot be sampled from has `status` ≠ 0, token −1 and NaN numbers.
@@ -57,7 +64,8 @@ def qstar_sample(
         TypeError: there is no setting of that name.
     """
     index = {"seeds": seeds, "positions": positions}
-    return dispatch.step(impl, logits_theta, logits_t, Settings(**settings), vocab_size, **index)[0]
+    settings, per_row = dispatch.parted(settings)
+    return dispatch.step(impl, logits_theta, logits_t, settings, vocab_size, per_row=per_row, **index)[0]
 
 
 def qstar_logprobs(
@@ -75,7 +83,8 @@ def qstar_logprobs(
     Raises:
         ValueError: as `qstar_sample`.
     """
-    stats, log_q = dispatch.step(impl, logits_theta, logits_t, Settings(**settings), vocab_size, want_log_q=True)
+    settings, per_row = dispatch.parted(settings)
+    stats, log_q = dispatch.step(impl, logits_theta, logits_t, settings, vocab_size, True, per_row)
     return log_q, stats
 
 
@@ -102,4 +111,5 @@ def qstar_stats(
         ValueError: as `qstar_sample`.
     """
     index = {} if tokens is None else {"tokens": tokens}
-    return dispatch.step(impl, logits_theta, logits_t, Settings(**settings), vocab_size, **index)[0]
+    settings, per_row = dispatch.parted(settings)
+    return dispatch.step(impl, logits_theta, logits_t, settings, vocab_size, per_row=per_row, **index)[0]

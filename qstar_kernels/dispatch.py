@@ -5,21 +5,26 @@ A call through torch's dispatcher costs some 30 µs of host time, so the operato
 """
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
 from numbers import Integral
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qstar_kernels.cpu import launch as cpu
 from qstar_kernels.reference import qstar_reference
-from qstar_kernels.types import FIELDS, OF_ROW, QStarStep, Settings, output_dtype
+from qstar_kernels.types import FIELDS, OF_ROW, PER_ROW, QStarStep, Settings, output_dtype
 
+INDEX_TYPES, SETTING_TYPES = (torch.int64,), (torch.float32, torch.float64)
 IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton")
 KINDS = {str: "str", float: "float", int: "SymInt"}
 SCHEMA = (
     "(Tensor theta, Tensor t, Tensor? seeds, Tensor? positions, Tensor? tokens, bool want_log_q, str impl, "
+    f"{', '.join(f'Tensor? {name}_of_rows' for name in PER_ROW)}, "
     f"{', '.join(f'{KINDS[f.type]} {f.name}' for f in fields(Settings))}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -31,6 +36,7 @@ def step(
     settings: Settings,
     vocab_size: int | None = None,
     want_log_q: bool = False,
+    per_row: Mapping[str, Tensor] = MappingProxyType({}),
     **index: Tensor,
 ) -> tuple[QStarStep, Tensor | None]:
     """Check the arguments, then do by `impl` what is asked for; the public functions are its faces.
@@ -39,6 +45,7 @@ def step(
         impl, theta, t, vocab_size: as in `qstar_kernels.api.qstar_sample`.
         settings: the rule for α, temperature and truncation.
         want_log_q: return log q of the truncated distribution too.
+        per_row: settings of each row, float32 or float64 [B], by their names (`PER_ROW`); they count for `settings`.
         **index: `seeds` and `positions` to draw, `tokens` to look up, int64 [B] each; without any, the diagnostics.
 
     Returns:
@@ -48,10 +55,13 @@ def step(
         ValueError: shapes or vocabularies that do not fit; the message says what would.
     """
     theta, t = checked_rows(theta, t, vocab_size)
-    index = {name: checked_index(name, x, theta) for name, x in index.items()}
+    for name, x in index.items():
+        check(name, x, theta, INDEX_TYPES)
+    for name, x in per_row.items():
+        check(name, x, theta, SETTING_TYPES)
     if torch.compiler.is_compiling():
-        return traced_step(impl, theta, t, settings, want_log_q, index)
-    step, log_q = implementation(impl, theta, t)(theta, t, settings, want_log_q=want_log_q, **index)
+        return traced_step(impl, theta, t, settings, want_log_q, per_row, index)
+    step, log_q = implementation(impl, theta, t)(theta, t, settings, want_log_q=want_log_q, per_row=per_row, **index)
     dtype = output_dtype(theta, t)
     return step.to(dtype), log_q if log_q is None else log_q.to(dtype)
 
@@ -116,23 +126,34 @@ def checked_rows(theta: Tensor, t: Tensor, vocab_size: int | None) -> tuple[Tens
     return theta, t
 
 
-def checked_index(name: str, index: Tensor, rows: Tensor) -> Tensor:
-    """int64 [B] beside the rows."""
-    if index.shape != rows.shape[:1] or index.dtype != torch.int64 or index.device != rows.device:
+def parted(settings: dict[str, Any]) -> tuple[Settings, dict[str, Tensor]]:
+    """The settings of a call, and those of them that are one number a row."""
+    per_row = {name: x for name, x in settings.items() if isinstance(x, Tensor) and name in PER_ROW}
+    if per_row:
+        settings = {name: x for name, x in settings.items() if name not in per_row}
+    return Settings(**settings), per_row
+
+
+def check(name: str, x: Tensor, rows: Tensor, types: tuple[torch.dtype, ...]) -> None:
+    """Refuse what is not [B] beside the rows, of one of the types."""
+    if x.shape != rows.shape[:1] or x.dtype not in types or x.device != rows.device:
+        accepted = " or ".join(str(dtype).removeprefix("torch.") for dtype in types)
         raise ValueError(
-            f"{name} is {index.dtype} {list(index.shape)} on {index.device}; "
-            f"it must be int64 [{rows.shape[0]}] on {rows.device}"
+            f"{name} is {x.dtype} {list(x.shape)} on {x.device}; "
+            f"it must be {accepted} [{rows.shape[0]}] on {rows.device}"
         )
-    return index
 
 
 @torch.library.custom_op("qstar_kernels::step", mutates_args=(), schema=SCHEMA)
-def step_op(theta, t, seeds, positions, tokens, want_log_q, impl, *settings):
+def step_op(theta, t, seeds, positions, tokens, want_log_q, impl, *rest):
     """Numbers [8, B] (`FIELDS`; [5, B] without a token), status [B], the drawn token [B], log q [B, V].
 
     What was not asked for has no elements.
     """
-    step, log_q = implementation(impl, theta, t)(theta, t, Settings(*settings), seeds, positions, tokens, want_log_q)
+    own, settings = rest[: len(PER_ROW)], Settings(*rest[len(PER_ROW) :])
+    per_row = {name: x for name, x in zip(PER_ROW, own, strict=True) if x is not None}
+    run = implementation(impl, theta, t)
+    step, log_q = run(theta, t, settings, seeds, positions, tokens, want_log_q, per_row)
     dtype = output_dtype(theta, t)
     return (
         torch.stack(step.numbers()).to(dtype),
@@ -143,7 +164,7 @@ def step_op(theta, t, seeds, positions, tokens, want_log_q, impl, *settings):
 
 
 @step_op.register_fake
-def _(theta, t, seeds, positions, tokens, want_log_q, *settings):
+def _(theta, t, seeds, positions, tokens, want_log_q, *rest):
     rows, dtype = theta.shape[0], output_dtype(theta, t)
     drawn = theta.new_empty(rows if seeds is not None else 0, dtype=torch.int64)
     count = len(OF_ROW if seeds is None and tokens is None else FIELDS)
@@ -155,8 +176,17 @@ def _(theta, t, seeds, positions, tokens, want_log_q, *settings):
     )
 
 
-def traced_step(impl: str, theta: Tensor, t: Tensor, settings: Settings, want_log_q: bool, index: dict[str, Tensor]):
+def traced_step(
+    impl: str,
+    theta: Tensor,
+    t: Tensor,
+    settings: Settings,
+    want_log_q: bool,
+    per_row: dict[str, Tensor],
+    index: dict[str, Tensor],
+):
     """What `step` returns, through the operator."""
     seeds, positions, tokens = [index.get(name) for name in ("seeds", "positions", "tokens")]
-    numbers, status, drawn, log_q = step_op(theta, t, seeds, positions, tokens, want_log_q, impl, *settings.values())
+    rest = (*(per_row.get(name) for name in PER_ROW), *settings.values())
+    numbers, status, drawn, log_q = step_op(theta, t, seeds, positions, tokens, want_log_q, impl, *rest)
     return QStarStep.of(numbers, status, tokens if seeds is None else drawn), log_q if want_log_q else None

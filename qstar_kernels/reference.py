@@ -11,14 +11,16 @@ with N_θ, N_t the log-normalisers of the whole rows and s = N_θ − N_t. The d
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qstar_kernels.noise import GROUP_SIZE, GROUP_STREAM, TOKEN_STREAM, gumbel
-from qstar_kernels.types import LARGEST_LOGIT, QStarStep, Settings, Status, mask_of
+from qstar_kernels.types import BUDGETS, LARGEST_LOGIT, PER_ROW, QStarStep, Settings, Status, mask_of
 
 TINY_ENTROPY = 1e-300  # entropies below this have lost digits, or themselves, to underflow: then α is ½
 
@@ -88,6 +90,38 @@ def make_pair(theta: Tensor, t: Tensor, temperature: float = 1.0) -> Pair:
     )
 
 
+class RowSettings(NamedTuple):
+    """What may differ from row to row: float64 [B]."""
+
+    alpha: Tensor  # under `fixed`
+    low: Tensor  # α lies between these; under `fixed` both are α
+    high: Tensor
+    budget: Tensor
+    good: Tensor  # bool, all of them are in their range
+
+
+def row_settings(settings: Settings, per_row: Mapping[str, Tensor], like: Tensor) -> RowSettings:
+    """Of each row: its own settings, `per_row`, over those of all; rows whose own are bad have those of all."""
+    good, own = torch.ones_like(like, dtype=torch.bool), {}
+    for name, bounds in PER_ROW.items():
+        own[name] = torch.full_like(like, getattr(settings, name))
+        if name in per_row:
+            own[name] = per_row[name].to(like)
+            good &= (own[name] >= bounds.least) & (own[name] <= bounds.most)
+    good &= own["alpha_min"] <= own["alpha_max"]
+    own = {name: torch.where(good, x, getattr(settings, name)) for name, x in own.items()}
+    alpha, low, high, budget = (own[name] for name in ("alpha", "alpha_min", "alpha_max", "kl_budget"))
+    if settings.method == "fixed":  # a clamp at 0 or 1 does not bind
+        alpha = torch.where((low > 0) & (alpha < low), low, alpha)
+        alpha = torch.where((high < 1) & (alpha > high), high, alpha)
+        low = high = alpha
+    elif settings.method == "kl_budget":  # a budget of 0 is the end itself, whatever rounding says
+        low = torch.where(budget == 0, high, low)
+    elif settings.method == "kl_budget_t":
+        high = torch.where(budget == 0, low, high)
+    return RowSettings(alpha, low, high, budget, good)
+
+
 def solve_increasing(f: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], like: Tensor) -> Tensor:
     """Root in [0, 1] of an increasing function by safeguarded Newton from 0.5, each row for itself.
 
@@ -128,8 +162,20 @@ def entropy(a: Tensor) -> Tensor:
     return maxima.log() + (others / maxima).log1p() - first / (maxima + others)
 
 
-def balance(pair: Pair, method: str, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What vanishes at the α of `kl_symmetry` or `ess_balance`, its derivative (≥ 0) and its rounding: [B] each."""
+def residual(pair: Pair, method: str, alpha: Tensor, budget: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What vanishes at the α of a rule that is solved for, its derivative (≥ 0) and its rounding: [B] each.
+
+    For a budget the slope is that of Newton's step for the root of KL, which is all but straight in α.
+    """
+    if method in BUDGETS:
+        _, f, slope, curvature = pair.curve(alpha)
+        inner = method == "kl_budget"
+        kl, norm = pair.kls(alpha, f, slope)[not inner], pair.norm_theta if inner else pair.norm_t
+        value, away = (budget - kl, 1 - alpha) if inner else (kl - budget, alpha)
+        root = kl.clamp(min=0).sqrt()
+        steep = torch.where(root > 0, away * curvature / (2 * root), (curvature / 2).sqrt())
+        size = f.abs() + norm.abs() + (away * slope).abs()
+        return value, (budget.sqrt() + root) * steep, (4e-16 * size).clamp(min=1e-15)
     if method == "kl_symmetry":
         _, _, slope, curvature = pair.curve(alpha)
         value, derivative, size = slope - pair.secant, curvature, slope.abs() + curvature.sqrt()
@@ -141,55 +187,88 @@ def balance(pair: Pair, method: str, alpha: Tensor) -> tuple[Tensor, Tensor, Ten
     return value, derivative, (4e-16 * size).clamp(min=1e-14)
 
 
-def solve_alpha(pair: Pair, settings: Settings) -> Tensor:
-    """α [B] by the rule `settings.method`, clamped to [alpha_min, alpha_max] (theory/proof.md, part 6)."""
+def solve_alpha(pair: Pair, settings: Settings, own: RowSettings) -> Tensor:
+    """α [B] by the rule `settings.method`, clamped to the rows' own range (theory/proof.md, part 6)."""
     s = pair.secant
     zero, one = torch.zeros_like(s), torch.ones_like(s)
     if settings.method == "fixed":
-        alpha = one * settings.alpha
+        alpha = own.alpha
     elif settings.method == "entropy":
         h_theta, h_t = entropy(pair.a), entropy(pair.b)
         total = h_theta + h_t
         alpha = torch.where(total > TINY_ENTROPY, h_theta / total, 0.5)
+    elif settings.method in BUDGETS:
+
+        def excess(alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return residual(pair, settings.method, alpha, own.budget)
+
+        # the end that is inside the ball, or the one that is nearest to it where none is
+        inside, beyond = excess(zero)[0] >= 0, excess(one)[0] <= 0
+        alpha = torch.where(inside, zero, torch.where(beyond, one, solve_increasing(excess, s)))
     else:
-        _, f0, slope0, _ = pair.curve(zero)
-        _, f1, slope1, _ = pair.curve(one)
-        if settings.method == "reverse_kl_symmetry":
-            spread = slope1 - slope0
-            alpha = torch.where(spread > 1e-14, (slope1 - s) / spread, 0.5)
-            at_zero, at_one = slope0 - s, slope1 - s
-        else:
-
-            def rule(alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-                return balance(pair, settings.method, alpha)
-
-            alpha = solve_increasing(rule, s)
-            at_zero, at_one = rule(zero)[0], rule(one)[0]
-        # without a root inside, which takes different supports, the better of the two ends
-        rootless = (at_zero > 0) | (at_one < 0)
-        kl_at_zero = torch.maximum(*pair.kls(zero, f0, slope0))
-        kl_at_one = torch.maximum(*pair.kls(one, f1, slope1))
-        flat = pair.theta_inside & pair.t_inside  # equal supports always have a root; a missing one is rounding
-        alpha = torch.where(rootless & ~flat, torch.where(kl_at_zero <= kl_at_one, zero, one), alpha)
-    return alpha.clamp(settings.alpha_min, settings.alpha_max)
+        alpha = solve_balance(pair, settings.method)
+    return alpha.clamp(own.low, own.high)
 
 
-def holds(pair: Pair, settings: Settings, alpha: Tensor, kl_theta: Tensor, kl_t: Tensor, logq: Tensor | None) -> Tensor:
-    """bool [B], the last look at a row: what must be true of its numbers whatever the logits are.
+def solve_balance(pair: Pair, method: str) -> Tensor:
+    """α [B] of the rules that treat both models alike."""
+    s = pair.secant
+    zero, one = torch.zeros_like(s), torch.ones_like(s)
+    _, f0, slope0, _ = pair.curve(zero)
+    _, f1, slope1, _ = pair.curve(one)
+    if method == "reverse_kl_symmetry":
+        spread = slope1 - slope0
+        alpha = torch.where(spread > 1e-14, (slope1 - s) / spread, 0.5)
+        at_zero, at_one = slope0 - s, slope1 - s
+    else:
 
-    α in its range; both KLs not negative; the rule's residual within `tol` (relative to KLs above 1), or α at the end
-    of its range that the residual points to, or at an end for want of a root; log q of the drawn token finite and not
-    positive. Sums of float64 leave 1e-9 of rounding on the largest rows.
+        def rule(alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return residual(pair, method, alpha, zero)
+
+        alpha = solve_increasing(rule, s)
+        at_zero, at_one = rule(zero)[0], rule(one)[0]
+    # without a root inside, which takes different supports, the better of the two ends
+    rootless = (at_zero > 0) | (at_one < 0)
+    kl_at_zero = torch.maximum(*pair.kls(zero, f0, slope0))
+    kl_at_one = torch.maximum(*pair.kls(one, f1, slope1))
+    flat = pair.theta_inside & pair.t_inside  # equal supports always have a root; a missing one is rounding
+    return torch.where(rootless & ~flat, torch.where(kl_at_zero <= kl_at_one, zero, one), alpha)
+
+
+def lost_outside(alpha: Tensor, f: Tensor, slope: Tensor) -> Tensor:
+    """What rounding leaves of the KLs [B] at α outside [0, 1], where they are differences of numbers of any size."""
+    outside = (alpha < 0) | (alpha > 1)
+    return (4e-16 * ((alpha.abs() + 1) * slope.abs() + f.abs())).masked_fill(~outside, 0.0)
+
+
+def holds(
+    pair: Pair,
+    settings: Settings,
+    own: RowSettings,
+    alpha: Tensor,
+    lost: Tensor,
+    kl_theta: Tensor,
+    kl_t: Tensor,
+    logq: Tensor | None,
+) -> Tensor:
+    """Whether the numbers of a row keep what the theory says of them: bool [B], NaN never does.
+
+    α in its range and known to `tol`, or at the end of the range that its rule points to, or at an end for want of a
+    root; no KL and no probability on the wrong side of its bound. The tolerances are what sums of 2e5 terms in
+    float64 leave 1e-9 of rounding on the largest rows; `lost` is `lost_outside`.
     """
-    low, high = settings.alpha_min, settings.alpha_max
     size = torch.maximum(kl_theta, kl_t).clamp(min=1)
-    good = (alpha >= low) & (alpha <= high) & (torch.minimum(kl_theta, kl_t) >= -1e-9 * size) & size.isfinite()
-    if settings.method in ("kl_symmetry", "ess_balance"):
-        residual, _, _ = balance(pair, settings.method, alpha)
-        at_low, at_high = alpha <= low, alpha >= high
-        rootless = ~(pair.theta_inside & pair.t_inside) & (at_low | at_high)
-        stopped = (at_low & (residual > 0)) | (at_high & (residual < 0))
-        good &= (residual.abs() <= settings.tol * size) | stopped | rootless
+    good = (alpha >= own.low) & (alpha <= own.high) & (torch.minimum(kl_theta, kl_t) >= -1e-9 * size - lost)
+    good &= size.isfinite() & (lost <= 1e-5 * torch.minimum(kl_theta, kl_t).clamp(min=1))
+    if settings.method in (*BUDGETS, "kl_symmetry", "ess_balance"):
+        value, _, _ = residual(pair, settings.method, alpha, own.budget)
+        at_low, at_high = alpha <= own.low, alpha >= own.high
+        stopped = (at_low & (value > 0)) | (at_high & (value < 0))
+        if settings.method in BUDGETS:
+            size = (kl_theta if settings.method == "kl_budget" else kl_t).clamp(min=1)
+        else:
+            stopped |= ~(pair.theta_inside & pair.t_inside) & (at_low | at_high)
+        good &= (value.abs() <= settings.tol * size) | stopped
     if logq is not None:
         good &= (logq <= 1e-9) & logq.isfinite()
     return good
@@ -257,6 +336,7 @@ def qstar_reference(
     positions: Tensor | None = None,
     tokens: Tensor | None = None,
     want_log_q: bool = False,
+    per_row: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> tuple[QStarStep, Tensor | None]:
     """Solve, and then draw (with `seeds` and `positions`) or look up `tokens`; see `qstar_kernels.api` for the fields.
 
@@ -266,17 +346,19 @@ def qstar_reference(
         seeds, positions: int64 [B], to draw a token a row.
         tokens: int64 [B], to look up given tokens instead; a token outside [0, V) gets NaN log-probabilities.
         want_log_q: return log q of the truncated distribution too.
+        per_row: settings of each row, [B] each, by their names (`PER_ROW`).
 
     Returns:
         the fields in float64, and log q [B, V] in float64 or None.
     """
     masked = (x.masked_fill(x <= mask_of(x.dtype), -torch.inf) for x in (logits_theta, logits_t))
     theta, t = (x.double() for x in masked)
-    status = status_of(theta, t)
+    own = row_settings(settings, per_row, theta[:, 0])
+    status = torch.where(own.good, status_of(theta, t), int(Status.BAD_SETTING))
     bad = status != Status.OK
     theta, t = theta.masked_fill(bad[:, None], 0.0), t.masked_fill(bad[:, None], 0.0)
     pair = make_pair(theta, t, settings.temperature or 1.0)
-    alpha = solve_alpha(pair, settings)
+    alpha = solve_alpha(pair, settings, own)
     log_q, f, slope, _ = pair.curve(alpha)
     kl_theta, kl_t = pair.kls(alpha, f, slope)
     ess_theta = torch.exp(2 * pair.norm_theta - f - pair.curve(2 - alpha)[1]).masked_fill(~pair.theta_inside, 0.0)
@@ -288,7 +370,7 @@ def qstar_reference(
     if seeds is not None:
         token = log_q.argmax(-1) if settings.temperature == 0 else draw(log_q, seeds, positions)
         drawn = log_q.gather(-1, token[:, None])[:, 0].masked_fill(status != Status.OK, 0.0)
-    bad |= ~holds(pair, settings, alpha, kl_theta, kl_t, drawn)
+    bad |= ~holds(pair, settings, own, alpha, lost_outside(alpha, f, slope), kl_theta, kl_t, drawn)
     status = torch.where(bad & ((status == Status.OK) | empty), int(Status.INEXACT), status)
     unusable = status != Status.OK
 

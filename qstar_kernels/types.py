@@ -10,8 +10,9 @@ if TYPE_CHECKING:  # a command line has its options from here, and does without 
     import torch
     from torch import Tensor
 
-METHODS = ("kl_symmetry", "ess_balance", "reverse_kl_symmetry", "entropy", "fixed")
-SOLVED = ("kl_symmetry", "ess_balance")  # those whose condition is met to a tolerance
+METHODS = ("kl_symmetry", "ess_balance", "reverse_kl_symmetry", "entropy", "kl_budget", "kl_budget_t", "fixed")
+BUDGETS = ("kl_budget", "kl_budget_t")  # one KL is given
+SOLVED = ("kl_symmetry", "ess_balance", *BUDGETS)  # those whose condition is met to a tolerance
 
 
 class Status(IntEnum):
@@ -24,6 +25,7 @@ class Status(IntEnum):
     DISJOINT = 4  # no token is finite in both rows
     EMPTY = 5  # truncation leaves no token: π_t's top-k/top-p support has none that both models allow
     INEXACT = 6  # the row failed the last look at its own numbers, in float64 too
+    BAD_SETTING = 7  # α, a clamp or the budget that was given for this row alone is NaN or outside its range
 
 
 # What float64 can tell apart on rows of any kind. Beyond it a row is one token, or all of them alike
@@ -57,13 +59,24 @@ ABOVE_0, MOST = 5e-324, 2**63 - 1  # the least number above 0, and a count that 
 SHARE = Range(ABOVE_0, 1.0, "in (0, 1] (1 keeps all tokens)")
 COUNT = Range(0, MOST, "an integer, at least 0 (0 keeps all tokens)")
 TEMPERATURE = Range(0.0, MAX_TEMPERATURE, f"0 (greedy), or in [{MIN_TEMPERATURE:g}, {MAX_TEMPERATURE:g}]")
+MOST_ALPHA, MOST_BUDGET = 100.0, 1e6  # a budget no pair of models exceeds, and guidance beyond all use
 RULE, SAMPLING = "rule for α (the weight of π_θ)", "sampling"
 
 
-def setting(default: Any, group: str, help: str, bounds: Range | None = None, methods: Sequence[str] = METHODS) -> Any:
-    """A field of `Settings`; `group` and `help` are those of its option on a command line, and `methods` those that it
-    has a meaning for."""
-    return field(default=default, metadata={"group": group, "help": help, "range": bounds, "methods": methods})
+def setting(
+    default: Any,
+    group: str,
+    help: str,
+    bounds: Range | None = None,
+    methods: Sequence[str] = METHODS,
+    per_row: bool = False,
+) -> Any:
+    """A field of `Settings`; `group` and `help` are those of its option on a command line.
+
+    `methods` are those that it has a meaning for; `per_row`: the sampler's functions take a tensor [B] of it, too.
+    """
+    metadata = {"group": group, "help": help, "range": bounds, "methods": methods, "per_row": per_row}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -78,9 +91,24 @@ class Settings:
     """
 
     method: str = setting("kl_symmetry", RULE, "condition that α meets at every token")
-    alpha: float = setting(0.5, RULE, "α of method fixed", Range(0.0, 1.0, "in [0, 1]: the weight of π_θ"), ("fixed",))
-    alpha_min: float = setting(0.0, RULE, "lower clamp", Range(0.0, 1.0, "in [0, 1]"))
-    alpha_max: float = setting(1.0, RULE, "upper clamp", Range(0.0, 1.0, "in [alpha_min, 1]"))
+    alpha: float = setting(
+        0.5,
+        RULE,
+        "α of method fixed; outside [0, 1] it extrapolates: away from π_t above 1, away from π_θ below 0",
+        Range(-MOST_ALPHA, MOST_ALPHA, f"in [-{MOST_ALPHA:g}, {MOST_ALPHA:g}]: the weight of π_θ"),
+        ("fixed",),
+        per_row=True,
+    )
+    alpha_min: float = setting(0.0, RULE, "lower clamp", Range(0.0, 1.0, "in [0, 1]"), per_row=True)
+    alpha_max: float = setting(1.0, RULE, "upper clamp", Range(0.0, 1.0, "in [alpha_min, 1]"), per_row=True)
+    kl_budget: float = setting(
+        0.01,
+        RULE,
+        "nats: KL(q*‖π_θ) of method kl_budget, KL(q*‖π_t) of kl_budget_t",
+        Range(0.0, MOST_BUDGET, f"in [0, {MOST_BUDGET:g}] nats"),
+        BUDGETS,
+        per_row=True,
+    )
     temperature: float = setting(1.0, SAMPLING, "of both models, before they are mixed; 0 is greedy", TEMPERATURE)
     top_k: int = setting(0, SAMPLING, "keep the k most probable tokens of q* (0: all)", COUNT)
     top_p: float = setting(1.0, SAMPLING, "keep the most probable tokens with this mass of q*", SHARE)
@@ -93,7 +121,11 @@ class Settings:
     target_top_k: int = setting(0, SAMPLING, "restrict q* to π_t's top k (0: all)", COUNT)
     target_top_p: float = setting(1.0, SAMPLING, "restrict q* to π_t's top-p set", SHARE)
     tol: float = setting(
-        1e-5, RULE, "bound on |KL(q*‖π_θ) − KL(q*‖π_t)| in nats", Range(ABOVE_0, 1.0, "in (0, 1]"), SOLVED
+        1e-5,
+        RULE,
+        "in nats, bound on |KL(q*‖π_θ) − KL(q*‖π_t)|, or on what a KL is off its budget",
+        Range(ABOVE_0, 1.0, "in (0, 1]"),
+        SOLVED,
     )
 
     def __post_init__(self) -> None:
@@ -123,6 +155,20 @@ class Settings:
                 object.__setattr__(self, name, min(int(value), most))
 
     @property
+    def known_alpha(self) -> float | None:
+        """α where it is not solved for: under `fixed`, of a budget of 0, and of a budget between equal clamps.
+
+        A clamp at 0 or at 1 does not bind a given α.
+        """
+        low, high = self.alpha_min, self.alpha_max
+        if self.method == "fixed":
+            alpha = low if 0 < low > self.alpha else self.alpha
+            return high if 1 > high < alpha else alpha
+        if self.method in BUDGETS and (low == high or self.kl_budget == 0):
+            return high if self.method == "kl_budget" else low
+        return None
+
+    @property
     def truncates(self) -> bool:
         return any(getattr(self, name) != everything for name, everything in TRUNCATIONS)
 
@@ -132,6 +178,7 @@ class Settings:
 
 
 SETTINGS = tuple(f.name for f in fields(Settings))
+PER_ROW: dict[str, Range] = {f.name: f.metadata["range"] for f in fields(Settings) if f.metadata["per_row"]}
 # By their defaults they keep all tokens
 TRUNCATIONS = [
     (f.name, f.default) for f in fields(Settings) if f.metadata["group"] == SAMPLING and f.name != "temperature"

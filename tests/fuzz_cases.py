@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qstar_kernels import METHODS
+from qstar_kernels.types import BUDGETS, PER_ROW
 
 INF = torch.inf
 TYPES = ("float32", "bfloat16", "float16", "float64")
@@ -24,6 +25,10 @@ COIN, CHANCE = st.booleans(), {n: st.integers(0, n - 1) for n in (3, 4, 5, 12, 1
 OPEN = st.sampled_from(EXTREMES) | st.floats(1e-6, 1 - 1e-6)  # in (0, 1)
 HALF_OPEN = st.sampled_from((*EXTREMES, 1.0)) | st.floats(1e-6, 1.0)
 CLOSED = st.sampled_from((*EXTREMES, 0.0, 1.0)) | st.floats(0.0, 1.0)
+ALPHA = CLOSED | st.sampled_from((1.5, -0.5, 3.0, -2.0, 1 + 2**-52, -1e-12, 100.0, -100.0)) | st.floats(-4.0, 5.0)
+BUDGET = st.sampled_from((0.01, 0.1, 1.0, 1e-3, 1e-4, 1e-6, 0.0, 10.0, 1e-12, 1e-300, 1e6)) | st.floats(1e-8, 5.0)
+BAD_NUMBER = st.sampled_from((math.nan, -math.inf, math.inf, -1e-3, 1e7))  # for none of the settings of a row
+CLAMPS = st.tuples(CLOSED, CLOSED) | st.tuples(CLOSED)  # one number: α is given
 SMALL = (
     st.integers(1, 12),
     st.integers(1, 40),
@@ -91,6 +96,23 @@ ROWS = st.lists(rows(), min_size=1, max_size=4)
 
 
 @st.composite
+def settings_of_rows(draw) -> dict:
+    """Numbers that the rows take in turn, by setting; and their type."""
+    given = {"type": draw(st.sampled_from(("float64", "float32")))}
+    which = draw(st.integers(1, 7))
+    for bit, (name, values) in enumerate((("kl_budget", BUDGET), ("alpha", ALPHA))):
+        if which >> bit & 1:
+            given[name] = draw(st.lists(values, min_size=1, max_size=4))
+    if which >> 2:
+        pairs = draw(st.lists(CLAMPS, min_size=1, max_size=3))
+        given["alpha_min"], given["alpha_max"] = ([f(pair) for pair in pairs] for f in (min, max))
+    if draw(CHANCE[4]) == 3:
+        name = draw(st.sampled_from(sorted(given.keys() - {"type"})))
+        given[name].append(draw(BAD_NUMBER if name != "alpha" else st.sampled_from((math.nan, 101.0))))
+    return given
+
+
+@st.composite
 def cases(draw, impl: str, interpreted: bool = False, copies: int = 1) -> dict:
     """A call: what, with which settings, on which rows."""
 
@@ -108,9 +130,13 @@ def cases(draw, impl: str, interpreted: bool = False, copies: int = 1) -> dict:
         case["copies"] = copies
     chosen = case["settings"] = {"method": draw(METHOD)}
     if chosen["method"] == "fixed":
-        chosen["alpha"] = draw(CLOSED)
+        chosen["alpha"] = draw(ALPHA)
+    if chosen["method"] in BUDGETS:
+        chosen["kl_budget"] = draw(BUDGET)
     if one_in(5):
         chosen["alpha_min"], chosen["alpha_max"] = sorted((draw(CLOSED), draw(CLOSED)))
+    if one_in(4):
+        case["per_row"] = draw(settings_of_rows())
     temperature = draw(FEATURE)
     if temperature >= 10:
         chosen["temperature"] = 10.0 ** (draw(EXPONENT) / 10)
@@ -240,6 +266,19 @@ def index_of(case: dict, device: str = "cpu") -> dict[str, Tensor]:
     return {}
 
 
+def per_row_of(case: dict, device: str = "cpu") -> dict[str, Tensor]:
+    """The settings of the rows, [B] each, by their names."""
+    which = case.get("only", range(len(case["rows"]) * case.get("copies", 1)))
+    given = case.get("per_row", {})
+    return {
+        name: torch.tensor(
+            [given[name][i % len(given[name])] for i in which], dtype=getattr(torch, given["type"]), device=device
+        )
+        for name in PER_ROW
+        if name in given
+    }
+
+
 def wrapped(x: int) -> int:
     return (x + 2**63) % 2**64 - 2**63
 
@@ -253,6 +292,9 @@ def of_one_row(case: dict, i: int) -> dict:
         single |= {"seed": wrapped(case["seed"] + 7 * i), "position": case["position"] + i}
     elif case["what"] == "tokens":
         single["tokens"] = [case["tokens"][i % len(case["tokens"])]]
+    if "per_row" in case:
+        own = case["per_row"]
+        single["per_row"] = {k: v if k == "type" else [v[i % len(v)]] for k, v in own.items()}
     return single
 
 
@@ -264,6 +306,8 @@ def literal(x: Tensor) -> str:
             return "INF" if value > 0 else "-INF" if value < 0 else "NAN"
         return repr(value) if x.dtype == torch.float64 else str(np.float32(value))
 
+    if x.ndim == 1:
+        return f"torch.tensor([{', '.join(map(number, x.tolist()))}], dtype={x.dtype})"
     rows = ", ".join("[" + ", ".join(number(value) for value in row) + "]" for row in x.tolist())
     return f"torch.tensor([{rows}], dtype={x.dtype})"
 
@@ -275,7 +319,8 @@ def reproduction(case: dict, impl: str) -> str:
     if theta.numel() <= 64:
         what = {"sample": "qstar_sample", "tokens": "qstar_stats", "log_q": "qstar_logprobs"}[case["what"]]
         given = "".join(f"{k}=torch.tensor({v.tolist()}), " for k, v in index_of(case).items())
-        chosen = "".join(f"{k}={v!r}, " for k, v in case["settings"].items())
+        chosen = "".join(f"{k}={v!r}, " for k, v in case["settings"].items() if k not in per_row_of(case))
+        chosen += "".join(f"{k}={literal(v)}, " for k, v in per_row_of(case).items())
         other = {k: v for k, v in case.items() if k in ("layouts", "default_device", "alone")}
         lines += [
             f"import torch; from qstar_kernels import {what}; INF, NAN = torch.inf, torch.nan",

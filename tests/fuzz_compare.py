@@ -17,9 +17,19 @@ from torch import Tensor
 
 from qstar_kernels import QStarStep, Status, qstar_logprobs, qstar_sample, qstar_stats
 from qstar_kernels.noise import GROUP_SIZE, GROUP_STREAM, TOKEN_STREAM, gumbel
-from qstar_kernels.reference import Pair, entropy, make_pair, qstar_reference, solve_alpha, truncate
-from qstar_kernels.types import OF_ROW, OF_TOKEN, Settings, mask_of, output_dtype
-from tests.fuzz_cases import INF, index_of, rows_of
+from qstar_kernels.reference import (
+    Pair,
+    RowSettings,
+    entropy,
+    lost_outside,
+    make_pair,
+    qstar_reference,
+    row_settings,
+    solve_alpha,
+    truncate,
+)
+from qstar_kernels.types import BUDGETS, OF_ROW, OF_TOKEN, Settings, mask_of, output_dtype
+from tests.fuzz_cases import INF, index_of, per_row_of, rows_of
 from tests.interpreter import poisoned
 
 UNIT = 2.0**-52  # a step of float64 at 1
@@ -99,18 +109,31 @@ def at(pair: Pair, *alphas: Tensor) -> list[At]:
     return [At(**{name: chunks[i] for name, chunks in parts.items()}) for i in range(times)]
 
 
-def neighbourhood(alpha: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The ends of what rounds to α in the output's type; a bracket of float64 is not closed further than 1e-15."""
+def neighbourhood(alpha: Tensor, dtype: torch.dtype, given: bool) -> tuple[Tensor, Tensor]:
+    """The ends of what rounds to α in the output's type; a bracket of float64 is not closed further than 1e-15.
+
+    α lies in [0, 1] where it is not `given`.
+    """
+    if given and dtype == torch.float64:
+        return alpha, alpha
     if dtype == torch.float64:
         return (alpha - 1e-15).clamp(min=0), (alpha + 1e-15).clamp(max=1)
     narrow = alpha.to(dtype)
-    ends = (narrow.nextafter(torch.full_like(narrow, x)).double() for x in (-1.0, 2.0))
+    ends = (narrow.nextafter(torch.full_like(narrow, x)).double() for x in (-INF, INF))
     low, high = ((alpha + x) / 2 for x in ends)
-    return low.clamp(0, 1), high.clamp(0, 1)
+    return (low, high) if given else (low.clamp(0, 1), high.clamp(0, 1))
 
 
-def call(case: dict, impl: str, theta: Tensor, t: Tensor, index: dict[str, Tensor]) -> tuple[QStarStep, Tensor | None]:
-    options = case["settings"] | {"impl": impl}
+def moved(residual: Tensor, weight: Tensor, curvature: Tensor) -> Tensor:
+    """How far α may be off where KL is off its budget by so much: KL's slope is `weight`, F″ times the way to the end,
+    where it is a parabola."""
+    return torch.minimum(residual / weight.clamp(min=1e-300), (2 * residual / curvature.clamp(min=1e-300)).sqrt())
+
+
+def call(
+    case: dict, impl: str, theta: Tensor, t: Tensor, index: dict[str, Tensor], per_row: dict[str, Tensor | float]
+) -> tuple[QStarStep, Tensor | None]:
+    options = case["settings"] | per_row | {"impl": impl}
     with torch.device(case["default_device"]) if "default_device" in case else nullcontext():
         if case["what"] == "sample":
             return qstar_sample(theta, t, **index, **options), None
@@ -125,16 +148,20 @@ def disagreements(
 ) -> list[Disagreement]:
     """What is wrong with what `impl` makes of a case, within `watch()`; `counts` takes the ties that were proved."""
     theta, t = rows_of(case, device)
-    chosen, index = Settings(**case["settings"]), index_of(case, device)
+    chosen, index, per_row = Settings(**case["settings"]), index_of(case, device), per_row_of(case, device)
     rows, alone = len(theta), []
     with poisoned(), watch():
-        step, log_q = call(case, impl, theta, t, index)
+        step, log_q = call(case, impl, theta, t, index, per_row)
         if log_q is None and chosen.truncates:  # what the drawn token, or the one looked up, was chosen from
-            log_q = call(case | {"what": "log_q"}, impl, theta, t, {})[1]
-        if case.get("alone"):
+            log_q = call(case | {"what": "log_q"}, impl, theta, t, {}, per_row)[1]
+        if case.get("alone") or per_row:
             i = case["vocab_size"] % rows
-            alone = call(case, impl, theta[i : i + 1], t[i : i + 1], {k: v[i : i + 1] for k, v in index.items()})
-    comparison = Comparison(impl, theta, t, chosen, index, step, log_q)
+            row = slice(i, i + 1)
+            of_row = {k: v[row] for k, v in per_row.items()}
+            if step.status[i] != Status.BAD_SETTING:  # one number for all rows of a call is one number a row
+                of_row = {k: v.item() for k, v in of_row.items()}
+            alone = call(case, impl, theta[row], t[row], {k: v[row] for k, v in index.items()}, of_row)
+    comparison = Comparison(impl, theta, t, chosen, index, step, log_q, per_row)
     if alone:
         comparison.bits(i, *alone)
     comparison.run()
@@ -159,10 +186,12 @@ class Comparison:
         index: dict[str, Tensor],
         step: QStarStep,
         log_q: Tensor | None,
+        per_row: dict[str, Tensor],
     ):
         self.impl, self.allowed, self.settings, self.index = impl, ALLOWED[impl], settings, index
         self.raw, self.got = step, step.to(torch.float64)
-        self.want, _ = qstar_reference(theta, t, settings, **index)
+        self.want, _ = qstar_reference(theta, t, settings, per_row=per_row, **index)
+        self.own = row_settings(settings, per_row, theta[:, 0].double())
         self.dtype, self.vocab_size = output_dtype(theta, t), theta.shape[1]
         self.log_q = None if log_q is None else log_q.double()
         self.theta, self.t = (x.double().masked_fill(x <= mask_of(x.dtype), -INF) for x in (theta, t))
@@ -197,20 +226,28 @@ class Comparison:
         self.usable = solved[0] & (solved[1] | refused) & got.alpha.isfinite()
         theta, t = (x.masked_fill(~self.usable[:, None], 0.0) for x in (self.theta, self.t))
         self.pair = make_pair(theta, t, self.settings.temperature or 1.0)
-        alpha = torch.where(self.usable, got.alpha, 0.5).clamp(0, 1)
+        given = self.settings.method == "fixed"
+        alpha = torch.where(self.usable, got.alpha, 0.5)
+        alpha = alpha if given else alpha.clamp(0, 1)
         # 1 is what 1 − 2e-8 is rounded to, and not what it means where d is 1e9
         rounded = self.usable & ~refused & (got.alpha == want.alpha.to(self.dtype))
         alpha = torch.where(rounded, want.alpha, alpha)
-        alphas = (alpha, *neighbourhood(alpha, self.dtype), torch.where(self.usable & ~refused, want.alpha, alpha))
+        alphas = (
+            alpha,
+            *neighbourhood(alpha, self.dtype, given),
+            torch.where(self.usable & ~refused, want.alpha, alpha),
+        )
         self.here, self.low, self.high, self.there = at(self.pair, *alphas)
         self.ok = self.usable & (got.status == Status.OK)
         # what float64 leaves of sums of numbers of this size, in whatever order, on either side
-        size = (self.pair.a.abs() + self.pair.b.abs()).nan_to_num(posinf=0.0)  # [B, V]
+        # beyond [0, 1] the parts of a sum are of both signs
+        beyond = 1 + 2 * torch.maximum(alpha - 1, -alpha).clamp(min=0)
+        size = (self.pair.a.abs() + self.pair.b.abs()).nan_to_num(posinf=0.0) * beyond[:, None]  # [B, V]
         self.token_size = size + self.here.f.abs()[:, None]
         d = torch.where(self.pair.common, self.pair.a - self.pair.b, 0.0)
         spread = (self.here.log_q.exp() * (d - self.here.slope[:, None]).abs() * self.token_size).sum(-1)
         norms = self.pair.norm_theta.abs() + self.pair.norm_t.abs()
-        self.rounding = 16 * UNIT * (self.here.f.abs() + self.here.slope.abs() + norms + spread)
+        self.rounding = 16 * UNIT * (self.here.f.abs() + beyond * (self.here.slope.abs() + norms + spread))
         self.counts["rows refused as inexact"] += int(refused.sum())
         self.statuses()
         self.numbers()
@@ -236,7 +273,7 @@ class Comparison:
         for name in ("ess_theta", "ess_t"):
             x = getattr(got, name)
             self.report(f"{name} outside [0, 1]", (x < 0) | (x > 1), x)
-        low, high = self.rounded(self.settings.alpha_min, self.settings.alpha_max)
+        low, high = self.rounded(self.own.low), self.rounded(self.own.high)
         self.report("alpha outside its range", (got.alpha < low) | (got.alpha > high), got.alpha)
         if drawn or looked_up:
             known = ok & (got.token >= 0) & (got.token < self.vocab_size)
@@ -261,9 +298,9 @@ class Comparison:
             self.report("log q NaN", ok & self.log_q.isnan().any(-1))
             self.report("log q of an unusable row is not NaN", ~ok & ~self.log_q.isnan().all(-1))
 
-    def rounded(self, *numbers: float) -> list[float]:
-        """In the type of the output."""
-        return torch.tensor(numbers, dtype=torch.float64, device="cpu").to(self.dtype).tolist()
+    def rounded(self, x: Tensor) -> Tensor:
+        """To the type of the output, as float64."""
+        return x.to(self.dtype).double()
 
     def statuses(self) -> None:
         """Equal, but for a support that is empty or not by a token at the boundary, or a row all but refused."""
@@ -280,15 +317,26 @@ class Comparison:
             self.found.append(Disagreement(f"status {got} for {want}", row, ""))
 
     def coarse(self, row: int) -> bool:
-        """Whether a step or two of α in float64 move the rule's residual by a share of `tol` that decides on a row."""
-        if self.settings.method not in ("kl_symmetry", "ess_balance"):
-            return False
+        """Whether a step or two of α in float64 move the rule's residual by a share of `tol` that decides on a row; and
+        whether rounding leaves KLs beyond [0, 1] as many digits as just are enough."""
+        method, own = self.settings.method, RowSettings(*(x[row : row + 1] for x in self.own))
         pair = make_pair(self.theta[row : row + 1], self.t[row : row + 1], self.settings.temperature or 1.0)
-        alpha = solve_alpha(pair, self.settings)  # not as it is reported: there 1 − 2e-8 is 1
-        for part in at(pair, alpha, *neighbourhood(alpha, self.dtype)):
-            slope = part.curvature if self.settings.method == "kl_symmetry" else part.balance_slope
+        alpha = solve_alpha(pair, self.settings, own)  # not as it is reported: there 1 − 2e-8 is 1
+        for part in at(pair, alpha, *neighbourhood(alpha, self.dtype, method == "fixed")):
             size = torch.maximum(part.kl_theta, part.kl_t).clamp(min=1)
-            if (slope * 2 * UNIT * alpha > 0.1 * self.settings.tol * size).any():
+            if method == "fixed":
+                size = torch.minimum(part.kl_theta, part.kl_t).clamp(min=1)
+                if (lost_outside(alpha, part.f, part.slope) > 0.5e-5 * size).any():
+                    return True
+                continue
+            if method in BUDGETS:
+                kl, away = (part.kl_theta, 1 - alpha) if method == "kl_budget" else (part.kl_t, alpha)
+                slope, size = away * part.curvature, kl.clamp(min=1)
+            elif method in ("kl_symmetry", "ess_balance"):
+                slope = part.curvature if method == "kl_symmetry" else part.balance_slope
+            else:
+                return False
+            if (slope * 2 * UNIT * alpha.clamp(min=UNIT) > 0.1 * self.settings.tol * size).any():
                 return True
         return False
 
@@ -323,8 +371,11 @@ class Comparison:
         off = (got.alpha - want.alpha).abs()
         kind = f"alpha of {chosen.method}"
         if chosen.method == "fixed":
-            (exact,) = self.rounded(min(max(chosen.alpha, chosen.alpha_min), chosen.alpha_max))
-            self.report(kind, self.usable & (got.alpha != exact), got.alpha)
+            exact = self.rounded(self.own.alpha)
+            self.report(kind, self.usable & (got.alpha != exact), got.alpha, exact)
+            return
+        if chosen.method in BUDGETS:
+            self.budget(off)
             return
         slack = self.half * want.alpha.abs() + self.allowed.alpha
         if chosen.method == "entropy":
@@ -364,12 +415,37 @@ class Comparison:
         wrong = self.usable & ~unclear & (off > slack)
         self.report("alpha without a root", wrong & rootless, got.alpha, want.alpha)
         self.report(kind, wrong & ~rootless & determined, got.alpha, want.alpha, "curvature", weight)
-        low, high = self.rounded(chosen.alpha_min, chosen.alpha_max)
+        low, high = self.rounded(self.own.low), self.rounded(self.own.high)
         above = (residual[0] > bound) & (got.alpha > low)  # the root lies below α
         below = (residual[1] < -bound) & (got.alpha < high)
         at_an_end = (got.alpha == low) | (got.alpha == high)
         wrong = self.usable & exists & (above | below) & (~rootless | unclear) & ~(unclear & at_an_end)
         self.report(f"residual of {chosen.method}", wrong, *residual, "at", here.alpha, "for", want.alpha)
+
+    def budget(self, off: Tensor) -> None:
+        """KL at its budget, or α at the end that is inside the ball or nearest to it; `off` is that of α."""
+        got, want, own, method = self.got, self.want, self.own, self.settings.method
+        name, sign = ("kl_theta", -1) if method == "kl_budget" else ("kl_t", 1)
+        away = 1 - want.alpha if method == "kl_budget" else want.alpha
+        residual = [sign * (getattr(part, name) - own.budget) for part in (self.low, self.high)]
+        curvature = torch.minimum(self.here.curvature, self.there.curvature)
+        rounding = self.rounding + 64 * UNIT * self.pair.norm_theta.abs()
+        tolerance = self.settings.tol if self.impl == "triton" else self.allowed.relative
+        bound = tolerance * getattr(self.there, name).clamp(min=1) + rounding
+        left = bound if tolerance > self.allowed.alpha else rounding
+        slack = self.half * want.alpha.abs() + self.allowed.alpha + moved(left, away * curvature, curvature)
+        self.report(
+            f"alpha of {method}",
+            self.usable & (curvature > 1e-6) & (off > slack),
+            got.alpha,
+            want.alpha,
+            "curvature",
+            curvature,
+        )
+        above = (residual[0] > bound) & (got.alpha > self.rounded(own.low))  # the root lies below α
+        below = (residual[1] < -bound) & (got.alpha < self.rounded(own.high))
+        wrong = self.usable & (above | below)
+        self.report(f"residual of {method}", wrong, *residual, "at", self.here.alpha, "for", want.alpha)
 
     def support(self) -> Tensor:
         """bool [B, V]: the tokens that the implementation keeps, which must be those of the reference at the same α."""
@@ -494,6 +570,11 @@ class Comparison:
         method, part = self.settings.method, self.there
         if method == "fixed":
             return 0.0
+        if method in BUDGETS:
+            away = 1 - part.alpha if method == "kl_budget" else part.alpha
+            size = part.f.abs() + part.slope.abs() + self.pair.norm_theta.abs() + self.pair.norm_t.abs()
+            left = 4e-15 + 64 * UNIT * size
+            return min(1.0, float(moved(left, away * part.curvature, part.curvature)[row]))
         size = part.f_sides if method == "ess_balance" else part.slope.abs() + self.pair.secant.abs()
         weight = part.balance_slope if method == "ess_balance" else part.curvature
         return min(1.0, float((2e-14 + 64 * UNIT * size[row]) / weight[row].clamp(min=1e-300)))

@@ -76,6 +76,50 @@ def test_methods(method):
     check_against_reference(*stacked(pairs), names=list(pairs), method=method)
 
 
+@pytest.mark.parametrize("method", ["kl_budget", "kl_budget_t"])
+@pytest.mark.parametrize("budget", [0.0, 1e-6, 1.0])
+def test_budgets(method, budget):
+    pairs = dict(itertools.islice(table(999, seed=6).items(), 0, None, 2))
+    check_against_reference(*stacked(pairs), names=list(pairs), method=method, kl_budget=budget)
+
+
+@pytest.mark.parametrize("alpha", [-0.7, 1.5, 3.0])
+def test_extrapolation(alpha):
+    """Greedy, too: another token of a group may have more than its two maxima would."""
+    pairs = dict(itertools.islice(table(1500, seed=6).items(), 0, None, 2))
+    for temperature in (1.0, 0.0):
+        kwargs = {"method": "fixed", "alpha": alpha, "temperature": temperature}
+        check_against_reference(*stacked(pairs), names=list(pairs), **kwargs)
+
+
+def test_settings_of_a_row():
+    """Bit for bit those of one call a row with its numbers; a bad one refuses its row alone."""
+    pairs = dict(itertools.islice(table(999, seed=4).items(), 0, 6))
+    theta, t = stacked(pairs)
+    budget = torch.tensor([0.0, 1e-3, 0.1, 2.0, torch.nan, 0.01], dtype=torch.float64)
+    clamp = torch.tensor([0.0, 0.1, 0.97, 0.0, 0.0, 0.3])
+    for own in (
+        {"method": "kl_budget", "kl_budget": budget, "alpha_min": clamp},
+        {"method": "fixed", "alpha": torch.tensor([0.1, 1.7, -0.3, 1.0, torch.nan, 0.0])},
+        {"method": "kl_symmetry", "alpha_min": clamp},
+    ):
+        together = draw(theta, t, **own)
+        bad = Status.OK if own["method"] == "kl_symmetry" else Status.BAD_SETTING
+        assert together.status.tolist() == [0, 0, 0, 0, bad, 0]
+        for i in (0, 1, 2, 3, 5):
+            of_row = {k: v[i].item() if isinstance(v, torch.Tensor) else v for k, v in own.items()}
+            index = {"seeds": torch.tensor([i * 7 + 3]), "positions": torch.tensor([i])}
+            assert equal_bits(together, draw(theta[i : i + 1], t[i : i + 1], **index, **of_row), slice(i, i + 1)), i
+
+
+def test_two_rules_in_one_batch():
+    """Equal clamps make a row of a budget one of `fixed`."""
+    theta, t = zipf_pair(4, 999, 1.0)
+    alpha = torch.tensor([0.0, 0.3, 0.9, 1.0])
+    step = draw(theta, t, method="kl_budget", alpha_min=alpha, alpha_max=alpha)
+    assert equal_bits(step, draw(theta, t, method="fixed", alpha=alpha))
+
+
 @pytest.mark.parametrize(
     ("vocab_size", "dtype"),
     [(32000, torch.float32), (50257, torch.bfloat16), (128256, torch.float16), (151936, torch.float32)],
@@ -362,4 +406,6 @@ def test_traced():
     token, logq = torch.compile(sample, fullgraph=True, backend="aot_eager")(theta, t, index)
     assert torch.equal(token, eager.token)
     assert torch.equal(logq, eager.logq)
-    torch.library.opcheck(step_op, (theta, t, index, index, None, True, "triton", *Settings().values()))
+    own = None, None, None, torch.full((2,), 0.1)
+    chosen = Settings(method="kl_budget").values()
+    torch.library.opcheck(step_op, (theta, t, index, index, None, True, "triton", *own, *chosen))

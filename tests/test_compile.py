@@ -8,6 +8,7 @@ import pytest
 import torch
 import triton
 from rows import zipf_pair
+from torch._dynamo.testing import CompileCounterWithBackend
 from triton.runtime import driver
 
 from bench.calls import (
@@ -30,7 +31,7 @@ from qstar_kernels import qstar_logprobs, qstar_sample, qstar_stats
 from qstar_kernels.dispatch import step_op
 from qstar_kernels.gpu import launch as gpu
 from qstar_kernels.gpu.launch import Kept, kept
-from qstar_kernels.types import Settings
+from qstar_kernels.types import PER_ROW, Settings
 
 # 20 warps of the sweep find room on a multiprocessor with these, and one program of 256 threads.
 # They are those of versions of Triton that are known: others take more.
@@ -337,15 +338,32 @@ def test_compiled_whole(impl):
 
 def test_exported_for_any_batch():
     class Sampler(torch.nn.Module):
-        def forward(self, theta, t, index):
-            step = qstar_sample(theta, t, seeds=index, positions=index)
+        def forward(self, theta, t, index, budget):
+            own = {"method": "kl_budget", "kl_budget": budget}
+            step = qstar_sample(theta, t, seeds=index, positions=index, **own)
             return step.token, step.logq
 
     theta, t = zipf_pair(5, 500, 1.0)
-    index, batch = torch.arange(5), torch.export.Dim("batch")
-    exported = torch.export.export(Sampler(), (theta[:3], t[:3], index[:3]), dynamic_shapes=({0: batch},) * 3)
-    got = exported.module()(theta, t, index)
-    assert all(torch.equal(x, y) for x, y in zip(got, Sampler()(theta, t, index), strict=True))
+    index, batch, budget = torch.arange(5), torch.export.Dim("batch"), torch.linspace(0, 0.4, 5)
+    some = (theta[:3], t[:3], index[:3], budget[:3])
+    exported = torch.export.export(Sampler(), some, dynamic_shapes=({0: batch},) * 4)
+    got = exported.module()(theta, t, index, budget)
+    assert all(torch.equal(x, y) for x, y in zip(got, Sampler()(theta, t, index, budget), strict=True))
+
+
+def test_an_annealed_budget_compiles_once():
+    """Other numbers of the rows are other contents of one tensor."""
+    theta, t = zipf_pair(3, 200, 1.0)
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def stats(budget):
+        return qstar_stats(theta, t, method="kl_budget", kl_budget=budget).alpha
+
+    compiled = torch.compile(stats, fullgraph=True, backend=counter)
+    for epsilon in (0.3, 0.1, 0.0):
+        budget = torch.full((3,), epsilon)
+        assert torch.equal(compiled(budget), stats(budget))
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("what", ["sample", "look up", "log q"])
@@ -354,4 +372,8 @@ def test_operator(what):
     theta, t = zipf_pair(3, 200, 1.0)
     index = torch.arange(3)
     sampled = (index, index, None) if what == "sample" else (None, None, index if what == "look up" else None)
-    torch.library.opcheck(step_op, (theta, t, *sampled, what == "log q", "cpu", *Settings().values()))
+    for own, settings in (
+        ((None,) * len(PER_ROW), Settings()),
+        ((None, torch.full((3,), 0.2), None, torch.full((3,), 0.1)), Settings(method="kl_budget")),
+    ):
+        torch.library.opcheck(step_op, (theta, t, *sampled, what == "log q", "cpu", *own, *settings.values()))

@@ -123,3 +123,20 @@ def test_help_is_grouped_and_shows_defaults():
     for group in ("models:", "data in:", "prompts:", "rule for α", "sampling:", "decoding:", "data out:"):
         assert group in text
     assert "(default: kl_symmetry)" in text
+
+
+def test_the_frontier_of_the_guide_runs():
+    """As written, and it prints what its comments say."""
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    code = re.search(r"## The whole frontier\n.*?```python\n(.*?)```", guide, re.S).group(1)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    kl, budget, half, ends, mixed, guided = (
+        re.findall(r"tensor\(\[(.*?)\]", done.stdout, re.S)[:1]
+        + re.findall(r"^tensor\(\[(.*?)\]\)$", done.stdout, re.S | re.M)[-5:]
+    )
+    assert {round(float(x), 5) for x in kl.split(",")} == {0.01}
+    assert {float(x) for x in ends.split(",")} == {1.0}
+    assert [float(x) for x in mixed.split(",")][2:] == [0.3, 1.0]
+    assert all(float(x) > 0 for x in guided.split(","))
+    assert float(half.split(",")[3]) > float(budget.split(",")[3])

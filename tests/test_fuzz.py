@@ -103,7 +103,8 @@ def whole(value) -> bool:
 
 ACCEPTED = {
     "method": lambda x: isinstance(x, str) and x in METHODS,
-    "alpha": lambda x: real(x) and 0 <= x <= 1,
+    "alpha": lambda x: real(x) and -100 <= x <= 100,
+    "kl_budget": lambda x: real(x) and 0 <= x <= 1e6,
     "alpha_min": lambda x: real(x) and 0 <= x <= 1,
     "alpha_max": lambda x: real(x) and 0 <= x <= 1,
     "temperature": lambda x: real(x) and (x == 0 or 1e-6 <= x <= 1e6),

@@ -360,7 +360,7 @@ def test_a_full_disk(tmp_path, monkeypatch, capsys):
     ("argv", "named"),
     [
         (["--alpha-method", "bisect"], "--alpha-method"),
-        (["--alpha", "1.5"], "alpha is 1.5; it must be in [0, 1]"),
+        (["--alpha", "101"], "alpha is 101.0; it must be in [-100, 100]"),
         (["--top-p", "0"], "top_p is 0.0; it must be in (0, 1]"),
         (["--temperature", "-1"], "temperature is -1.0"),
         (["--model-theta", "x"], "--model-t is missing"),

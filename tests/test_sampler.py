@@ -371,8 +371,8 @@ IDS = torch.zeros(2, dtype=torch.int64)
         *(
             ((GOOD, GOOD), {name: value}, f"{name} is {value}")
             for name, value in {
-                "alpha": 1.5, "alpha_max": -0.1, "temperature": -1.0, "top_k": -1, "top_p": 0.0, "min_p": 2.0,
-                "target_top_k": -2, "target_top_p": 1.1, "tol": 0.0,
+                "alpha": 101.0, "alpha_max": -0.1, "kl_budget": -0.1, "temperature": -1.0, "top_k": -1,
+                "top_p": 0.0, "min_p": 2.0, "target_top_k": -2, "target_top_p": 1.1, "tol": 0.0,
             }.items()
         ),
     ],
@@ -387,7 +387,8 @@ def test_argument_errors(args, kwargs, message):
 def test_identical_models(method, impl):
     theta, _ = zipf_pair(4, 3000, 1.0)
     step = draw(theta, theta.clone(), method=method, impl=impl)
-    torch.testing.assert_close(step.alpha, torch.full((4,), 0.5), atol=1e-6, rtol=0)
+    alpha = {"kl_budget": 0.0, "kl_budget_t": 1.0}.get(method, 0.5)  # inside the ball, whose other end is the model
+    torch.testing.assert_close(step.alpha, torch.full((4,), alpha), atol=1e-6, rtol=0)
     torch.testing.assert_close(step.kl_theta + step.kl_t, torch.zeros(4), atol=2e-6, rtol=0)
     torch.testing.assert_close(step.ess_theta + step.ess_t, torch.full((4,), 2.0), atol=1e-5, rtol=0)
     torch.testing.assert_close(step.logq, step.logp_t, atol=1e-6, rtol=0)
@@ -413,6 +414,123 @@ def test_what_the_rules_promise(noise, impl):
     log_q, step = qstar_logprobs(theta, t, method="ess_balance", impl=impl)
     ess = (2 * log_theta - log_q).logsumexp(-1).neg()
     torch.testing.assert_close(step.ess_theta.log().double(), ess, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("vocab_size", [2, 999, 4097])
+@pytest.mark.parametrize(("method", "which"), [("kl_budget", "kl_theta"), ("kl_budget_t", "kl_t")])
+def test_budgets(method, which, vocab_size, impl):
+    """The KL is the budget, or α at the end that is inside the ball or nearest to it; hard rows."""
+    pairs = table(vocab_size, seed=7)
+    theta, t = stacked(pairs)
+    inside, other = (0.0, 1.0) if method == "kl_budget" else (1.0, 0.0)
+    ends = [getattr(qstar_stats(theta, t, method="fixed", alpha=x, impl=impl), which) for x in (inside, other)]
+    for budget in (0.0, 1e-9, 1e-4, 0.01, 1.0, 50.0):
+        step = draw(theta, t, method=method, kl_budget=budget, impl=impl)
+        assert (step.status == Status.OK).all()
+        got = getattr(step, which)
+        met = (got - budget).abs() <= 1e-5 * max(1, budget)
+        assert (
+            met | ((step.alpha == inside) & (ends[0] <= budget)) | ((step.alpha == other) & (ends[1] >= budget))
+        ).all()
+        if impl == "cpu":
+            check_against_reference(theta, t, list(pairs), method=method, kl_budget=budget)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("alpha", [-2.0, -0.5, 1.5, 3.0, 20.0])
+def test_extrapolation(alpha, impl):
+    """Hard rows against the formula of classifier-free guidance; what a model forbids has no part in it."""
+    pairs = {k: v for k, v in table(999, seed=8).items() if "finfo" not in k}
+    theta, t = stacked(pairs)
+    kwargs = {"method": "fixed", "alpha": alpha}
+    log_q, step = qstar_logprobs(theta.double(), t.double(), impl=impl, **kwargs)
+    a, b = (x.double().log_softmax(-1) for x in (theta, t))
+    guided = torch.where(a.isfinite() & b.isfinite(), b + alpha * (a - b), -INF).log_softmax(-1)
+    assert (step.status == Status.OK).all()
+    torch.testing.assert_close(log_q, guided, rtol=1e-9, atol=1e-9)
+    for x, kl, ess in ((a, step.kl_theta, step.ess_theta), (b, step.kl_t, step.ess_t)):
+        want = torch.where(guided.exp() > 0, guided.exp() * (guided - x), 0.0).sum(-1)
+        torch.testing.assert_close(kl, want, rtol=1e-7, atol=1e-9)
+        outside = (x.isfinite() & ~guided.isfinite()).any(-1)
+        assert torch.equal(ess == 0, outside | (ess == 0))
+        second = torch.where(guided.isfinite(), 2 * x - guided, -INF).logsumexp(-1)
+        some = ~outside & (second < 500)
+        torch.testing.assert_close(ess[some].log(), -second[some], rtol=1e-7, atol=1e-7)
+    if impl == "cpu":
+        check_against_reference(theta, t, list(pairs), **kwargs)
+        check_against_reference(theta, t, list(pairs), temperature=0.0, **kwargs)
+
+
+def test_a_number_that_rounding_makes_of_nothing_is_refused():
+    """−1e14 beyond [0, 1] is no mask: its token has all the mass, and KLs of 1e14 less 1e14 have no digits."""
+    theta, t = zipf_pair(2, 50, 1.0)
+    t[1, 3] = -1e14
+    for impl in ("reference", "cpu"):
+        assert draw(theta, t, method="fixed", alpha=1.5, impl=impl).status.tolist() == [Status.OK, Status.INEXACT]
+
+
+OWN = {
+    "kl_budget": ({"kl_budget": [0.0, 1e-3, 0.1, 2.0]}, {"kl_budget": [1e-6, 0.05], "alpha_min": [0.0, 0.9, 1.0]}),
+    "kl_budget_t": ({"kl_budget": [0.0, 1e-3, 0.1, 2.0]}, {"alpha_max": [0.0, 0.2, 1.0]}),
+    "fixed": ({"alpha": [0.0, 0.3, 1.0, 1.7, -0.5]}, {"alpha": [0.3, 2.0], "alpha_max": [0.6, 0.7, 1.0]}),
+    "kl_symmetry": ({"alpha_min": [0.0, 0.52, 0.6]},),
+    "ess_balance": ({"alpha_max": [0.4, 1.0]},),
+}
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", OWN)
+def test_settings_of_a_row(method, dtype, impl):
+    """Bit for bit those of one call a row with its numbers."""
+    theta, t = stacked(dict(itertools.islice(table(999, seed=4).items(), 0, None, 2)))
+    rows = len(theta)
+    for own in OWN[method]:
+        own = {k: torch.tensor([v[i % len(v)] for i in range(rows)], dtype=dtype) for k, v in own.items()}
+        together = draw(theta, t, method=method, impl=impl, **own)
+        assert (together.status == Status.OK).all()
+        for i in range(rows):
+            row = slice(i, i + 1)
+            of_row = {k: v[i].item() for k, v in own.items()}
+            alone = draw(theta[row], t[row], i, method=method, impl=impl, **of_row)
+            assert equal_bits(together, alone, row), (i, of_row)
+        expanded = draw(theta[:1].expand(rows, -1), t[:1].expand(rows, -1), method=method, impl=impl, **own)
+        assert equal_bits(
+            expanded, draw(theta[:1].repeat(rows, 1), t[:1].repeat(rows, 1), method=method, impl=impl, **own)
+        )
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_two_rules_in_one_batch(impl):
+    """Equal clamps make a row of a budget one of `fixed`, to the last bit."""
+    theta, t = zipf_pair(6, 999, 1.0)
+    alpha, own = torch.tensor([0.0, 0.3, 0.5, 0.9, 1.0, 0.0]), torch.arange(6) < 5
+    clamps = {"alpha_min": torch.where(own, alpha, 0.0), "alpha_max": torch.where(own, alpha, 1.0)}
+    step = draw(theta, t, method="kl_budget", kl_budget=0.02, impl=impl, **clamps)
+    assert equal_bits(step, draw(theta[:5], t[:5], method="fixed", alpha=alpha[:5], impl=impl), slice(0, 5))
+    assert equal_bits(step, draw(theta[5:], t[5:], 5, method="kl_budget", kl_budget=0.02, impl=impl), slice(5, 6))
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_a_bad_number_refuses_its_row(impl):
+    theta, t = zipf_pair(4, 300, 1.0)
+    clean = draw(theta, t, method="kl_budget", kl_budget=0.1, impl=impl)
+    for name, bad in (("kl_budget", -1.0), ("kl_budget", torch.nan), ("alpha", INF), ("alpha_min", 1.5)):
+        usual = {"kl_budget": 0.1, "alpha": 0.5, "alpha_min": 0.0}[name]
+        own = torch.tensor([usual, bad, usual, usual], dtype=torch.float64)
+        step = draw(theta, t, **{"method": "kl_budget", "kl_budget": 0.1, name: own}, impl=impl)
+        assert step.status.tolist() == [0, Status.BAD_SETTING, 0, 0]
+        assert step.token[1] == -1
+        assert all(getattr(step, f)[1].isnan() for f in FIELDS)
+        assert all(torch.equal(getattr(step, f)[2:], getattr(clean, f)[2:]) for f in NAMES)
+    step = draw(theta, t, alpha_min=torch.full((4,), 0.6), alpha_max=torch.tensor([0.7, 0.5, 0.6, 1.0]), impl=impl)
+    assert step.status.tolist() == [0, Status.BAD_SETTING, 0, 0]
+    for own in (torch.ones(3), torch.ones(4, dtype=torch.int64), torch.tensor(0.5), torch.ones(4).bfloat16()):
+        with pytest.raises(ValueError, match=r"^alpha is torch\..* it must be float32 or float64 \[4\]"):
+            draw(theta, t, alpha=own, impl=impl)
+    with pytest.raises(ValueError, match=r"^top_p is "):
+        draw(theta, t, top_p=torch.ones(4), impl=impl)
 
 
 def many_tokens(theta, t, seed: int, draws: int) -> torch.Tensor:

@@ -308,7 +308,7 @@ def test_a_wrong_update_changes_nothing(tmp_path, demo_pair):
         ({"messages": []}, "empty conversation"),
         ({"messages": messages("x " * 2000)}, "512"),
         ({"extra_body": {"qstar": {"beta": 1}}}, "qstar_beta is unknown"),
-        ({"extra_body": {"qstar": {"alpha": 3}}}, "alpha is 3; it must be in [0, 1]"),
+        ({"extra_body": {"qstar": {"alpha": 300}}}, "alpha is 300; it must be in [-100, 100]"),
         ({"extra_body": {"qstar": {"method": "best"}}}, "method is 'best'"),
         ({"extra_body": {"qstar": {"seed": 1}}, "n": 2}, "qstar_seed is that of one sample"),
         ({"n": "x"}, "unable to parse string as an integer"),
@@ -614,7 +614,7 @@ def test_sigterm_late_in_the_start_is_heard():
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--alpha", "2"], "alpha is 2.0; it must be in [0, 1]"),
+        (["--alpha", "101"], "alpha is 101.0; it must be in [-100, 100]"),
         (["--port", "x"], "argument --port"),
         (["--no-such-option"], "--no-such-option"),
         (["--model-theta", "./nothing", "--model-t", "./nothing"], "nothing does not exist"),

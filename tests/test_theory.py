@@ -62,9 +62,16 @@ MUTATIONS = [
     ("entropy rule", "h_theta / total", "1.01 * h_theta / total", "6.4 6.5 7.3"),
     ("no entropy", "h_theta / total, 0.5", "h_theta / total, 0.505", "6.5"),
     ("no spread", "(slope1 - s) / spread, 0.5", "(slope1 - s) / spread, 0.505", "6.5"),
-    ("fixed", "one * settings.alpha", "one * 1.01 * settings.alpha", "6.4"),
-    ("clamp, low", "alpha.clamp(settings.alpha_min,", "alpha.clamp(1.01 * settings.alpha_min,", "6.4"),
-    ("clamp, high", "settings.alpha_max)", "1.01 * settings.alpha_max)", "6.4"),
+    ("fixed", "low = high = alpha\n", "low = high = 1.01 * alpha\n", "6.4 9.1"),
+    ("clamp, low", "alpha.clamp(own.low,", "alpha.clamp(1.01 * own.low,", "6.4"),
+    ("clamp, high", "own.low, own.high)", "own.low, 1.01 * own.high)", "6.4"),
+    ("budget, KL", "(budget - kl, 1 - alpha)", "(budget - 1.01 * kl, 1 - alpha)", "6.7 6.8"),
+    ("budget of t, KL", "(kl - budget, alpha)", "(1.01 * kl - budget, alpha)", "6.7 6.8"),
+    ("budget, whose", "slope)[not inner]", "slope)[inner]", "6.7 6.8"),
+    ("budget, inside", "torch.where(inside, zero,", "torch.where(inside, zero + 0.01,", "6.5 6.7 6.8"),
+    ("budget, out of reach", "torch.where(beyond, one,", "torch.where(beyond, 0.99 * one,", "6.5 6.7 6.8"),
+    ("budget of 0", "budget == 0, high, low", "budget == 0, 0.99 * high, low", "6.8"),
+    ("x, outside", "self.common, self.b + alpha", "self.common, self.b + 1.01 * alpha", "9.1 9.2"),
     ("better end", "kl_at_zero <= kl_at_one, zero, one", "kl_at_zero <= kl_at_one, one, zero", "6.6"),
     ("ESS outside of theta", "~pair.theta_inside, 0.0", "~pair.theta_inside, 0.01", "6.6"),
     ("ESS outside of t", "~pair.t_inside, 0.0", "~pair.t_inside, 0.01", "6.6"),
@@ -93,6 +100,18 @@ MUTATIONS_OF_ONE_SWEEP = [
     ("models apart", "- 2 * np.exp(norm", "- 2.2 * np.exp(norm", "8.3"),
     ("difference", "at_one - at_zero))", "1.0001 * (at_one - at_zero)))", "8.1 8.5"),
     ("rounding", "return min(rounding, of_rest)", "return 0.001 * min(rounding, of_rest)", "8.5"),
+    (
+        "KL",
+        "kl = (alpha if of_t else alpha - 1) * slope",
+        "kl = (alpha if of_t else alpha - 1) * 1.01 * slope",
+        "8.6 8.7",
+    ),
+    ("KL, bound", "return kl, away * off_slope + off_f", "return kl, 0.5 * (away * off_slope + off_f)", "8.6"),
+    ("KL, row's moments", "(end - x) * first / value", "1.01 * (end - x) * first / value", "8.6"),
+    ("KL, row's moments, bound", "return kl, 1.1 * off if", "return kl, 0.2 * off if", "8.6"),
+    ("KL, rounding", "self.rounding(alpha) + 4 * self.of_f(alpha)\n", "0 * self.of_f(alpha)\n", "8.7"),
+    ("budget", "(np.sqrt(budget) - root) / max", "(1.01 * np.sqrt(budget) - root) / max", "8.7"),
+    ("outside, rounding", "+ 2 * of_norms) + self.of_f(self.center)", ") * 0.001", "9.3"),
 ]
 
 
@@ -113,7 +132,7 @@ def test_a_wrong_formula_of_one_sweep_turns_claims_red(monkeypatch, old, new, cl
 def test_the_kernels_have_the_constants_of_one_sweep():
     scratch = pytest.importorskip("qstar_kernels.gpu.scratch", reason="Triton runs on Linux alone")
     names = ("OF_AN_EXPONENTIAL", "OF_A_NAT", "OF_A_SUM", "DEEPEST", "MOST_OF_F", "MOST_OF_ESS", "MOST_OF_ALPHA")
-    for name in (*names, "ROUNDING", "ROUNDING_OF_ALPHA", "FLAT"):
+    for name in (*names, "ROUNDING", "ROUNDING_OUTSIDE", "ROUNDING_OF_ALPHA", "FLAT", "FARTHEST"):
         assert getattr(scratch, name).value == getattr(one_sweep, name), name
 
 

@@ -503,7 +503,7 @@ def test_recurrent_layers_are_refused_in_one_line(side, tmp_path, capsys):
         ({"temperature": 0.005}, "temperature is 0.01; a pair of models has it as qstar_temperature in extra_args"),
         ({"top_p": 0.9}, "top_p is 0.9; a pair of models has it as qstar_top_p"),
         ({"extra_args": {"qstar_temperature": 1e-7}}, r"temperature is 1e-07; it must be 0 \(greedy\), or in"),
-        ({"extra_args": {"qstar_alpha": "0.5"}}, r"alpha is '0.5'; it must be in \[0, 1\]"),
+        ({"extra_args": {"qstar_alpha": "0.5"}}, r"alpha is '0.5'; it must be in \[-100, 100\]"),
         ({"extra_args": {"qstar_alpha": [0.5]}}, "alpha is a list; it must be a single value"),
         ({"extra_args": {"qstar_top_k": 2.5}}, "top_k is 2.5; it must be an integer"),
         ({"extra_args": {"qstar_force_t_first_token": "no"}}, "force_t_first_token is 'no'; it must be true or false"),

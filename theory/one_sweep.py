@@ -16,6 +16,7 @@ THREADS, SUB = 16, 8  # how a warp of the kernels goes over a group of bfloat16:
 # the constants of scratch.py
 OF_AN_EXPONENTIAL, OF_A_NAT, OF_A_SUM, DEEPEST = 2.4e-7, 1.8e-7, 19 * 2.0**-24, 7.94
 MOST_OF_F, MOST_OF_ESS, MOST_OF_ALPHA, ROUNDING, ROUNDING_OF_ALPHA, FLAT = 1e-6, 4e-5, 4e-6, 3e-5, 6e-4, 5e-7
+ROUNDING_OUTSIDE, FARTHEST = 1e-4, 55.0
 
 
 def total(x: np.ndarray) -> np.ndarray:
@@ -99,6 +100,9 @@ class Sweep:
         up, down = np.exp((1 - c) * d), np.exp(-c * d)
         at_one, at_zero = w * up, w * down
         high, low = at_one * up, at_zero * down
+        self.beyond = max(float(c) - 1, -float(c), 0.0)
+        if self.beyond:
+            at_one, at_zero = np.exp(a), np.exp(b)
         powers = [d**0, d]
         for _ in range(ORDER - 1):
             powers.append(powers[-1] * d)
@@ -122,7 +126,7 @@ class Sweep:
             reach, spread = self.reach + np.abs(mean), np.sqrt(raw[2])
             return Curve(lean + alpha * shift + np.log(mass), shift + mean, moments, most, reach, spread)
 
-        self.curve, self.deep = curve(w, self.center, ORDER), np.maximum(-np.log(total(w)), 0)
+        self.curve, self.deep = curve(w, self.center, ORDER), -np.log(total(w))
         self.high = curve(high, 2 - self.center, ORDER_OF_SIDES)
         self.low = curve(low, -self.center, ORDER_OF_SIDES)
         self.row = self._row()
@@ -177,6 +181,8 @@ class Sweep:
     def apart(self, alpha: float) -> float:
         """Σ |π_θ − π_t|, at most."""
         (high, _), (low, _), (norm, slope, _) = *self.sides(alpha), self.at(alpha)
+        if self.beyond:
+            return 2.0
         with np.errstate(over="ignore", invalid="ignore"):
             square = np.exp(norm) * (np.exp(high) + np.exp(low) - 2 * np.exp(norm + (1 - 2 * alpha) * slope))
         return float(np.sqrt(np.clip(square, 0, 4)))
@@ -186,7 +192,7 @@ class Sweep:
         x = alpha - self.center
         f, mean, variance = self.curve.at(x)
         norm, slope, width, share = joined(f, mean, variance)
-        weight = OF_AN_EXPONENTIAL + OF_A_NAT * (DEEPEST + self.deep)
+        weight = self.of_a_weight()
         terms = (2 * weight + OF_A_SUM) * np.abs(mean - slope) + 2 * weight * np.sqrt(variance)
         turn, spread = abs(x) * self.curve.spread, self.curve.spread
         terms = terms + 2 * OF_A_SUM * spread * (1 + 4 * turn * np.exp(np.minimum(2 * turn, 600)))
@@ -197,6 +203,79 @@ class Sweep:
         weight = OF_AN_EXPONENTIAL + OF_A_NAT * (DEEPEST - np.log(part))
         of_rest = 1.2 * np.sqrt(width * part) * (2 * weight + 3 * OF_A_SUM) + 2 * rest * OF_AN_EXPONENTIAL
         return min(rounding, of_rest) if rest <= 0.3 and norm >= -0.1 else rounding
+
+    def of_a_weight(self) -> np.ndarray:
+        """What float32 leaves open of the weights [G], relative, as a root of the mean square."""
+        deep = np.abs(self.deep) if self.beyond else np.maximum(self.deep, 0)
+        nats = (DEEPEST + deep) * (1 + 2 * self.beyond) + 2 * self.beyond * (1 + self.beyond) * self.curve.spread
+        return OF_AN_EXPONENTIAL + OF_A_NAT * nats
+
+    def of_f(self, alpha: float) -> float:
+        """What float32 leaves open of F before the norms are taken off, at most."""
+        share = joined(*self.curve.at(alpha - self.center))[3]
+        return share @ (self.of_a_weight() + OF_A_SUM)
+
+    def kl(self, alpha: float, of_t: bool) -> tuple[float, float, float]:
+        """KL(q‖π_θ), or KL(q‖π_t), what is left out of it, and what float32 leaves open of it, at most."""
+        away = alpha if of_t else 1 - alpha
+        norm, slope, _ = self.at(alpha)
+        off_f, off_slope = self.left_out(alpha)
+        kl = (alpha if of_t else alpha - 1) * slope - norm
+        return kl, away * off_slope + off_f, away * self.rounding(alpha) + 4 * self.of_f(alpha)
+
+    def near_kl(self, alpha: float, of_t: bool) -> tuple[float, float]:
+        """The same by the row's moments, and what they leave out, at most."""
+        x, end = alpha - self.center, (0.0 if of_t else 1.0) - self.center
+        value, first, _ = (series(self.row.moments, x, k) for k in range(3))
+        powers = sum(self.row.moments[j] * (end**j - x**j) / factorial(j) for j in range(2, ORDER + 1))
+        kl = np.log1p(powers / value) - (end - x) * first / value
+        off = self.row.left_out(end, 0) + self.row.left_out(x, 0) + abs(end - x) * self.row.left_out(x, 1)
+        return kl, 1.1 * off if min(value, series(self.row.moments, end, 0)) > 0.91 else np.inf
+
+    def solve_budget(self, budget: float, of_t: bool, tol: float = 1e-5) -> tuple[float, bool]:
+        """α with that KL, and whether it is accepted; if not, about where it is."""
+        c, away = self.center, lambda alpha: alpha if of_t else 1 - alpha
+
+        def stepped(alpha: float, kl: float, width: float) -> float:
+            root = np.sqrt(max(kl, 0))
+            steep = away(alpha) * width / (2 * root) if root > 0 else np.sqrt(width / 2)
+            change = (np.sqrt(budget) - root) / max(steep, 1e-30)
+            return float(np.clip(alpha + change if of_t else alpha - change, 0, 1))
+
+        alpha = away(float(np.clip(np.sqrt(2 * budget / max(self.row.moments[2], 1e-30)), 0, 1)))
+        for _ in range(5):
+            alpha = stepped(alpha, self.near_kl(alpha, of_t)[0], self.row.at(alpha - c)[2])
+        kl, off = self.near_kl(alpha, of_t)
+        near, guess = off <= MOST_OF_ALPHA * away(alpha) * self.row.at(alpha - c)[2], alpha
+        if not near:
+            alpha = c
+            for _ in range(8):
+                alpha = stepped(alpha, self.kl(alpha, of_t)[0], self.at(alpha)[2])
+        norm, slope, width = self.at(alpha)
+        of_f, of_slope = self.left_out(alpha)
+        size = max(1.0, (alpha - 1) * slope - norm, alpha * slope - norm)
+        fit = of_f <= MOST_OF_F * size and of_slope <= tol * size and self.rounding(alpha) <= ROUNDING * size
+        fit &= max(off for _, off in self.sides(alpha)) <= 2 * MOST_OF_ESS
+        rounding = 16 * self.of_f(alpha) * away(alpha) ** 2 * width * (1 + np.sqrt(width))
+        if not near:
+            kl, off, rounding = self.kl(alpha, of_t)
+        steep, gap = away(alpha) * width, kl - budget if of_t else budget - kl
+        stopped = (alpha <= 0 and gap >= 0) or (alpha >= 1 and gap <= 0)
+        known = (off <= MOST_OF_ALPHA * steep and rounding <= ROUNDING_OF_ALPHA * steep) or width <= FLAT
+        fit &= stopped or (known and abs(gap) + off <= tol * max(1, kl))
+        return (alpha, True) if fit else (guess, False)
+
+    def fits_outside(self) -> bool:
+        """Whether the numbers at a centre outside [0, 1] are accepted."""
+        norm, slope, _ = self.at(self.center)
+        size = max(1.0, (self.center - 1) * slope - norm, self.center * slope - norm)
+        far = self.reach.max() * max(self.center, 1 - self.center) > FARTHEST
+        return not far and self.of_kl_outside() <= ROUNDING_OUTSIDE * size
+
+    def of_kl_outside(self) -> float:
+        """What float32 leaves open of the KLs at a centre outside [0, 1], at most."""
+        of_norms = OF_AN_EXPONENTIAL + OF_A_NAT * DEEPEST + OF_A_SUM
+        return (1 + self.beyond) * (self.rounding(self.center) + 2 * of_norms) + self.of_f(self.center)
 
     def guess(self) -> float:
         """α where F′ vanishes, the groups' log-masses as quartics through those at α = 0 and 1; the centre is ½."""

@@ -22,13 +22,17 @@ from scipy.stats import binom
 from qstar_kernels import METHODS, Status, qstar_logprobs, qstar_sample, qstar_stats, reference
 from qstar_kernels.cpu import launch as cpu
 from qstar_kernels.noise import GROUP_SIZE, GROUP_STREAM, TOKEN_STREAM, gumbel
+from qstar_kernels.types import BUDGETS
 from theory import direct
 from theory.direct import kl, log_ess, log_softmax, mean
 from theory.families import GAUSSIANS, REACH, STEP, Family, families, gaussians, grid, masked, small_pairs, zipf_pair
 from theory.one_sweep import Sweep
 
 FIXED = tuple({"method": "fixed", "alpha": alpha} for alpha in (0.0, 0.2, 0.5, 0.9, 1.0))
-SOLVED = tuple({"method": method} for method in METHODS if method != "fixed")
+BALANCED = tuple({"method": method} for method in METHODS if method not in ("fixed", *BUDGETS))
+BUDGETED = tuple({"method": method, "kl_budget": budget} for method in BUDGETS for budget in (1e-3, 0.05, 1.0))
+SOLVED = BALANCED + BUDGETED[1::3]
+GUIDED = tuple({"method": "fixed", "alpha": alpha} for alpha in (-1.0, -0.2, 1.3, 3.0))
 
 # What the compiled CPU path promises (`tol` of `qstar_sample`): it takes its last step by Taylor's formula
 ALLOWED_CPU = 1e-5
@@ -665,12 +669,15 @@ def other_rules(impl: str) -> float:
 
 
 def one_distribution(impl: str) -> float:
-    """Equal rows up to a constant: α = ½ by every rule, KL 0, ESS 1."""
+    """Equal rows up to a constant: α = ½ by every rule but the budgets', which are at an end; KL 0, ESS 1."""
     row = np.random.default_rng(0).normal(size=(4, 50))
     family = Family("one distribution", row + np.array([[0.0], [5], [-300], [1e4]]), row)
     worst = 0.0
-    for rows in (ask(impl, f, **setting) for f in (family, families()[-1]) for setting in SOLVED):
-        worst = max(worst, apart(rows.alpha, 0.5), apart((rows.kl_theta, rows.kl_t), 0.0))
+    alphas = {"kl_budget": 0.0, "kl_budget_t": 1.0}
+    for f, setting in itertools.product((family, families()[-1]), SOLVED):
+        rows = ask(impl, f, **setting)
+        alpha = alphas.get(setting["method"], 0.5)
+        worst = max(worst, apart(rows.alpha, alpha), apart((rows.kl_theta, rows.kl_t), 0.0))
         worst = max(worst, apart((rows.ess_theta, rows.ess_t), 1.0))
     return worst
 
@@ -706,6 +713,72 @@ def different_supports(impl: str) -> float:
         step = qstar_stats(*(torch.tensor(np.array(x, dtype=float)) for x in pair), impl=impl)
         worst = max(worst, 0.0 if step.status.item() == status and step.alpha.isnan().all() else np.inf)
     return worst
+
+
+def ball_of(rows: Rows, setting: dict) -> tuple[np.ndarray, np.ndarray]:
+    """The models of a budget rule: the one that the ball is around, then the other."""
+    pair = rows.log_theta, rows.log_t
+    return pair if setting["method"] == "kl_budget" else pair[::-1]
+
+
+def budgets(impl: str) -> float:
+    """Of all distributions in the ball the one nearest to the other model: SLSQP finds the library's, and SciPy its α;
+    KL falls all the way; where the other model is inside, it is the one."""
+    worst, ends = 0.0, 0
+    for family, setting in itertools.product(families(), BUDGETED):
+        rows, budget = ask(impl, family, **setting), setting["kl_budget"]
+        inside = 1.0 if setting["method"] == "kl_budget_t" else 0.0
+        for i in range(len(family.theta)):
+            center, other = (x[i : i + 1] for x in ball_of(rows, setting))
+
+            def excess(way: float, center=center, other=other, budget=budget) -> float:
+                return float(kl(direct.log_q(center, other, 1 - way), center)[0]) - budget
+
+            falls = np.diff([excess(x) for x in np.linspace(1, 0, 6)])
+            worst = max(worst, float(falls.max()) / max(1.0, excess(1.0)))
+            if excess(1.0) <= -1e-9:
+                worst, ends = max(worst, abs(rows.alpha[i] - inside)), ends + 1
+            elif excess(1.0) >= 1e-9:
+                found = abs(excess(abs(rows.alpha[i] - (1 - inside)))) / max(1.0, budget)
+                root = brentq(excess, 0, 1, xtol=1e-15, rtol=1e-14)
+                steep = (excess(min(1, root + 1e-4)) - excess(max(0, root - 1e-4))) / 2e-4
+                away = abs(abs(rows.alpha[i] - (1 - inside)) - root)
+                worst = max(worst, found, away * min(1.0, steep))
+    family = small_pairs(4, 4)
+    for setting in BUDGETED:
+        rows = ask(impl, family, **setting)
+        for i in range(len(family.theta)):
+            center, other = (x[i] for x in ball_of(rows, setting))
+            least = minimise(
+                lambda q, _, other=other: kl(q, other),
+                [lambda q, _, center=center, most=setting["kl_budget"]: most - kl(q, center)],
+                np.append(other, 0.0),
+            )
+            worst = max(worst, apart(kl(rows.log_q[i], other), least))
+    return worst if ends else np.inf
+
+
+def ends_of_budgets(impl: str) -> float:
+    """Different supports: the other model on the common support where that is inside, the end nearest to the ball where
+    none reaches it; a budget of 0 is the model itself."""
+    worst, kinds = 0.0, set()
+    family = masked()
+    for setting in BUDGETED:
+        rows, budget = ask(impl, family, **setting), setting["kl_budget"]
+        inside = 1.0 if setting["method"] == "kl_budget_t" else 0.0
+        for i in range(len(family.theta)):
+            center, other = (x[i : i + 1] for x in ball_of(rows, setting))
+            near, far = (float(kl(direct.log_q(center, other, x), center)[0]) for x in (1.0, 0.0))
+            kind = "inside" if far <= budget else "unreachable" if near >= budget else "root"
+            kinds.add(kind)
+            if kind == "root":
+                own = kl(rows.log_q[i : i + 1], center)[0]
+                worst = max(worst, apart(own, budget))
+            else:
+                worst = max(worst, abs(rows.alpha[i] - (inside if kind == "inside" else 1 - inside)))
+    for f, (method, end) in itertools.product((*families(), family), (("kl_budget", 1.0), ("kl_budget_t", 0.0))):
+        worst = max(worst, apart(ask(impl, f, method=method, kl_budget=0.0).alpha, end))
+    return worst if len(kinds) == 3 else np.inf
 
 
 def closing(impl: str, epsilon: float, **setting) -> tuple[Rows, np.ndarray]:
@@ -749,10 +822,11 @@ def difference_of_the_rules(impl: str) -> float:
 
 
 def when_they_agree(impl: str) -> float:
-    """A pair that a permutation of the tokens exchanges has α = ½ by every rule; V = 2 with 0.9 and 0.5 has not."""
+    """A pair that a permutation of the tokens exchanges has α = ½ by every rule but the budgets'; V = 2 with 0.9 and
+    0.5 has not."""
     row = 2 * np.random.default_rng(0).normal(size=(6, 31))
     symmetric = Family("exchanged", row, row[:, ::-1].copy())
-    worst = max(apart(ask(impl, symmetric, **setting).alpha, 0.5) for setting in SOLVED)
+    worst = max(apart(ask(impl, symmetric, **setting).alpha, 0.5) for setting in BALANCED)
     rows, by_ess = (
         ask(impl, Family("Bernoulli", np.log([[0.1, 0.9]]), np.log([[0.5, 0.5]])), method=method)
         for method in ("kl_symmetry", "ess_balance")
@@ -928,6 +1002,97 @@ def rounding_of_a_sweep(impl: str) -> float:
     return worst if accepted > 20 else np.inf
 
 
+def kl_beside_a_centre(impl: str) -> float:
+    """Both KLs by the groups' and by the row's moments: no farther from the definition than their bounds."""
+    worst, bounded = 0.0, [0, 0]
+    for at in beside(STEPS):
+        if not 0 <= at.alpha <= 1:
+            continue
+        q = direct.log_q(at.log_theta[None], at.log_t[None], np.array([at.alpha]))
+        size = 1 + np.abs(at.log_theta).max() + np.abs(at.log_t).max()
+        for of_t, log_p in enumerate((at.log_theta, at.log_t)):
+            with np.errstate(all="ignore"):
+                far, near = at.sweep.kl(at.alpha, bool(of_t))[:2], at.sweep.near_kl(at.alpha, bool(of_t))
+            for i, (got, off) in enumerate((far, near)):
+                worst = max(worst, beyond(abs(got - kl(q, log_p[None])[0]) / size, off / size))
+                bounded[i] += 1e-9 < off < 1e-3
+    return worst if min(bounded) > 20 else np.inf
+
+
+def rounding_of_a_budget(impl: str) -> float:
+    """KLs of a float32 sweep are no farther from the definition than their bounds, and an accepted α leaves no more
+    than the tolerance and the rounding between the KL and its budget."""
+    worst, accepted = 0.0, 0
+    for log_theta, log_t, sweep in sweeps(np.float32):
+        for of_t, budget in itertools.product((False, True), (1e-3, 0.05, 0.5)):
+            with np.errstate(all="ignore"):
+                alpha, fit = sweep.solve_budget(budget, of_t)
+            if not fit:
+                continue
+            q = direct.log_q(log_theta[None], log_t[None], np.array([alpha]))
+            exact = kl(q, (log_t if of_t else log_theta)[None])[0]
+            with np.errstate(all="ignore"):
+                got, off, rounding = sweep.kl(alpha, of_t)
+            worst = max(worst, beyond(abs(got - exact), off + rounding))
+            if 0 < alpha < 1:
+                accepted += 1
+                worst = max(worst, beyond(abs(exact - budget), 1e-5 * max(1, budget) + rounding))
+    return worst if accepted > 20 else np.inf
+
+
+def guidance(impl: str) -> float:
+    """Any real α: log q, both KLs and both ESS by their definitions, and what q_α is the least of."""
+    g, worst = np.random.default_rng(0), 0.0
+    for family, setting in itertools.product(families(), GUIDED):
+        rows, alpha = ask(impl, family, **setting), setting["alpha"]
+        worst = max(worst, apart(rows.alpha, alpha))
+        worst = max(worst, apart(rows.log_q, direct.log_q(rows.log_theta, rows.log_t, alpha)))
+        for got, want in zip((rows.kl_theta, rows.kl_t), rows.kls(), strict=True):
+            worst = max(worst, apart(got, want))
+        log_z = -logsumexp(direct.log_mixture(rows.log_theta, rows.log_t, alpha), axis=1)
+        for q in (rows.log_q, log_softmax(rows.log_q + g.normal(size=rows.log_q.shape))):
+            least = alpha * kl(q, rows.log_theta) + (1 - alpha) * kl(q, rows.log_t)
+            worst = max(worst, apart(least, kl(q, rows.log_q) + log_z))
+        for got, want in zip((rows.ess_theta, rows.ess_t), rows.log_esses(), strict=True):
+            some = want > -600
+            worst = max(worst, apart(log(got[some]), want[some]))
+    return worst
+
+
+def forbidden_tokens(impl: str) -> float:
+    """At any α a token that a model forbids has no probability, and a model that allows it an ESS of 0."""
+    family, worst = masked(), 0.0
+    for setting in GUIDED:
+        rows = ask(impl, family, **setting)
+        theta, t = np.isfinite(rows.log_theta), np.isfinite(rows.log_t)
+        worst = max(worst, np.inf if np.isfinite(rows.log_q[~(theta & t)]).any() else 0.0)
+        worst = max(worst, apart(rows.log_q, direct.log_q(rows.log_theta, rows.log_t, setting["alpha"])))
+        for got, want in zip((rows.kl_theta, rows.kl_t), rows.kls(), strict=True):
+            worst = max(worst, apart(got, want))
+        for ess, mine, others in ((rows.ess_theta, theta, t), (rows.ess_t, t, theta)):
+            worst = max(worst, apart(ess[(mine & ~others).any(axis=1)], 0.0))
+    return worst
+
+
+def outside_in_float32(impl: str) -> float:
+    """About a centre outside [0, 1] F and the KLs of an accepted row are within the bounds of rounding."""
+    worst, accepted = 0.0, 0
+    for log_theta, log_t, _ in sweeps(np.float32):
+        for alpha in (-0.5, 1.2, 1.5, 3.0):
+            with np.errstate(all="ignore"):
+                sweep = Sweep(log_theta.astype(np.float32).astype(float), log_t.astype(np.float32).astype(float),
+                              np.float32(alpha), np.float32)  # fmt: skip
+                if not sweep.fits_outside():
+                    continue
+                (norm, slope, _), bound = sweep.at(sweep.center), sweep.of_kl_outside()
+            accepted += 1
+            theta, t = (log_softmax(x.astype(np.float32).astype(float)) for x in (log_theta, log_t))
+            q = direct.log_q(theta[None], t[None], np.array([sweep.center]))
+            for weight, log_p in ((sweep.center - 1, theta), (sweep.center, t)):
+                worst = max(worst, beyond(abs(weight * slope - norm - kl(q, log_p[None])[0]), bound))
+    return worst if accepted > 20 else np.inf
+
+
 @dataclass(frozen=True)
 class Claim:
     """A claim of theory/proof.md: its number there, its statement in a line, and how far a check may be off."""
@@ -970,8 +1135,10 @@ CLAIMS = (
     Claim("6.2", "ESS balance: one root", ess_balance),
     Claim("6.3", "reverse KL symmetry in closed form", reverse_kl_symmetry),
     Claim("6.4", "entropy rule, fixed α, clamp", other_rules),
-    Claim("6.5", "one distribution: α = ½", one_distribution),
+    Claim("6.5", "one distribution: α = ½, of a budget an end", one_distribution),
     Claim("6.6", "different supports: the root or the better end", different_supports),
+    Claim("6.7", "a budget: of all in the ball the nearest to the other model", budgets),
+    Claim("6.8", "a budget's ends: inside, out of reach, 0", ends_of_budgets),
     Claim("7.1", "α − ½ = k/24 · F‴/F″ + O(ε³), k = 1, 2, 3 (error / ε²)", leading_terms, 1.0),
     Claim("7.2", "α_ESS − α_KL = F‴/(12F″) + O(ε³) (error / ε²)", difference_of_the_rules, 1.0),
     Claim("7.3", "the rules agree on exchanged pairs, not in general", when_they_agree),
@@ -984,6 +1151,11 @@ CLAIMS = (
     Claim("8.3", "how far apart the models are at most", distance_of_the_models, of_reference_only=True),
     Claim("8.4", "E_q (log q)² ≤ (1 + log V)²", depth_of_the_tokens, of_reference_only=True),
     Claim("8.5", "float32: within the bounds of rounding", rounding_of_a_sweep, of_reference_only=True),
+    Claim("8.6", "KLs about a centre: within the bounds", kl_beside_a_centre, of_reference_only=True),
+    Claim("8.7", "float32, a budget: within the bounds of rounding", rounding_of_a_budget, of_reference_only=True),
+    Claim("9.1", "any real α: what q_α is the least of, its KLs and ESS", guidance),
+    Claim("9.2", "any real α: no probability for what a model forbids", forbidden_tokens),
+    Claim("9.3", "float32, α outside [0, 1]: within the bounds", outside_in_float32, of_reference_only=True),
 )
 
 

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from qstar.run.records import RunFiles
 from qstar.weights import BANDS, FAR_APART_KL, WEIGHT, derived, effective_sample_size, top_share
-from qstar_kernels.types import FIELDS
+from qstar_kernels.types import BUDGETS, FIELDS
 
 STATISTICS = ("mean", "std", "min", "q25", "median", "q75", "max")
 QUARTILES = {"q25": 0.25, "median": 0.5, "q75": 0.75}
@@ -319,10 +319,12 @@ def warnings(numbers: Numbers, fields: dict, verdicts: dict, weights: dict) -> l
             )
         if (missing := samples - weight["samples"]) and side == "theta":
             found.append(f"{missing} samples have a token outside q*'s support; they are no draws from this q*")
+    method = numbers.settings.get("--alpha-method", "kl_symmetry")
     for option, count in numbers.at_bound.items():
-        share = count / numbers.count
-        if share > AT_CLAMP and numbers.settings.get("--alpha-method", "kl_symmetry") != "fixed":
-            found.append(f"α is at its bound {numbers.bound(option):g} ({option}) at {share:.1%} of the tokens")
+        share, bound = count / numbers.count, numbers.bound(option)
+        inside = method in BUDGETS and bound in (0.0, 1.0)  # where one model is within the budget α is at an end
+        if share > AT_CLAMP and method != "fixed" and not inside:
+            found.append(f"α is at its bound {bound:g} ({option}) at {share:.1%} of the tokens")
     return found
 
 

@@ -21,7 +21,7 @@ from qstar.run.options import settings_of
 from qstar.run.output import Output, OutputError
 from qstar.run.parts import Parts
 from qstar.run.records import RunAnswers
-from qstar_kernels.types import Settings
+from qstar_kernels.types import BUDGETS, Settings
 
 Data = PromptSource | DatasetAnswers | RunAnswers
 
@@ -117,6 +117,8 @@ def run_settings(args: argparse.Namespace, data: Data) -> dict[str, Any]:
     # where it runs, how much at once and where it writes is no part of what it writes
     free = {"output", "device", "device_map", "batch_size", "backend", "speculate", "draft", "clip", "quiet", "verbose"}
     free |= {"engine", "num_workers", "gpus_per_worker", "ray_address"}
+    if args.alpha_method not in BUDGETS:  # and not even there in runs that an earlier version began
+        free.add("kl_budget")
     settings = {f"--{k.replace('_', '-')}": v for k, v in vars(args).items() if k not in free}
     if args.dataset is not None and len(args.dataset) == 1:
         settings["--dataset"] = args.dataset[0]

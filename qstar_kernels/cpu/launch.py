@@ -5,18 +5,22 @@ depend on nothing but the row.
 """
 
 import ctypes
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from functools import cache
 from importlib.util import find_spec
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from qstar_kernels.types import FIELDS, LARGEST_LOGIT, METHODS, QStarStep, Settings, mask_of, output_dtype
+from qstar_kernels.types import FIELDS, LARGEST_LOGIT, METHODS, PER_ROW, QStarStep, Settings, mask_of, output_dtype
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 KINDS = {str: ctypes.c_int64, float: ctypes.c_double, int: ctypes.c_int64}  # a method is its place in `METHODS`
+OF_ROWS, NUMBERS = ctypes.c_void_p * len(PER_ROW), ctypes.c_double * len(PER_ROW)
+BOUNDS = NUMBERS(*(x.least for x in PER_ROW.values())), NUMBERS(*(x.most for x in PER_ROW.values()))
 MIN_SHARE = 1 << 17  # logits of one side that are worth a thread
 
 
@@ -34,6 +38,9 @@ class Job(ctypes.Structure):
         ("mask", ctypes.c_double * 2),
         ("largest_logit", ctypes.c_double),
         *((f.name, KINDS[f.type]) for f in fields(Settings)),
+        ("of_rows", OF_ROWS),
+        ("least", NUMBERS),
+        ("most", NUMBERS),
         ("seeds", ctypes.c_void_p),
         ("positions", ctypes.c_void_p),
         ("tokens", ctypes.c_void_p),
@@ -65,6 +72,7 @@ def qstar_cpu(
     positions: Tensor | None = None,
     tokens: Tensor | None = None,
     want_log_q: bool = False,
+    per_row: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> tuple[QStarStep, Tensor | None]:
     """`qstar_kernels.reference.qstar_reference` on a CPU, fast; the same arguments and results.
 
@@ -91,6 +99,8 @@ def qstar_cpu(
     drawn = None if seeds is None else torch.empty(batch, dtype=torch.int64, device="cpu")
     # held until the call returns
     index = [None if x is None else x.contiguous() for x in (seeds, positions, tokens)]
+    of_rows = {name: x.detach().double().contiguous() for name, x in per_row.items()}
+    addresses = [of_rows[name].data_ptr() if name in of_rows else None for name in PER_ROW] if of_rows else ()
     job = Job(
         (ctypes.c_void_p * 2)(*(side.data_ptr() for side in sides)),
         (ctypes.c_int64 * 2)(*(side.stride(0) for side in sides)),
@@ -103,6 +113,8 @@ def qstar_cpu(
         LARGEST_LOGIT,
         METHODS.index(settings.method),
         *settings.values()[1:],
+        OF_ROWS(*addresses),
+        *BOUNDS,
         *(None if x is None else x.data_ptr() for x in index),
         numbers.data_ptr(),
         batch,

@@ -13,8 +13,9 @@
 
 enum { TILE = 256, GROUP = 1024 };
 enum { FLOAT32, BFLOAT16, FLOAT16, FLOAT64 };
-enum { KL_SYMMETRY, ESS_BALANCE, REVERSE_KL_SYMMETRY, ENTROPY, FIXED }; /* METHODS of types.py */
-enum { OK, HAS_NAN, POSITIVE_INFINITY, NO_SUPPORT, DISJOINT, EMPTY, INEXACT };
+enum { KL_SYMMETRY, ESS_BALANCE, REVERSE_KL_SYMMETRY, ENTROPY, KL_BUDGET, KL_BUDGET_T, FIXED }; /* METHODS of types.py */
+enum { OK, HAS_NAN, POSITIVE_INFINITY, NO_SUPPORT, DISJOINT, EMPTY, INEXACT, BAD_SETTING };
+enum { PER_ROW = 4 }; /* alpha, alpha_min, alpha_max, kl_budget */
 enum { NOTHING, DRAW, LOOK_UP };
 
 static const double ABSENT = -1e300; /* stands for −inf where ∞ − ∞ and 0 · ∞ must not arise */
@@ -33,11 +34,13 @@ typedef struct {
     double largest_logit; /* the least that means +inf */
     /* the fields of Settings in types.py, in their order */
     int64_t method;
-    double alpha, alpha_min, alpha_max, temperature;
+    double alpha, alpha_min, alpha_max, kl_budget, temperature;
     int64_t top_k;
     double top_p, min_p;
     int64_t target_top_k;
     double target_top_p, tol;
+    const double *of_rows[PER_ROW];      /* [B], or NULL: that of all rows */
+    double least[PER_ROW], most[PER_ROW]; /* their ranges */
     const int64_t *seeds, *positions, *tokens;
     double *numbers;  /* [8, B]: FIELDS of types.py */
     int64_t batch;
@@ -144,19 +147,61 @@ static int truncates(const Job *job) {
 
 static double clamp(double x, double low, double high) { return x < low ? low : x > high ? high : x; }
 
-/* Root of F′(α) = s by the quartic that matches F′, F″ at both ends of the cell [0, ½] or [½, 1] and ΔF across. */
-static double guess_alpha(const Outline *o) {
+static int budgeted(const Job *job) { return job->method == KL_BUDGET || job->method == KL_BUDGET_T; }
+
+/* The job with the settings of row i, α within the clamps where it is given (`row_settings` of reference.py). Returns
+ * whether they are in their ranges. A row whose α needs no solve is one of `fixed`, whatever its rule. */
+static int settings_of_row(const Job *job, int64_t i, Job *mine) {
+    *mine = *job;
+    double *const value[PER_ROW] = {&mine->alpha, &mine->alpha_min, &mine->alpha_max, &mine->kl_budget};
+    for (int k = 0; k < PER_ROW; k++) {
+        if (job->of_rows[k]) *value[k] = job->of_rows[k][i];
+        if (!(*value[k] >= job->least[k] && *value[k] <= job->most[k])) return 0;
+    }
+    const double low = mine->alpha_min, high = mine->alpha_max;
+    if (!(low <= high)) return 0;
+    if (mine->method == FIXED) { /* a clamp at 0 or 1 does not bind */
+        if (low > 0 && mine->alpha < low) mine->alpha = low;
+        if (high < 1 && mine->alpha > high) mine->alpha = high;
+    } else if (budgeted(mine) && (low == high || mine->kl_budget == 0)) {
+        mine->alpha = mine->method == KL_BUDGET ? high : low;
+        mine->method = FIXED;
+    }
+    if (mine->method == FIXED) mine->alpha_min = mine->alpha_max = mine->alpha;
+    return 1;
+}
+
+/* How far α lies outside [0, 1]. */
+static double outside(double alpha) { return alpha > 1 ? alpha - 1 : alpha < 0 ? -alpha : 0; }
+
+typedef struct {
+    double g0, k0, c2, c3, e; /* F′ − s as g0 + k0 u + c2 u² + c3 u³ + e u⁴ for α = (c + u) / 2 */
+} Quartic;
+
+/* Matches F′, F″ at both ends of the cell c, [0, ½] or [½, 1], and ΔF across. */
+static Quartic quartic_of(const Outline *o, int c) {
     const double s = o->norm[0] - o->norm[1];
-    const int c = o->slope[1] < s; /* the cell that holds the root */
     const double g0 = o->slope[c] - s, g1 = o->slope[c + 1] - s;
     const double k0 = o->curvature[c] / 2, k1 = o->curvature[c + 1] / 2; /* per unit of the cell */
     /* cubic Hermite g0 + k0 u + c2 u² + c3 u³, plus e u² (1 − u)² that mends its integral */
     const double e = 30 * (2 * (o->f[c + 1] - o->f[c]) - s - (g0 + g1) / 2 - (k0 - k1) / 12);
     const double c2 = 3 * (g1 - g0) - 2 * k0 - k1 + e, c3 = 2 * (g0 - g1) + k0 + k1 - 2 * e;
-    double u = clamp(g0 / (g0 - g1), 0, 1);
+    return (Quartic){g0, k0, c2, c3, e};
+}
+
+static double quartic_at(const Quartic *q, double u, double *slope) {
+    *slope = q->k0 + u * (2 * q->c2 + u * (3 * q->c3 + u * 4 * q->e));
+    return q->g0 + u * (q->k0 + u * (q->c2 + u * (q->c3 + u * q->e)));
+}
+
+/* Root of F′(α) = s by the quartic of the cell that holds it. */
+static double guess_alpha(const Outline *o) {
+    const int c = o->slope[1] < o->norm[0] - o->norm[1];
+    const Quartic q = quartic_of(o, c);
+    double slope;
+    double u = clamp(q.g0 / (q.g0 - (o->slope[c + 1] - (o->norm[0] - o->norm[1]))), 0, 1);
     for (int i = 0; i < 3; i++) {
-        const double value = g0 + u * (k0 + u * (c2 + u * (c3 + u * e)));
-        const double slope = k0 + u * (2 * c2 + u * (3 * c3 + u * 4 * e));
+        const double value = quartic_at(&q, u, &slope);
         if (slope > 0) u = clamp(u - value / slope, 0, 1);
     }
     const double alpha = (c + u) / 2;
@@ -164,9 +209,47 @@ static double guess_alpha(const Outline *o) {
     return isfinite(alpha) && o->curvature[1] > 1e-5 ? alpha : 0.5;
 }
 
+/* α with KL(q‖π_θ), or KL(q‖π_t), at the budget, by the quartic of its cell: the KL is (α − 1) g − G, or α g − G, for
+ * g = F′ − s and its integral G. Newton's steps are those of the KL's root, all but straight in α. */
+static double guess_in_ball(const Outline *o, int64_t method, double budget) {
+    const int inner = method == KL_BUDGET;
+    const double s = o->norm[0] - o->norm[1];
+    double kl[3], area[3];
+    for (int k = 0; k < 3; k++) {
+        area[k] = o->f[k] - o->norm[1] - s * k / 2;
+        kl[k] = (inner ? k / 2.0 - 1 : k / 2.0) * (o->slope[k] - s) - area[k];
+    }
+    if (inner ? kl[0] <= budget : kl[0] >= budget) return 0;
+    if (inner ? kl[2] >= budget : kl[2] <= budget) return 1;
+    const int c = inner ? kl[1] > budget : kl[1] < budget;
+    const Quartic q = quartic_of(o, c);
+    double u = 0.5;
+    for (int i = 0; i < 6; i++) {
+        double slope;
+        const double value = quartic_at(&q, u, &slope), alpha = (c + u) / 2, away = inner ? 1 - alpha : alpha;
+        const double g = area[c] + u / 2 * (q.g0 + u * (q.k0 / 2 + u * (q.c2 / 3 + u * (q.c3 / 4 + u * q.e / 5))));
+        const double here = (inner ? alpha - 1 : alpha) * value - g, root = sqrt(here);
+        const double steep = (sqrt(budget) + root) * away * slope / (2 * root); /* per unit of the cell, of half of α */
+        if (!(here > 0 && slope > 0 && steep > 0)) break;
+        u = clamp(u - (inner ? budget - here : here - budget) / steep, 0, 1);
+    }
+    const double alpha = (c + u) / 2;
+    return isfinite(alpha) ? alpha : 0.5;
+}
+
+/* KL(q‖π_θ), or KL(q‖π_t). */
+static double kl_of(const Point *p, double alpha, int t) {
+    return t ? alpha * p->slope - p->f + p->norm[1] : (alpha - 1) * p->slope - p->f + p->norm[0];
+}
+
 /* What the rule wants to be 0, increasing in α, and its derivative. */
-static double residual(const Point *p, int64_t method, double *derivative) {
-    if (method == ESS_BALANCE) {
+static double residual(const Job *job, const Point *p, double alpha, double *derivative) {
+    if (budgeted(job)) {
+        const int t = job->method == KL_BUDGET_T;
+        *derivative = (t ? alpha : 1 - alpha) * p->curvature;
+        return t ? kl_of(p, alpha, 1) - job->kl_budget : job->kl_budget - kl_of(p, alpha, 0);
+    }
+    if (job->method == ESS_BALANCE) {
         *derivative = p->slope_high - p->slope_low;
         return p->f_low - p->f_high + 2 * (p->norm[0] - p->norm[1]);
     }
@@ -175,9 +258,33 @@ static double residual(const Point *p, int64_t method, double *derivative) {
 }
 
 /* What rounding leaves of a residual that is 0. */
-static double rounding(const Point *p, int64_t method) {
-    const double size = method == ESS_BALANCE ? fabs(p->f_low) + fabs(p->f_high) : fabs(p->slope) + sqrt(p->curvature);
+static double rounding(const Job *job, const Point *p, double alpha) {
+    if (budgeted(job)) {
+        const int t = job->method == KL_BUDGET_T;
+        return fmax(1e-15, 4e-16 * (fabs(p->f) + fabs(p->norm[t]) + fabs((t ? alpha : 1 - alpha) * p->slope)));
+    }
+    const double size =
+        job->method == ESS_BALANCE ? fabs(p->f_low) + fabs(p->f_high) : fabs(p->slope) + sqrt(p->curvature);
     return fmax(ROUNDING, 4e-16 * size);
+}
+
+/* The slope of the step to the root, and whether it is one that `carries` knows the error of: by Halley's formula, or,
+ * of a budget, by the parabola through KL, KL′ and KL″, and else by the root of KL, all but straight in α. */
+static double slope_of_step(const Job *job, const Point *p, double alpha, double value, double slope, int *proved) {
+    *proved = 1;
+    if (job->method == KL_SYMMETRY) {
+        const double halley = slope - value * p->skew / (2 * slope);
+        return halley > slope / 2 && halley < slope * 2 ? halley : slope;
+    }
+    if (!budgeted(job)) return slope;
+    const int t = job->method == KL_BUDGET_T;
+    const double away = t ? alpha : 1 - alpha, root = sqrt(fmax(kl_of(p, alpha, t), 0));
+    const double bend = away * p->skew + (t ? p->curvature : -p->curvature);
+    const double parabola = (slope + sqrt(fmax(slope * slope - 2 * bend * value, 0))) / 2;
+    const double steep = root > 0 ? away * p->curvature / (2 * root) : sqrt(p->curvature / 2);
+    const double by_root = (sqrt(job->kl_budget) + root) * steep;
+    *proved = parabola > by_root / 2 && parabola < by_root * 2 && slope * slope > 2 * bend * value;
+    return *proved ? parabola : by_root;
 }
 
 /* Move a point and its group masses by a small step of α. */
@@ -194,22 +301,28 @@ static void shift_point(Point *p, double step, int64_t groups, double *group) {
 
 /* Whether Taylor's formula is proved to carry a point over a step. With u = |step| · spread every weight of q changes by
  * a factor within e^±u, and what the formulas leave out is at most u³/24 of a group's log-mass, u²/8 of log ESS, about
- * |step| u²/2 of α and F″ times that of the residual (theory/computation.md, «On a CPU»). */
-static int carries(const Row *row, const Point *p, int64_t method, double step) {
+ * |step| u²/2 of α and F″ times that of the residual; under a budget |step| u (|step| / away + u) of α, where `away` is
+ * how far α is from the model whose ball it is (theory/computation.md, «On a CPU»). */
+static int carries(const Job *job, const Row *row, const Point *p, double alpha, double step) {
     const double size = fabs(step), u = size * row->spread;
-    if (method == ESS_BALANCE) return u <= 4e-4 && size * u <= 5e-8;
+    if (budgeted(job)) {
+        const double away = job->method == KL_BUDGET_T ? alpha : 1 - alpha;
+        return u <= 8e-3 && size <= away / 4 && size * u * (size / away + u) * fmax(p->curvature, 1) <= 1e-7;
+    }
+    if (job->method == ESS_BALANCE) return u <= 4e-4 && size * u <= 5e-8;
     return u <= 8e-3 && size * u * u * fmax(p->curvature, 1) <= 1e-7;
 }
 
 /* By how much such a step leaves the difference of two log-probabilities, of tokens or of groups, off: R times the error
  * of α, and twice that of a group's log-mass. */
-static double doubt_of(const Row *row, int64_t method, double step) {
+static double doubt_of(const Job *job, const Row *row, double alpha, double step) {
     const double size = fabs(step), u = size * row->spread;
-    return method == ESS_BALANCE ? 2 * u * fmax(u, size) : u * u * u / 2;
+    if (budgeted(job)) return u * u * (size / (job->method == KL_BUDGET_T ? alpha : 1 - alpha) + u) / 2;
+    return job->method == ESS_BALANCE ? 2 * u * fmax(u, size) : u * u * u / 2;
 }
 
 static double larger_kl(const Point *p, double alpha) {
-    const double theta = (alpha - 1) * p->slope - p->f + p->norm[0], t = alpha * p->slope - p->f + p->norm[1];
+    const double theta = kl_of(p, alpha, 0), t = kl_of(p, alpha, 1);
     return theta > t ? theta : t;
 }
 
@@ -241,15 +354,15 @@ static double solve(const Job *job, Row *row, const Passes *pass, const Outline 
         held = job->method == REVERSE_KL_SYMMETRY;
         if (!far && !held) {
             center_on_secant(row, outline->norm);
-            alpha = guess_alpha(outline);
+            alpha = budgeted(job) ? guess_in_ball(outline, job->method, job->kl_budget) : guess_alpha(outline);
         }
-        if (far || !even) {
+        if ((far || !even) && !budgeted(job)) {
             /* different supports may leave the rule without a root: then the end with the smaller max{KL, KL} */
             double value[2], worst[2], gap[2], derivative;
             for (int end = 0; end < 2; end++) {
                 pass->sweep(row, end, point, groups);
                 center_on_secant(row, point->norm);
-                value[end] = residual(point, held ? KL_SYMMETRY : job->method, &derivative);
+                value[end] = held ? point->gap : residual(job, point, end, &derivative);
                 worst[end] = larger_kl(point, end);
                 gap[end] = point->gap;
             }
@@ -268,19 +381,17 @@ static double solve(const Job *job, Row *row, const Passes *pass, const Outline 
         if (held || sweeps == MOST_SWEEPS) return alpha;
         center_on_secant(row, point->norm);
         double slope;
-        const double value = residual(point, job->method, &slope);
-        if (fabs(value) <= rounding(point, job->method)) return alpha;
+        int proved;
+        const double value = residual(job, point, alpha, &slope);
+        if (fabs(value) <= rounding(job, point, alpha)) return alpha;
         if ((value > 0 && alpha <= min) || (value < 0 && alpha >= max)) return alpha;
         if (value < 0) low = alpha;
         else high = alpha;
-        if (job->method == KL_SYMMETRY) {
-            const double halley = slope - value * point->skew / (2 * slope);
-            if (halley > slope / 2 && halley < slope * 2) slope = halley;
-        }
+        slope = slope_of_step(job, point, alpha, value, slope, &proved);
         double next = clamp(alpha - value / slope, min, max);
-        const double left = doubt_of(row, job->method, next - alpha);
+        const double left = doubt_of(job, row, alpha, next - alpha);
         /* truncation has no doubts to be resolved later: a token stays or goes */
-        if (!carefully && carries(row, point, job->method, next - alpha) && (left < 1e-13 || !truncates(job))) {
+        if (!carefully && proved && carries(job, row, point, alpha, next - alpha) && (left < 1e-13 || !truncates(job))) {
             shift_point(point, next - alpha, row->groups, groups);
             *doubt = left;
             return next;
@@ -300,17 +411,19 @@ static double solve(const Job *job, Row *row, const Passes *pass, const Outline 
 static int holds(const Job *job, const Solved *solved, const double *groups) {
     const Point *p = &solved->point;
     const double alpha = solved->q.alpha, low = job->alpha_min, high = job->alpha_max;
-    const double theta = (alpha - 1) * p->slope - p->f + p->norm[0], t = alpha * p->slope - p->f + p->norm[1];
-    const double size = fmax(fmax(theta, t), 1);
-    double derivative, mass = 0;
-    if (!(alpha >= low && alpha <= high && fmin(theta, t) >= -1e-9 * size && isfinite(size))) return 0;
-    if (!(isfinite(p->f_high) && isfinite(p->f_low))) return 0;
+    const double theta = kl_of(p, alpha, 0), t = kl_of(p, alpha, 1);
+    double size = fmax(fmax(theta, t), 1), derivative, mass = 0;
+    /* beyond [0, 1] the KLs are differences of numbers of any size */
+    const double lost = outside(alpha) > 0 ? 4e-16 * ((fabs(alpha) + 1) * fabs(p->slope) + fabs(p->f)) : 0;
+    if (!(alpha >= low && alpha <= high && fmin(theta, t) >= -1e-9 * size - lost && isfinite(size))) return 0;
+    if (!(isfinite(p->f_high) && isfinite(p->f_low) && lost <= 1e-5 * fmax(fmin(theta, t), 1))) return 0;
     for (int64_t c = 0; c < solved->row.groups; c++) mass += exp(groups[c] - p->f);
     if (!(fabs(mass - 1) <= 1e-6)) return 0;
-    if (job->method != KL_SYMMETRY && job->method != ESS_BALANCE) return 1;
-    const double value = residual(p, job->method, &derivative);
+    if (budgeted(job)) size = fmax(job->method == KL_BUDGET_T ? t : theta, 1);
+    else if (job->method != KL_SYMMETRY && job->method != ESS_BALANCE) return 1;
+    const double value = residual(job, p, alpha, &derivative);
     if (fabs(value) <= job->tol * size || (alpha <= low && value > 0) || (alpha >= high && value < 0)) return 1;
-    return !(solved->theta_inside && solved->t_inside) && (alpha <= low || alpha >= high);
+    return !budgeted(job) && !(solved->theta_inside && solved->t_inside) && (alpha <= low || alpha >= high);
 }
 
 /* argmax of log w + Gumbel noise over `count` ids from `first` on, as the least E / w of exponential variables E (the
@@ -518,11 +631,17 @@ static int64_t draw(const Row *row, const Passes *pass, const Mixture *q, const 
 }
 
 /* Everything about row i but its token. */
-static void solve_row(const Job *job, int64_t i, const Passes *pass, int carefully, Solved *solved, double *groups,
+static void solve_row(const Job *given, int64_t i, const Passes *pass, int carefully, Solved *solved, double *groups,
                       double *scratch) {
     static const int64_t size[] = {4, 2, 2, 8};
     Row *row = &solved->row;
+    Job of_row;
+    const Job *job = &of_row;
     memset(solved, 0, sizeof *solved);
+    if (!settings_of_row(given, i, &of_row)) {
+        solved->status = BAD_SETTING;
+        return;
+    }
     row->vocab_size = job->vocab_size;
     row->groups = (job->vocab_size + GROUP - 1) / GROUP;
     row->scale = job->temperature > 0 ? 1 / job->temperature : 1;
@@ -532,7 +651,7 @@ static void solve_row(const Job *job, int64_t i, const Passes *pass, int careful
     }
     Scan scan;
     Outline outline;
-    const int guessed = !carefully && (job->method == KL_SYMMETRY || job->method == ESS_BALANCE);
+    const int guessed = !carefully && (job->method == KL_SYMMETRY || job->method == ESS_BALANCE || budgeted(job));
     pass->scan(row, &scan, guessed ? &outline : NULL);
     const double *high = scan.high;
     solved->status = scan.nan                                                  ? HAS_NAN
@@ -546,7 +665,7 @@ static void solve_row(const Job *job, int64_t i, const Passes *pass, int careful
         const double reach = (high[side] - scan.low[side]) * row->scale;
         row->high[side] = high[side];
         row->spread += reach;
-        row->far |= reach > RANGE;
+        row->far |= (job->method == FIXED ? 1 + outside(job->alpha) : 1) * reach > RANGE;
     }
     solved->theta_inside = !scan.only_theta, solved->t_inside = !scan.only_t;
     Point *point = &solved->point;
@@ -622,8 +741,8 @@ static int do_row(const Job *job, int64_t i, const Passes *pass, int known, int 
     const double alpha = solved->q.alpha;
     if (solved->status == OK || solved->status == EMPTY) {
         field[0] = alpha;
-        field[1] = fmax((alpha - 1) * p->slope - p->f + p->norm[0], 0);
-        field[2] = fmax(alpha * p->slope - p->f + p->norm[1], 0);
+        field[1] = fmax(kl_of(p, alpha, 0), 0);
+        field[2] = fmax(kl_of(p, alpha, 1), 0);
         field[3] = solved->theta_inside ? fmin(exp(2 * p->norm[0] - p->f - p->f_high), 1) : 0;
         field[4] = solved->t_inside ? fmin(exp(2 * p->norm[1] - p->f - p->f_low), 1) : 0;
     }
@@ -646,10 +765,11 @@ int qstar_rows(const Job *job, int64_t first, int64_t last) {
         return 1;
     }
     Solved solved;
-    int again = 0;
+    int again = 0, alike = job->row_stride[0] == 0 && job->row_stride[1] == 0;
+    for (int k = 0; k < PER_ROW; k++) alike &= !job->of_rows[k];
     for (int64_t i = first; i < last; i++) {
         /* rows that are one row expanded are solved once, and once more behind one whose own draw took another solve */
-        const int known = i > first && job->row_stride[0] == 0 && job->row_stride[1] == 0 && !again;
+        const int known = i > first && alike && !again;
         again = do_row(job, i, pass, known, 0, &solved, groups, scratch);
         if (job->log_q) write_log_q(job, i, pass, &solved);
     }

@@ -13,11 +13,16 @@ from qstar_kernels.gpu.scratch import (
     INF,
     as_double,
     as_logits,
+    budget_of,
+    budget_step,
     entropy_of,
     exact_logits,
     exact_mix,
     is_sound,
     kls_of,
+    more_than_maxima,
+    outside,
+    own_settings,
     relative_logit,
     store_diagnostics,
     value_of,
@@ -152,6 +157,7 @@ def refine(
     inv_temperature,
     alpha_min,
     alpha_max,
+    budget,
     tol,
     METHOD: tl.constexpr,
     DRAW: tl.constexpr,
@@ -194,7 +200,11 @@ def refine(
             alpha = tl.where(spread > 1e-14, gap_high / tl.where(spread > 1e-14, spread, 1.0), 0.5)
             alpha = tl.where(uneven & ((gap_low > 0) | (gap_high < 0)), better_end, alpha)
             alpha = tl.minimum(tl.maximum(alpha, alpha_min), alpha_max)
-    alpha = tl.where((alpha >= 0) & (alpha <= 1), alpha, 0.5)
+    if METHOD != "fixed":
+        alpha = tl.where((alpha >= 0) & (alpha <= 1), alpha, 0.5)
+    if (METHOD == "kl_budget") | (METHOD == "kl_budget_t"):
+        last = (alpha_min == alpha_max).to(tl.int32)  # then it is given
+        alpha = tl.where(last == 1, alpha_min, alpha)
     # the range is applied at the end, so that a root outside it is told from no root at all
     while settled == 0:
         at, up, down, norms = exact_sweep(
@@ -211,11 +221,17 @@ def refine(
         if METHOD == "ess_balance":
             residual, steepness = f_low - f_high + 2 * s, mean_high - mean_low
             rounding = 4e-16 * (tl.abs(f_low) + tl.abs(f_high))
+        least, of_alpha = 1e-14, 1e-7
+        if (METHOD == "kl_budget") | (METHOD == "kl_budget_t"):
+            residual, steepness, kl, away = budget_of(alpha, slope, f, norm_theta, norm_t, variance, budget, METHOD)
+            norm = norm_theta if METHOD == "kl_budget" else norm_t
+            rounding = 4e-16 * (tl.abs(f) + tl.abs(norm) + tl.abs(away * slope))
+            least, of_alpha = 1e-15, 1e-12
         count += 1
         if f == -INF:
             status = scratch.STATUS_DISJOINT
             settled = 1
-        elif last == 1 or (METHOD != "kl_symmetry") & (METHOD != "ess_balance"):
+        elif last == 1 or (METHOD == "fixed") | (METHOD == "entropy") | (METHOD == "reverse_kl_symmetry"):
             settled = 1
         else:
             center = tl.where(tl.abs(s) < INF, s, 0.0)
@@ -223,14 +239,17 @@ def refine(
             rootless = ((alpha <= 0) & (residual > 0)) | ((alpha >= 1) & (residual < 0))
             # convergence first: at the root rounding can put the Newton step on the bracket's end, and a bisection
             # there would throw α half a bracket away
-            done = (size <= 1e-3 * tol) & (size <= 1e-7 * steepness)
-            done = done | (size <= tl.maximum(rounding, 1e-14)) | rootless
+            done = (size <= 1e-3 * tol) & (size <= of_alpha * steepness)
+            done = done | (size <= tl.maximum(rounding, least)) | rootless
             done = done | (high - low <= tl.maximum(2.3e-16 * high, 1e-30)) | (count >= scratch.MOST_SWEEPS)
             if residual < 0:
                 low, low_known = alpha, 1
             else:
                 high, high_known = alpha, 1
             newton = alpha - residual / tl.where(steepness > 0, steepness, 1e-300)
+            if (METHOD == "kl_budget") | (METHOD == "kl_budget_t"):
+                change = budget_step(kl, away, variance, budget)
+                newton = alpha - change if METHOD == "kl_budget" else alpha + change
             # an end of [0, 1] is tried once before the bracket is halved; so it is where steps do not shrink, as in
             # an exponential tail, which takes hundreds of them
             middle = (low + high) / 2
@@ -249,7 +268,18 @@ def refine(
             alpha = step
     tl.store(row + scratch.ALPHA, alpha)
     if status == 0:
-        sound = is_sound(alpha, slope, f, f_high, f_low, norm_theta, norm_t, alpha_min, alpha_max, 1e-9)
+        lost = alpha * 0
+        if METHOD == "fixed":  # beyond [0, 1] the KLs are differences of numbers of any size
+            lost = 4e-16 * ((tl.abs(alpha) + 1) * tl.abs(slope) + tl.abs(f))
+            lost = tl.where(outside(alpha) > 0, lost, 0.0)
+        sound = is_sound(alpha, slope, f, f_high, f_low, norm_theta, norm_t, alpha_min, alpha_max, 1e-9 + lost)
+        if METHOD == "fixed":
+            kl_theta, kl_t, _size = kls_of(alpha, slope, f, norm_theta, norm_t)
+            sound = sound & (lost <= 1e-5 * tl.maximum(tl.minimum(kl_theta, kl_t), 1.0))
+        if (METHOD == "kl_budget") | (METHOD == "kl_budget_t"):
+            residual, _steep, kl, _away = budget_of(alpha, slope, f, norm_theta, norm_t, variance, budget, METHOD)
+            stopped = ((alpha <= alpha_min) & (residual > 0)) | ((alpha >= alpha_max) & (residual < 0))
+            sound = sound & ((tl.abs(residual) <= tol * tl.maximum(kl, 1.0)) | stopped)
         if (METHOD == "kl_symmetry") | (METHOD == "ess_balance"):
             _kl_theta, _kl_t, size = kls_of(alpha, slope, f, norm_theta, norm_t)
             at_low, at_high = alpha <= alpha_min, alpha >= alpha_max
@@ -347,12 +377,13 @@ def greedy_token(theta, t, row, partial, vocab_size, groups, tops, inv_temperatu
     doubt, slope = tl.load(row + scratch.DOUBT), tl.load(row + scratch.SLOPE)
     norm = tl.load(row + scratch.LOG_NORM)
     o_group = tl.arange(0, GROUPS)  # [GROUPS]
-    partial += o_group * scratch.GROUP_COLUMNS  # [GROUPS]
-    most_theta = tl.load(partial + scratch.MAX_THETA, mask=o_group < groups, other=-INF)  # [GROUPS]
-    most_t = tl.load(partial + scratch.MAX_T, mask=o_group < groups, other=-INF)  # [GROUPS]
+    maxima = partial + o_group * scratch.GROUP_COLUMNS  # [GROUPS]
+    most_theta = tl.load(maxima + scratch.MAX_THETA, mask=o_group < groups, other=-INF)  # [GROUPS]
+    most_t = tl.load(maxima + scratch.MAX_T, mask=o_group < groups, other=-INF)  # [GROUPS]
     most_theta, most_t, allow_theta, allow_t = exact_logits(most_theta, most_t, tops, inv_temperature)
     most = exact_mix(most_theta, most_t, tl.load(row + scratch.ALPHA)) - norm  # [GROUPS]
     most += doubt * tl.abs(most_theta - most_t - slope)  # [GROUPS]
+    most += more_than_maxima(partial, tl.load(row + scratch.ALPHA), inv_temperature, groups, GROUPS)
     most = tl.where(allow_theta & allow_t, most, -INF)
     token, best, kind = tl.full([], -1, tl.int32), norm * 0 - INF, norm * 0
     lead, rival = best, best  # the least that the best may be, the most that any other may be
@@ -384,6 +415,7 @@ def finish_kernel(
     theta,
     t,
     row,
+    own,
     partial,
     masses,
     seeds,
@@ -403,6 +435,8 @@ def finish_kernel(
     alpha_min_low,
     alpha_max,
     alpha_max_low,
+    kl_budget,
+    kl_budget_low,
     tol,
     METHOD: tl.constexpr,
     DRAW: tl.constexpr,
@@ -417,10 +451,13 @@ def finish_kernel(
     alpha_min, alpha_max = as_double(alpha_min, alpha_min_low), as_double(alpha_max, alpha_max_low)
     theta += i_row * s_theta
     t += i_row * s_t
+    budget = as_double(kl_budget, kl_budget_low)
     row += i_row * scratch.ROW_COLUMNS
     partial += i_row * s_partial
     masses += i_row * 2 * groups
     out += i_row
+    if own is not None:
+        _alpha, alpha_min, alpha_max, budget, _good = own_settings(own + i_row * scratch.OWN_COLUMNS, METHOD)
     tops = (tl.load(row + scratch.TOP_THETA), tl.load(row + scratch.TOP_T))
     status = tl.load(row + scratch.STATUS).to(tl.int32)
     token = tl.full([], -1, tl.int64)
@@ -452,6 +489,7 @@ def finish_kernel(
                     inv_temperature,
                     alpha_min,
                     alpha_max,
+                    budget,
                     tol,
                     METHOD,
                     DRAW,

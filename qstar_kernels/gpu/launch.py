@@ -16,9 +16,11 @@ makes a row's bits independent of its neighbours.
 
 import ctypes
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import itemgetter
+from types import MappingProxyType
 
 import torch
 import triton
@@ -42,7 +44,7 @@ from qstar_kernels.gpu.truncate import (
     top_kernel,
 )
 from qstar_kernels.noise import GROUP_SIZE
-from qstar_kernels.types import FIELDS, QStarStep, Settings
+from qstar_kernels.types import BUDGETS, FIELDS, PER_ROW, QStarStep, Settings
 
 WARP = 64 if torch.version.hip else 32
 ENOUGH_PROGRAMS = 1024  # of truncation, a warp each; all of them add up what the last pass left
@@ -175,6 +177,14 @@ def aligned(logits: Tensor) -> Tensor:
     return logits if lie_so else logits.new_empty(rows, triton.cdiv(vocab_size, 16) * 16)[:, :vocab_size].copy_(logits)
 
 
+def own_of(settings: Settings, per_row: Mapping[str, Tensor], rows: Tensor) -> Tensor:
+    """The settings `PER_ROW` of each row as they are given, for the kernels to look at: float64 [B, 4]."""
+    own = torch.empty(len(rows), len(PER_ROW), dtype=torch.float64, device=rows.device)
+    for column, name in zip(own.unbind(1), PER_ROW, strict=True):
+        column.copy_(per_row[name]) if name in per_row else column.fill_(getattr(settings, name))
+    return own
+
+
 def plan(
     theta: Tensor,
     t: Tensor,
@@ -183,10 +193,11 @@ def plan(
     positions: Tensor | None = None,
     tokens: Tensor | None = None,
     want_log_q: bool = False,
+    own: Tensor | None = None,
 ) -> tuple[list[Launch], dict[str, Tensor]]:
     """The launches for at least one row, and what they fill; all sizes depend on B, V and the settings only.
 
-    The logits are `aligned`, the rest is contiguous.
+    The logits are `aligned`, the rest is contiguous; `own`: what `own_of` makes of settings of the rows.
     """
     rows, vocab_size = theta.shape
     tempering = settings.temperature if settings.temperature > 0 else 1.0
@@ -215,6 +226,9 @@ def plan(
     partial = empty(rows, triton.cdiv(groups, most) * most, scratch.GROUP_COLUMNS.value)  # [B, groups, 32]
     masses = empty(rows, 2, groups, dtype=torch.float64)  # [B, 2, groups], logarithms and what they may be off by
     row = empty(rows, scratch.ROW_COLUMNS.value, dtype=torch.float64)  # [B, 17]
+    # a budget that is one α for all rows is no budget
+    given = settings.known_alpha if own is None else None
+    method = settings.method if given is None else "fixed"
     logits = {
         "theta": theta,
         "t": t,
@@ -222,29 +236,31 @@ def plan(
         "s_theta": theta.stride(0),
         "s_t": t.stride(0),
     } | halves("inv_temperature", 1 / tempering)
-    alpha_range = halves("alpha_min", settings.alpha_min) | halves("alpha_max", settings.alpha_max)
-    alpha = min(max(settings.alpha, settings.alpha_min), settings.alpha_max)
-    center = halves("center", alpha if settings.method == "fixed" else 0.5)["center"]
+    alpha = 0.5 if given is None else given
+    low, high = (settings.alpha_min, settings.alpha_max) if given is None else (alpha, alpha)
+    rule = halves("alpha_min", low) | halves("alpha_max", high) | halves("kl_budget", settings.kl_budget)
+    rule |= {"own": own, "tol": settings.tol, "METHOD": method}
+    center = halves("center", alpha)["center"]
     sums = {"row": row, "partial": partial, "s_partial": partial.stride(0), "center": center}
     sweep = {k: v for k, v in logits.items() if k != "inv_temperature_low"} | sums
     sweep |= {
-        "EXTRA": settings.method if settings.method in ("entropy", "reverse_kl_symmetry") else "",
+        "EXTRA": method if method in ("entropy", "reverse_kl_symmetry") else "",
+        "own": own if method in ("fixed", *BUDGETS) else None,
+        "METHOD": method if own is not None and method in ("fixed", *BUDGETS) else "",
         "TEMPERED": tempering != 1,
     }
-    settle = alpha_range | halves("inv_temperature", 1 / tempering) | halves("fixed_alpha", alpha) | sums
+    settle = rule | halves("inv_temperature", 1 / tempering) | halves("fixed_alpha", alpha) | sums
     settle |= {
         "masses": masses,
         "out": out,
         "rows": rows,
         "groups": groups,
-        "tol": settings.tol,
         "TEMPERED": tempering != 1,
-        "METHOD": settings.method,
         "GROUPS": triton.next_power_of_2(groups),
     }
     finish = (
         logits
-        | alpha_range
+        | rule
         | {
             "row": row,
             "partial": partial,
@@ -257,8 +273,6 @@ def plan(
             "rows": rows,
             "groups": groups,
             "s_partial": partial.stride(0),
-            "tol": settings.tol,
-            "METHOD": settings.method,
             "DRAW": draw.value,
             "REFINE": True,
             "CHOOSE": True,
@@ -269,7 +283,7 @@ def plan(
     # A program that has a row to itself has a thread a group, or as many as leave it the registers for float64.
     width = min(max(triton.next_power_of_2(groups), 32), 128)
     launches = []
-    for again, shape in enumerate((first,) if settings.method == "fixed" else (first, second)):
+    for again, shape in enumerate((first,) if method == "fixed" else (first, second)):
         blocks = triton.cdiv(groups, shape["GROUPS"] * shape["TIMES"])
         launches += [
             Launch(sweep_kernel, (rows, blocks), WARP, sweep | shape | {"SECOND": bool(again)}),
@@ -278,7 +292,7 @@ def plan(
     if settings.truncates:
         # each half is told of the other's choices nothing that would have it compiled once more
         refine = {"CHOOSE": False, "DRAW": drawing.value, "GROUPS": 1, "seeds": None, "positions": None, "tokens": None}
-        choose = {"REFINE": False, "METHOD": "fixed"}
+        choose = {"REFINE": False, "METHOD": "fixed", "own": None}
         launches += [
             Launch(finish_kernel, (rows,), 256, finish | refine),
             *truncation(settings, logits, row, partial, masses),
@@ -338,6 +352,7 @@ def qstar_triton(
     positions: Tensor | None = None,
     tokens: Tensor | None = None,
     want_log_q: bool = False,
+    per_row: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> tuple[QStarStep, Tensor | None]:
     """`qstar_reference` by the kernels; float32 fields. Logits are float32, bfloat16 or float16.
 
@@ -352,9 +367,11 @@ def qstar_triton(
         given |= {"seeds": seeds.contiguous(), "positions": positions.contiguous()}
     elif tokens is not None:
         given["tokens"] = tokens.contiguous()
+    if per_row:
+        given["own"] = own_of(settings, per_row, theta)
     device, (theta, t) = theta.device, (given["theta"], given["t"])
     layout = theta.shape, theta.stride(0), theta.dtype, t.stride(0), t.dtype
-    again = kept(settings, want_log_q, seeds is None, tokens is None, device, *layout)
+    again = kept(settings, want_log_q, seeds is None, tokens is None, bool(per_row), device, *layout)
     with torch.cuda.device_of(theta):
         filled = again(given, device)
         if filled is None:

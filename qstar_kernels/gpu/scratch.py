@@ -8,7 +8,7 @@ import triton.language as tl
 
 from qstar_kernels.noise import GROUP_SIZE, GROUP_STREAM, TOKEN_STREAM
 from qstar_kernels.reference import TINY_ENTROPY as TINY_ENTROPY_OF_FLOAT64
-from qstar_kernels.types import LARGEST_LOGIT, Status, mask_of
+from qstar_kernels.types import LARGEST_LOGIT, PER_ROW, Status, mask_of
 
 GROUP = tl.constexpr(GROUP_SIZE)
 STREAM_OF_GROUPS = tl.constexpr(GROUP_STREAM)
@@ -33,6 +33,7 @@ MOST_OF_F = tl.constexpr(1e-6)  # in nats, left out by Taylor's formula
 MOST_OF_ESS = tl.constexpr(4e-5)  # of its logarithm
 MOST_OF_ALPHA = tl.constexpr(4e-6)
 ROUNDING = tl.constexpr(3e-5)  # in nats, of a KL, at worst: what is seen is some 30 times less
+ROUNDING_OUTSIDE = tl.constexpr(1e-4)  # the same at α outside [0, 1]
 ROUNDING_OF_ALPHA = tl.constexpr(6e-4)
 FLAT = tl.constexpr(5e-7)  # F'' below which α does not matter
 
@@ -88,12 +89,17 @@ SLOPE = tl.constexpr(15)  # F' and √F''
 DEVIATION = tl.constexpr(16)
 ROW_COLUMNS = tl.constexpr(17)
 
+OWN_COLUMNS = tl.constexpr(len(PER_ROW))  # as they were given for a row: α, its clamps, the budget
+LEAST_ALPHA, GREATEST_ALPHA = (tl.constexpr(x) for x in PER_ROW["alpha"][:2])
+MOST_BUDGET = tl.constexpr(PER_ROW["kl_budget"].most)
+
 STATUS_NAN = tl.constexpr(int(Status.NAN))
 STATUS_POSITIVE_INFINITY = tl.constexpr(int(Status.POSITIVE_INFINITY))
 STATUS_NO_SUPPORT = tl.constexpr(int(Status.NO_SUPPORT))
 STATUS_DISJOINT = tl.constexpr(int(Status.DISJOINT))
 STATUS_EMPTY = tl.constexpr(int(Status.EMPTY))
 STATUS_INEXACT = tl.constexpr(int(Status.INEXACT))
+STATUS_BAD_SETTING = tl.constexpr(int(Status.BAD_SETTING))
 
 NO_TOKEN = tl.constexpr(0)
 SAMPLED = tl.constexpr(1)
@@ -123,6 +129,72 @@ def zeros_of(like, COUNT: tl.constexpr):
 def as_double(high, low):
     """A number of the settings, which comes as the sum of two float32: float64."""
     return tl.full([], 0.0, tl.float64) + high + low
+
+
+@triton.jit
+def halved(x):
+    """What two float32 hold of a float64: a setting of one row is the number that it is for all rows."""
+    high = x.to(tl.float32)
+    return as_double(high, (x - high).to(tl.float32))
+
+
+@triton.jit
+def own_settings(own, METHOD: tl.constexpr):
+    """Of a row with settings of its `own` (at this address): α if it is given, the range it lies in, the budget, and
+    whether they are good; `row_settings` of reference.py.
+
+    A range of one point has its α given under the budget rules, too.
+    """
+    alpha, low, high, budget = tl.load(own), tl.load(own + 1), tl.load(own + 2), tl.load(own + 3)
+    good = (alpha >= LEAST_ALPHA) & (alpha <= GREATEST_ALPHA) & (budget >= 0) & (budget <= MOST_BUDGET)
+    good = good & (low >= 0) & (low <= high) & (high <= 1)
+    alpha, budget = tl.where(good, alpha, 0.5), tl.where(good, budget, 0.0)
+    low, high = tl.where(good, low, 0.0), tl.where(good, high, 1.0)
+    if METHOD == "fixed":
+        alpha = tl.where((low > 0) & (alpha < low), low, alpha)
+        alpha = tl.where((high < 1) & (alpha > high), high, alpha)
+        low, high = alpha, alpha
+    elif METHOD == "kl_budget":
+        low = tl.where(budget == 0, high, low)
+        alpha = tl.where(low == high, low, 0.5)
+    elif METHOD == "kl_budget_t":
+        high = tl.where(budget == 0, low, high)
+        alpha = tl.where(low == high, low, 0.5)
+    return halved(alpha), halved(low), halved(high), halved(budget), good
+
+
+@triton.jit
+def outside(alpha):
+    """How far α lies outside [0, 1]."""
+    return tl.maximum(tl.maximum(alpha - 1, -alpha), 0.0)
+
+
+@triton.jit
+def more_than_maxima(sums, alpha, inv_temperature, groups, GROUPS: tl.constexpr):
+    """By how much a token of a group may have more of log q's mass than the group's two maxima mixed, [GROUPS].
+
+    It is 0 at α in [0, 1]. `sums`: those of the groups."""
+    beyond, o_group = outside(alpha), tl.arange(0, GROUPS)
+    reach = tl.load(sums + o_group * GROUP_COLUMNS + REACH, mask=o_group < groups, other=0.0).to(tl.float64)
+    return tl.where(beyond > 0, beyond * reach * inv_temperature * (1 + 1e-6), 0.0)
+
+
+@triton.jit
+def budget_of(alpha, slope, f, norm_theta, norm_t, width, budget, METHOD: tl.constexpr):
+    """Under a budget rule: what vanishes at its α, increasing, and its derivative; the KL; how far that end is."""
+    kl_theta, kl_t, _size = kls_of(alpha, slope, f, norm_theta, norm_t)
+    if METHOD == "kl_budget":
+        return budget - kl_theta, (1 - alpha) * width, kl_theta, 1 - alpha
+    else:
+        return kl_t - budget, alpha * width, kl_t, alpha
+
+
+@triton.jit
+def budget_step(kl, away, width, budget):
+    """What the way to the end is to be longer by: Newton's step for the root of KL, all but straight in it."""
+    root = tl.sqrt(tl.maximum(kl, 0.0))
+    steep = tl.where(root > 0, away * width / (2 * tl.where(root > 0, root, 1.0)), tl.sqrt(width / 2))
+    return (tl.sqrt(budget) - root) / tl.maximum(steep, 1e-30)
 
 
 @triton.jit

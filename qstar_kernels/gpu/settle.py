@@ -13,7 +13,18 @@ import triton.language as tl
 
 from qstar_kernels.gpu import scratch
 from qstar_kernels.gpu.double import exp64, inverse, log1p64, log64, maxima_of_4, sums_of_4, sums_of_8
-from qstar_kernels.gpu.scratch import INF, as_double, entropy_of, is_sound, kls_of, store_diagnostics
+from qstar_kernels.gpu.scratch import (
+    INF,
+    as_double,
+    budget_of,
+    budget_step,
+    entropy_of,
+    is_sound,
+    kls_of,
+    outside,
+    own_settings,
+    store_diagnostics,
+)
 
 # 1/j!
 R2 = tl.constexpr(1 / 2)
@@ -70,13 +81,13 @@ def side_of(partial, first, lean, shift, grow, present, o, groups, inv_temperatu
         c4 + r4 * (2 * 16 * scratch.OF_A_SUM),
         reach + tl.abs(r1),
         tl.sqrt(tl.maximum(r2, 0.0)),
-        exp64(tl.minimum(2 * grow * reach, 600.0)) * per * scratch.UNDERFLOW,
+        exp64(tl.minimum(2 * tl.abs(grow) * reach, 600.0)) * per * scratch.UNDERFLOW,
     )
 
 
 @triton.jit
 def center_of(partial, lean, shift, present, o, groups, inv_temperature):
-    """The `Curve` at c with six moments; and −log of the mass where it is small: [G]."""
+    """The `Curve` at c with six moments; and −log of the mass: [G]."""
     mass, raw, per = moments_of(partial, scratch.MOMENTS, 6, o, groups, inv_temperature)
     r1, r2, r3, r4, r5, r6 = raw
     square = r1 * r1
@@ -99,7 +110,7 @@ def center_of(partial, lean, shift, present, o, groups, inv_temperature):
         tl.sqrt(tl.maximum(r2, 0.0)),
         per * scratch.UNDERFLOW,
     )
-    return curve, tl.maximum(-log_mass, 0.0)
+    return curve, -log_mass
 
 
 @triton.jit
@@ -163,11 +174,11 @@ def row_at(curve, x):
 
 
 @triton.jit
-def bounds_at(curve, f, deep, x, slope):
+def bounds_at(curve, f, deep, x, slope, beyond):
     """What F and F' at c + x may be off by: as Taylor's formula leaves it out, and by rounding. And each group's
     log-mass [G], both together.
 
-    `f`: log-masses [G] at c + x; `deep`: see `center_of`.
+    `f`: log-masses [G] at c + x; `deep`: see `center_of`; `beyond`: how far c is outside [0, 1].
     """
     value, first, second = exponential(curve.moments, x)
     per = inverse(value)
@@ -175,7 +186,10 @@ def bounds_at(curve, f, deep, x, slope):
     off, off_tilt = left_out(curve.most, curve.reach, x)
     lost = curve.lost * exp64(tl.minimum(size * curve.reach, 600.0))
     off, off_tilt = (off + lost) * per, (off_tilt + lost * curve.reach) * per
-    weight = (deep + scratch.DEEPEST) * scratch.OF_A_NAT + scratch.OF_AN_EXPONENTIAL
+    # the parts of an exponent come to (1 + 2e) of itself and 2e (1 + e) of |d|
+    deep = tl.where(beyond > 0, tl.abs(deep), tl.maximum(deep, 0.0))
+    nats = (deep + scratch.DEEPEST) * (1 + 2 * beyond) + 2 * beyond * (1 + beyond) * curve.spread
+    weight = nats * scratch.OF_A_NAT + scratch.OF_AN_EXPONENTIAL
     tilt = first * per
     away = tl.abs(curve.mean + tilt - slope)
     width = tl.sqrt(tl.maximum(second * per - tilt * tilt, 0.0))
@@ -240,7 +254,7 @@ def rounding_of(of_slope, others, alpha, slope, width, norm, at_high, at_low, SE
     """What rounding leaves open of F' in log-probabilities, given what it leaves of F' itself."""
     # Σ |e^a − e^b|, at most; squared by Cauchy and Schwarz, the last term by Jensen
     apart = exp64(norm) * (exp64(at_high) + exp64(at_low) - 2 * exp64(norm + (1 - 2 * alpha) * slope))
-    apart = tl.sqrt(tl.minimum(tl.maximum(apart, 0.0), 4.0))
+    apart = tl.where(outside(alpha) > 0, 2.0, tl.sqrt(tl.minimum(tl.maximum(apart, 0.0), 4.0)))
     rounding = of_slope + apart * (2 * scratch.OF_A_SUM)
     if SECOND:
         rounding += apart * (4 * scratch.OF_AN_EXPONENTIAL + 1e-6)
@@ -257,9 +271,24 @@ def rounding_of(of_slope, others, alpha, slope, width, norm, at_high, at_low, SE
 
 
 @triton.jit
-def guess_of(curve, at_one, at_zero):
-    """x about where F' vanishes, by quartics for the groups' log-masses that also pass through those at α = 0 and 1
-    [G]; c is ½."""
+def quartics_at(curve, rests, there, x):
+    """Log-mass, F' and F'' of the row at x, by quartics for the groups' log-masses; `rests`: see `guess_of`."""
+    c2, c3, _c, _c, _c = curve.moments
+    rest = tl.where(x > 0, rests[0], rests[1])
+    f = curve.f + x * curve.mean + x * x * (c2 * R2 + x * (c3 * R3 + x * rest))
+    w = tl.where(there, exp64(f), 0.0)
+    slope = curve.mean + x * (c2 + x * (c3 * R2 + x * (4 * rest)))
+    width = tl.maximum(c2 + x * (c3 + x * (12 * rest)), 0.0)
+    mass, mean, square, _w = sums_of_4(w, w * slope, w * (slope * slope + width), w)
+    per = inverse(mass)
+    mean, square = mean * per, square * per
+    return mass, mean, square - mean * mean
+
+
+@triton.jit
+def guess_of(curve, at_one, at_zero, budget, METHOD: tl.constexpr):
+    """x about where F' vanishes, or where a KL has its budget, by quartics for the groups' log-masses that also pass
+    through those at α = 0 and 1 [G]; c is ½."""
     c2, c3, _c, _c, _c = curve.moments
     there = curve.f > -INF
     rest_one = tl.where(there, 16 * (at_one - curve.f - 0.5 * curve.mean) - 2 * c2 - c3 * (1 / 3), 0.0)
@@ -268,16 +297,16 @@ def guess_of(curve, at_one, at_zero):
     low, high, go = x - 0.5, x + 0.5, 1
     for _ in range(8):
         if go == 1:
-            rest = tl.where(x > 0, rest_one, rest_zero)
-            f = curve.f + x * curve.mean + x * x * (c2 * R2 + x * (c3 * R3 + x * rest))
-            w = tl.where(there, exp64(f), 0.0)
-            slope = curve.mean + x * (c2 + x * (c3 * R2 + x * (4 * rest)))
-            width = tl.maximum(c2 + x * (c3 + x * (12 * rest)), 0.0)
-            mass, mean, square, _w = sums_of_4(w, w * slope, w * (slope * slope + width), w)
-            per = inverse(mass)
-            mean, square = mean * per, square * per
-            low, high = tl.where(mean < 0, x, low), tl.where(mean < 0, high, x)
-            step = x - mean * inverse(tl.maximum(square - mean * mean, 1e-30))
+            mass, slope, width = quartics_at(curve, (rest_one, rest_zero), there, x)
+            width = tl.maximum(width, 1e-30)
+            if (METHOD == "kl_budget") | (METHOD == "kl_budget_t"):
+                gap, _steep, kl, away = budget_of(0.5 + x, slope, log64(mass), 0.0, 0.0, width, budget, METHOD)
+                change = budget_step(kl, away, width, budget)
+                step = x - change if METHOD == "kl_budget" else x + change
+            else:
+                gap = slope
+                step = x - gap * inverse(width)
+            low, high = tl.where(gap < 0, x, low), tl.where(gap < 0, high, x)
             step = tl.where((step > low) & (step < high), step, (low + high) / 2)
             go = (tl.abs(step - x) > 1e-5).to(tl.int32)
             x = step
@@ -292,6 +321,22 @@ def far_root(curve, x, c):
         if go == 1:
             _f, _mass, slope, width = row_at(curve, x)
             step = tl.minimum(tl.maximum(x - slope * inverse(tl.maximum(width, 1e-30)), -c), 1 - c)
+            go = (tl.abs(step - x) > 1e-9).to(tl.int32)
+            x = step
+    return x
+
+
+@triton.jit
+def far_budget_root(curve, x, c, budget, METHOD: tl.constexpr):
+    """x where a KL has its budget by the groups' Taylor polynomials, from x."""
+    go = 1
+    for _ in range(8):
+        if go == 1:
+            _f, mass, slope, width = row_at(curve, x)
+            _gap, _steep, kl, away = budget_of(c + x, slope, log64(mass), 0.0, 0.0, width, budget, METHOD)
+            change = budget_step(kl, away, width, budget)
+            step = x - change if METHOD == "kl_budget" else x + change
+            step = tl.minimum(tl.maximum(step, -c), 1 - c)
             go = (tl.abs(step - x) > 1e-9).to(tl.int32)
             x = step
     return x
@@ -346,6 +391,36 @@ def near_residual(moments, x, c, rise, METHOD: tl.constexpr):
     else:
         tilt, width = tilt_of(moments, x)
         return tilt - rise, width
+
+
+@triton.jit
+def near_kl(moments, x, end):
+    """KL of q at c + x from the model at c + `end`, by the row's moments: K(end) − K(x) − (end − x) K'(x); and K''(x).
+
+    That model has no mass outside the common support."""
+    tilt, width = tilt_of(moments, x)
+    return rise_of(moments, end, x) - (end - x) * tilt, width
+
+
+@triton.jit
+def near_kl_bound(last, reach, x, end):
+    """What the moments leave out of `near_kl`."""
+    off_end, _off = left_out(last, reach, end)
+    off, off_tilt = left_out(last, reach, x)
+    return 1.1 * (off_end + off + tl.abs(end - x) * off_tilt)
+
+
+@triton.jit
+def near_budget_root(moments, c, end, budget):
+    """x where `near_kl` has its budget, between −c and 1 − c: from where a parabola has it."""
+    inward = tl.where(end > 0, -1.0, 1.0)
+    x = end + inward * tl.sqrt(2 * budget * inverse(tl.maximum(moments[0], 1e-30)))
+    x = tl.minimum(tl.maximum(x, -c), 1 - c)
+    for _ in range(5):
+        kl, width = near_kl(moments, x, end)
+        x += inward * budget_step(kl, tl.abs(end - x), tl.maximum(width, 0.0), budget)
+        x = tl.minimum(tl.maximum(x, -c), 1 - c)
+    return x
 
 
 @triton.jit
@@ -485,6 +560,7 @@ def solve(
     groups,
     c,
     inv_temperature,
+    budget,
     METHOD: tl.constexpr,
     SECOND: tl.constexpr,
 ):
@@ -512,6 +588,21 @@ def solve(
                 moments, last, reach, at_one, shift + tilt_one / end_theta, at_zero, shift + tilt_zero / end_t, c
             )
             return alpha, alpha, near, tl.where(uneven, INF, doubt)
+        elif (METHOD == "kl_budget") | (METHOD == "kl_budget_t"):
+            end, alone = (1 - c, norms.theta_alone) if METHOD == "kl_budget" else (-c, norms.t_alone)
+            x = near_budget_root(moments, c, end, budget)
+            _kl, width = near_kl(moments, x, end)
+            off, away = near_kl_bound(last, reach, x, end), tl.abs(end - x)
+            near = ((off <= away * width * scratch.MOST_OF_ALPHA) & (alone == 0)).to(tl.int32)
+            if near == 0:
+                x = c * 0
+                if SECOND == 0:
+                    x = guess_of(curve, at_one, at_zero, budget, METHOD)
+                guess = c + x
+                x = far_budget_root(curve, x, c, budget, METHOD)
+            else:
+                guess = c + x
+            return c + x, guess, near, doubt
         else:
             rise = rise_of(moments, 1 - c, -c)
             x = near_root(moments, c, rise, METHOD)
@@ -521,7 +612,7 @@ def solve(
             if near == 0:
                 x = c * 0
                 if SECOND == 0:
-                    x = guess_of(curve, at_one, at_zero)
+                    x = guess_of(curve, at_one, at_zero, budget, METHOD)
                     if METHOD == "ess_balance":
                         # to leading order the root lies three times as far from 1/2 as that of the KL rule
                         x = tl.minimum(tl.maximum(3 * x, -0.48), 0.48)
@@ -550,6 +641,7 @@ def settle_row(
     alpha,
     alpha_min,
     alpha_max,
+    budget,
     tol,
     METHOD: tl.constexpr,
     SECOND: tl.constexpr,
@@ -569,12 +661,13 @@ def settle_row(
     if METHOD != "fixed":
         of_row = row_moments(curve)
         alpha, guess, near, doubt = solve(
-            partial, curve, of_row, high, low, norms, present, o, groups, c, inv_temperature, METHOD, SECOND
+            partial, curve, of_row, high, low, norms, present, o, groups, c, inv_temperature, budget, METHOD, SECOND
         )
     alpha = tl.minimum(tl.maximum(alpha, alpha_min), alpha_max)
     x = alpha - c
     f, mass, slope, width = row_at(curve, x)
-    off_f, off_slope, rounding, rounding_f, slack = bounds_at(curve, f, deep, x, slope)
+    beyond = outside(c) if METHOD == "fixed" else c * 0
+    off_f, off_slope, rounding, rounding_f, slack = bounds_at(curve, f, deep, x, slope, beyond)
     at_high, at_low = sides_at(high, low, x)
     norm = log64(mass)
     rounding = rounding_of(rounding, norms.others, alpha, slope, width, norm, at_high[0], at_low[0], SECOND)
@@ -587,6 +680,33 @@ def settle_row(
     # what a token's exponentials leave of the models' own norms
     reach = tl.max(tl.where(present, column(partial, scratch.REACH, o, groups), 0.0)) * inv_temperature
     fit = fit & (reach * tl.maximum(c, 1 - c) <= scratch.FARTHEST)
+    if METHOD == "fixed":
+        # beyond [0, 1] the KLs have F' times as much, and the norms
+        of_norms = scratch.OF_AN_EXPONENTIAL + scratch.OF_A_NAT * scratch.DEEPEST + scratch.OF_A_SUM
+        of_kl = (1 + beyond) * (rounding + 2 * of_norms) + rounding_f
+        least = (beyond == 0) | ((of_kl <= size * scratch.ROUNDING_OUTSIDE) & ((1 + beyond) * off_slope <= tol * size))
+        fit = fit & least
+    if (METHOD == "kl_budget") | (METHOD == "kl_budget_t"):
+        residual, steep, kl, away = budget_of(alpha, slope, norm, 0.0, 0.0, width, budget, METHOD)
+        off, rounding = away * off_slope + off_f, away * rounding + 4 * rounding_f
+        if near == 1:
+            moments, last, far = of_row
+            end = 1 - c if METHOD == "kl_budget" else -c
+            kl, width_here = near_kl(moments, x, end)
+            residual = budget - kl if METHOD == "kl_budget" else kl - budget
+            steep, off = away * width_here, near_kl_bound(last, far, x, end)
+            rounding = 16 * rounding_f * steep * away * (1 + tl.sqrt(width))
+        stopped = ((alpha <= alpha_min) & (residual >= 0)) | ((alpha >= alpha_max) & (residual <= 0))
+        known = (off <= steep * scratch.MOST_OF_ALPHA) & (rounding <= steep * scratch.ROUNDING_OF_ALPHA)
+        known = known | (width <= scratch.FLAT)
+        fit = fit & (stopped | (known & (tl.abs(residual) + off <= tol * tl.maximum(kl, 1.0))))
+        open_still = tl.abs(residual) + off + rounding
+        doubt = tl.minimum(
+            open_still / tl.maximum(steep, 1e-30), tl.sqrt(2 * open_still * inverse(tl.maximum(width, 1e-30)))
+        )
+        given = alpha_min == alpha_max
+        doubt = tl.where(given | (stopped & (tl.abs(residual) > off + rounding)), 0.0, doubt)
+        guess = tl.where(given, alpha, guess)
     if (METHOD == "kl_symmetry") | (METHOD == "ess_balance"):
         residual, steep, off = slope, width, off_slope
         stoppable = slope == slope
@@ -631,6 +751,7 @@ def settle_row(
 def settle_kernel(
     partial,
     row,
+    own,
     masses,
     out,
     rows,
@@ -645,6 +766,8 @@ def settle_kernel(
     alpha_min_low,
     alpha_max,
     alpha_max_low,
+    kl_budget,
+    kl_budget_low,
     tol,
     TEMPERED: tl.constexpr,
     METHOD: tl.constexpr,
@@ -655,8 +778,13 @@ def settle_kernel(
     i_row = tl.program_id(0).to(tl.int64)
     inv_temperature = as_double(inv_temperature, inv_temperature_low)
     alpha_min, alpha_max = as_double(alpha_min, alpha_min_low), as_double(alpha_max, alpha_max_low)
+    alpha, budget = as_double(fixed_alpha, fixed_alpha_low), as_double(kl_budget, kl_budget_low)
     row += i_row * scratch.ROW_COLUMNS
     c = as_double(center, 0.0)
+    if own is not None:
+        alpha, alpha_min, alpha_max, budget, good = own_settings(own + i_row * scratch.OWN_COLUMNS, METHOD)
+        if (METHOD == "fixed") | (METHOD == "kl_budget") | (METHOD == "kl_budget_t"):
+            c = alpha.to(tl.float32).to(tl.float64)
     wanted = i_row >= 0
     if SECOND:
         wanted = (tl.load(row + scratch.STATUS) == 0) & (tl.load(row + scratch.SETTLED) == 0)
@@ -665,6 +793,9 @@ def settle_kernel(
         partial += i_row * s_partial
         o = tl.arange(0, GROUPS)  # [G]
         norms, present, status = norms_of(partial, row, o < groups, o, groups, inv_temperature, TEMPERED)
+        if own is not None:
+            status = tl.where(good, status, scratch.STATUS_BAD_SETTING)
+            tl.store(row + scratch.STATUS, status.to(tl.float64))
         if status == 0:
             settle_row(
                 partial,
@@ -678,9 +809,10 @@ def settle_kernel(
                 o,
                 c,
                 inv_temperature,
-                as_double(fixed_alpha, fixed_alpha_low),
+                alpha,
                 alpha_min,
                 alpha_max,
+                budget,
                 tol,
                 METHOD,
                 SECOND,

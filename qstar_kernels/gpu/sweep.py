@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from qstar_kernels.gpu import scratch
-from qstar_kernels.gpu.scratch import GROUP, INF, as_logits, zeros_of
+from qstar_kernels.gpu.scratch import GROUP, INF, as_logits, own_settings, zeros_of
 
 SUMS = tl.constexpr(19)  # in consecutive columns, and one more
 
@@ -226,6 +226,7 @@ def sweep_kernel(
     theta,
     t,
     row,
+    own,
     partial,
     vocab_size,
     s_theta,
@@ -236,6 +237,7 @@ def sweep_kernel(
     EXTRA: tl.constexpr,
     TEMPERED: tl.constexpr,
     SECOND: tl.constexpr,
+    METHOD: tl.constexpr,
     TIMES: tl.constexpr,
     GROUPS: tl.constexpr,
     AHEAD: tl.constexpr,
@@ -243,7 +245,10 @@ def sweep_kernel(
     THREADS: tl.constexpr,
     SUB: tl.constexpr,
 ):
-    """Some groups of a row, about `center`, or (`SECOND`) about the row's α where that is not settled."""
+    """Some groups of a row, about `center`, or (`SECOND`) about the row's α where that is not settled.
+
+    `METHOD`: the rule, where a row may have its `own` α given.
+    """
     # rows × vocabulary passes 2³¹ when whole prompts are scored
     i_row, i_block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     wanted = i_row >= 0
@@ -251,6 +256,9 @@ def sweep_kernel(
         row += i_row * scratch.ROW_COLUMNS
         wanted = (tl.load(row + scratch.STATUS) == 0) & (tl.load(row + scratch.SETTLED) == 0)
         center = tl.load(row + scratch.ALPHA).to(tl.float32)
+    elif own is not None:
+        alpha, _low, _high, _budget, _good = own_settings(own + i_row * scratch.OWN_COLUMNS, METHOD)
+        center = alpha.to(tl.float32)
     if wanted:
         theta += i_row * s_theta
         t += i_row * s_t
@@ -258,12 +266,14 @@ def sweep_kernel(
         to_log2 = inv_temperature * scratch.LOG2E
         up, down = (1 - center) * to_log2, -center * to_log2
         weights = (center * to_log2, (1 - center) * to_log2, up, down, to_log2, inv_temperature)
+        # beyond [0, 1] the weights say little of each model's own, which have exponentials of theirs with `MASKED`
+        within = (center >= 0) & (center <= 1)
         for i in range(TIMES):
             block = i_block * TIMES + i
             sums, first = partial + block * (GROUPS * scratch.GROUP_COLUMNS), block * (GROUPS * GROUP)
             plain = 0
             for masked in tl.static_range(2):
-                if (plain == 0) & ((masked == 1) | (first + GROUPS * GROUP <= vocab_size)):
+                if (plain == 0) & ((masked == 1) | within & (first + GROUPS * GROUP <= vocab_size)):
                     plain = sweep_groups(
                         theta,
                         t,

@@ -20,6 +20,7 @@ from qstar_kernels.gpu.scratch import (
     as_logits,
     exact_logits,
     exact_mix,
+    more_than_maxima,
     relative_logit,
     value_of,
 )
@@ -272,10 +273,12 @@ def top_kernel(
         tops = (tl.load(row + scratch.TOP_THETA), tl.load(row + scratch.TOP_T))
         floor_t = tl.load(row + scratch.FLOOR_T).to(tl.float32)
         o_group = tl.arange(0, GROUPS)  # [GROUPS]
-        maxima = partial + i_row * s_partial + o_group * scratch.GROUP_COLUMNS  # [GROUPS]
+        partial += i_row * s_partial
+        maxima = partial + o_group * scratch.GROUP_COLUMNS  # [GROUPS]
         most_a = tl.load(maxima + scratch.MAX_THETA, mask=o_group < groups, other=-INF)  # [GROUPS]
         most_b = tl.load(maxima + scratch.MAX_T, mask=o_group < groups, other=-INF)  # [GROUPS]
         most, some = left_of(most_a, most_b, row, tops, floor_t, inv_temperature)  # [GROUPS]
+        most += more_than_maxima(partial, tl.load(row + scratch.ALPHA), inv_temperature, groups, GROUPS)
         most = tl.where(some, most, -INF)  # [GROUPS]
         greatest = tl.full([], -INF, tl.float64)
         while tl.max(most) > greatest:
