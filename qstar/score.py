@@ -17,8 +17,8 @@ from qstar.run.run import run_command
 from qstar.run.scoring import Score
 
 # What scoring takes over from the run that made the samples: who, and which q*
-RUN_DEFAULTS = {"model_theta", "model_t", "dtype", "load_in_4bit", "trust_remote_code", "use_request_parameters"}
-RUN_DEFAULTS |= {*options.DEST.values(), *FORCED}
+RUN_DEFAULTS = {"model_theta", "model_t", "adapter_theta", "adapter_t", "dtype", "load_in_4bit", "trust_remote_code"}
+RUN_DEFAULTS |= {"use_request_parameters", *options.DEST.values(), *FORCED}
 
 
 def make_parser() -> options.Parser:

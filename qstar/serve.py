@@ -6,7 +6,7 @@ from argparse import Namespace
 
 from qstar.backends import check_installed
 from qstar.run.options import Parser, add_model_names, add_rule, check_models, failed, settings_of
-from qstar.vllm import SERVER
+from qstar.vllm import SERVER, refuse_adapters
 
 NAME = "qstar"  # of the model in requests, unless --served-model-name says another
 OWN = ("model", "hf_overrides", "worker_cls", "logits_processors")  # engine options that make the model a pair
@@ -33,6 +33,7 @@ def prepare(argv: list[str] | None) -> tuple[Parser, Namespace, list[str]]:
     with parser.refusing():
         check_installed("vllm")
         check_models(args)
+        refuse_adapters(args)
         settings_of(args)
     return parser, args, of_vllm
 
