@@ -1,1 +1,1 @@
-"""q* as the rollout of trainers, each an extra of its own that is imported by name: `qstar.integrations.trl`, `.verl`."""
+"""q* as the rollout of trainers: `qstar.integrations.trl` and `.verl`, each an extra that is imported by its name."""

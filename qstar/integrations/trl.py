@@ -26,6 +26,7 @@ from qstar_kernels.types import FIELDS, SETTINGS
 NUMBERS = tuple(name for name in FIELDS if name != "logq")
 LOGGED = tuple(name for name in NUMBERS if not name.startswith("logp"))
 OF_METHOD = {"alpha": "fixed"}  # settings that only one rule reads
+IMAGES = "the prompts have images, which both models would have to see; q* is drawn from text alone"
 ON_POLICY = {
     "method": "fixed",
     "alpha": 1.0,
@@ -100,8 +101,8 @@ class QStarRollout:
         return {name: value(step) for name, value in self.schedule.items()}
 
     def __call__(self, prompts: list, trainer) -> dict[str, list]:
-        """trl's protocol: for each prompt one completion, with log q* as `logprobs`; and `qstar_alpha`, `qstar_kl_theta`
-        and so on, one number a token, which reach the reward functions by these names."""
+        """trl's protocol: for each prompt one completion, with log q* as `logprobs`, and its tokens' other numbers as
+        `qstar_alpha`, `qstar_kl_theta` and so on, which reach the reward functions by these names."""
         if getattr(trainer, "tools", None) or getattr(trainer, "environments", None):
             raise ValueError("with tools or environments trl itself draws the turns behind the first; leave them out")
         ids_theta = text_ids(trainer, prompts)
@@ -178,7 +179,7 @@ def text_ids(trainer, prompts: list) -> list[list[int]]:
     """The trainer's own token ids of prompts, texts or conversations."""
     ids, images, _ = trainer._tokenize_prompts(prompts)
     if images is not None:
-        raise ValueError("the prompts have images; both models would have to see them, and q* is drawn from text alone")
+        raise ValueError(IMAGES)
     return ids
 
 
