@@ -3,8 +3,8 @@
     python examples/distill.py ./trained                    # the demo pair, a minute or so on a CPU
     python examples/distill.py ./trained --model ./policy --teacher ./teacher --dataset train.jsonl
 
-The loss, the reverse KL to the teacher on every prefix, is trl's own. Whose prefixes they are goes from half way between
-the models to the policy's own over the first half of the steps.
+The loss, the reverse KL to the teacher on every prefix, is trl's own. Whose prefixes they are goes from half way
+between the models to the policy's own over the first half of the steps.
 """
 
 from shared import live_arguments, prompts_of, trained

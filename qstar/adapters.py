@@ -9,7 +9,7 @@ import json
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -95,7 +95,7 @@ class Adapted(torch.nn.Module):
         check_adapters(peft, names)
         self._tuned = [m for m in peft.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
         kinds = {str(getattr(peft.peft_config[name].peft_type, "value", "")) for name in names if name != BASE}
-        # peft drops the names without a word for other kinds than those that know them
+        # other kinds do not look at the names
         self.mixes = kinds <= {"LORA"} and self._tried()
 
     def __getattr__(self, name: str):
@@ -120,7 +120,8 @@ class Adapted(torch.nn.Module):
             times, rest = divmod(len(input_ids), len(self.names))
             if rest:
                 raise ValueError(f"{len(input_ids)} rows for {len(self.names)} adapters in turn; give as many of each")
-            return self.peft(input_ids=input_ids, adapter_names=[*self.names] * times, **inputs)
+            with mixed(self._tuned, [*self.names] * times):
+                return self.peft(input_ids=input_ids, **inputs)
         (name,) = self.names
         with switched(self.peft, name):
             return self.peft(input_ids=input_ids, **inputs)
@@ -133,7 +134,8 @@ class Adapted(torch.nn.Module):
         ids = torch.tensor([[1, 2, 3, 4]] * len(names), device=device)
         with in_evaluation(self.peft):
             try:
-                found = self.peft(input_ids=ids, adapter_names=names).logits
+                with mixed(self._tuned, names):
+                    found = self.peft(input_ids=ids).logits
             except (ValueError, TypeError, NotImplementedError):  # DoRA, and layers that do not know of it
                 return False
             for row, name in zip(found, names, strict=True):
@@ -160,9 +162,30 @@ def check_adapters(peft: torch.nn.Module, names: tuple[str, ...]) -> None:
         config = peft.peft_config[name]
         if config.is_prompt_learning or config.is_adaption_prompt:
             raise ValueError(f"adapter {name!r} puts tokens in front of the prompt; adapters of layers are accepted")
+        if getattr(config, "alora_invocation_tokens", None):
+            raise ValueError(f"adapter {name!r} begins in the middle of a prompt (aLoRA); others are accepted")
     for name, config in peft.peft_config.items():
         if getattr(config, "bias", "none") not in ("none", False):
             raise ValueError(f"adapter {name!r} changes the biases of its base, so that there is no base beside it")
+
+
+@contextmanager
+def mixed(layers: list[torch.nn.Module], names: list[str]) -> Iterator[None]:
+    """Inside, row i of every tuned layer's input has the adapter `names[i]`.
+
+    peft's own way to say it (`adapter_names` of the forward pass) leaves its hooks behind where a pass fails, and takes
+    the tokens that an expert was sent for rows where they are as many.
+    """
+
+    def hook(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if not args or (args[0].is_floating_point() and args[0].ndim < 3):
+            raise ValueError(f"{type(module).__name__} gets tokens of several rows at once")
+        return args, kwargs | {"adapter_names": names}
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
 
 
 @contextmanager
