@@ -135,7 +135,7 @@ def check_rows(outputs: list[dict], theta, t, temperature: float = 1.0) -> None:
 
 
 class Noted(QStarRollout):
-    """Notes what it returned, and a model with the weights that π_θ had (trl's own forward pass would not be copied)."""
+    """Notes what it returned, and another model with the weights that π_θ had."""
 
     def __call__(self, prompts, trainer):
         found, theta = super().__call__(prompts, trainer), model().eval()
