@@ -18,7 +18,7 @@ class Trainer(QStarDistillation, DistillationTrainer):
 
 
 def main(argv: list[str] | None = None) -> Trainer:
-    args, config = live_arguments(argv, "On-policy distillation on completions of q*.", 1e-4, beta=1.0)
+    args, config = live_arguments(argv, "On-policy distillation on completions of q*.", 5e-4, beta=1.0)
     rollout = QStarRollout(method="fixed", schedule={"alpha": annealed(0.5, 1.0, max(1, args.steps // 2))})
     data, config = prompts_of(args.dataset), DistillationConfig(**config)
     return trained(Trainer(args.model, args.teacher, args=config, train_dataset=data, rollout=rollout))

@@ -2,8 +2,8 @@
 
 verl's actors learn, and its agent loops ask a server for completions. This one asks the server of a pair, with verl's
 own prompt tokens, and returns log q* of every token as `response_logprobs`. They become `rollout_log_probs`, which
-verl's rollout correction puts into the loss (`algorithm.rollout_correction`, `rollout.calculate_log_probs=true`). π_θ at
-the server is what it was started with, and log q* that of its pair.
+verl's rollout correction puts into the loss (`algorithm.rollout_correction`, `rollout.calculate_log_probs=true`). π_θ
+at the server is what it was started with, and log q* that of its pair.
 
 A file for `rollout.agent.agent_loop_config_path`, beside `rollout.agent.default_agent_loop=qstar`:
 
