@@ -278,6 +278,18 @@ def test_rollouts_that_are_refused(options, said):
         QStarRollout(**options)
 
 
+def test_a_teacher_with_another_vocabulary_is_refused(tmp_path):
+    """The tokenizer is looked up where the teacher was loaded from."""
+    model(T).save_pretrained(tmp_path / "teacher")
+    other = TOKENIZER.backend_tokenizer.to_str().replace('"the"', '"zzz"', 1)
+    assert other != TOKENIZER.backend_tokenizer.to_str()
+    TOKENIZER.save_pretrained(tmp_path / "teacher")
+    (tmp_path / "teacher" / "tokenizer.json").write_text(other)
+    for teacher in (str(tmp_path / "teacher"), model(tmp_path / "teacher")):
+        with pytest.raises(ValueError, match="the tokenizers differ"):
+            grpo(tmp_path, QStarRollout(teacher)).train()
+
+
 def test_trainers_that_are_refused(tmp_path):
     with pytest.raises(ValueError, match="teacher is missing"):
         grpo(tmp_path, QStarRollout()).train()

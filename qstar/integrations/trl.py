@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from qstar.adapters import is_peft
 from qstar.pair import Pair, sample_seed
+from qstar.rule import FORCED
 from qstar.sample import DecodeOptions, Request, Sample
 from qstar_kernels.types import FIELDS, SETTINGS
 
@@ -35,6 +36,7 @@ ON_POLICY = {
     "target_top_k": 0,
     "target_top_p": 1.0,
 }
+ON_POLICY |= dict.fromkeys(FORCED, False)
 
 
 def annealed(start: float, end: float, steps: int) -> Callable[[int], float]:
@@ -53,7 +55,7 @@ class QStarRollout:
     Args:
         teacher: π_t: a model, or the name or folder of one. By default the trainer's own teacher, or the base of its
             adapter.
-        tokenizer_t: that of a teacher that is given as a model; by default the trainer's.
+        tokenizer_t: the teacher's; by default the one where the teacher was loaded from, else the trainer's.
         adapter_t: another adapter of the trainer's peft model as π_t, in place of its base.
         prompt_t: makes of a prompt what π_t sees of it; the prompt itself by default.
         schedule: numeric settings that follow the trainer's step, as `{"alpha": annealed(0.0, 1.0, 100)}`.
@@ -157,12 +159,24 @@ class QStarRollout:
             if not is_peft(model):
                 raise ValueError("teacher is missing, and the trainer's model has no adapter whose base would be π_t")
             return Pair.with_adapter(model, tokenizer, adapter_t=self.adapter_t)
-        tokenizer_t, device = self.tokenizer_t or tokenizer, trainer.accelerator.device
-        if isinstance(teacher, (str, os.PathLike)):
-            tokenizer_t = self.tokenizer_t or AutoTokenizer.from_pretrained(teacher)
+        teacher, tokenizer_t = self._teacher(trainer, teacher, tokenizer)
+        return Pair(model, teacher, tokenizer, tokenizer_t, live=True)
+
+    def _teacher(self, trainer, teacher: str | PreTrainedModel, others) -> tuple[PreTrainedModel, Any]:
+        """π_t's model and tokenizer, which is the trainer's (`others`) where a model comes from nowhere."""
+        device, is_name = trainer.accelerator.device, isinstance(teacher, (str, os.PathLike))
+        tokenizer = self.tokenizer_t
+        if tokenizer is None:
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(teacher if is_name else teacher.name_or_path)
+            except (OSError, ValueError):
+                if is_name:
+                    raise
+                tokenizer = others
+        if is_name:
             dtype = torch.float32 if device.type == "cpu" else "auto"
             teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype=dtype).to(device).eval()
-        return Pair(model, teacher, tokenizer, tokenizer_t, live=True)
+        return teacher, tokenizer
 
     @staticmethod
     def _log(trainer, mode: str, samples: list[Sample]) -> None:
