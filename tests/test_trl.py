@@ -281,10 +281,12 @@ def test_rollouts_that_are_refused(options, said):
 def test_a_teacher_with_another_vocabulary_is_refused(tmp_path):
     """The tokenizer is looked up where the teacher was loaded from."""
     model(T).save_pretrained(tmp_path / "teacher")
-    other = TOKENIZER.backend_tokenizer.to_str().replace('"the"', '"zzz"', 1)
-    assert other != TOKENIZER.backend_tokenizer.to_str()
     TOKENIZER.save_pretrained(tmp_path / "teacher")
-    (tmp_path / "teacher" / "tokenizer.json").write_text(other)
+    path = tmp_path / "teacher" / "tokenizer.json"
+    other = json.loads(path.read_text())
+    vocab = other["model"]["vocab"]
+    vocab["the"], vocab["fi"] = vocab["fi"], vocab["the"]
+    path.write_text(json.dumps(other))
     for teacher in (str(tmp_path / "teacher"), model(tmp_path / "teacher")):
         with pytest.raises(ValueError, match="the tokenizers differ"):
             grpo(tmp_path, QStarRollout(teacher)).train()
