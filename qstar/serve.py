@@ -3,6 +3,7 @@
 import os
 import sys
 from argparse import Namespace
+from typing import Any
 
 from qstar.backends import check_installed
 from qstar.run.options import Parser, add_model_names, add_rule, check_models, failed, settings_of
@@ -23,6 +24,11 @@ def make_parser() -> Parser:
     )
     add_model_names(parser)
     add_rule(parser)
+    parser.add_argument(
+        "--allow-weight-updates",
+        action="store_true",
+        help="let POST /v1/qstar/weights replace the weights by those of a folder on this machine, for a trainer",
+    )
     return parser
 
 
@@ -38,8 +44,8 @@ def prepare(argv: list[str] | None) -> tuple[Parser, Namespace, list[str]]:
     return parser, args, of_vllm
 
 
-def server_arguments(parser: Parser, args: Namespace, of_vllm: list[str]) -> Namespace:
-    """All arguments of vLLM's server; exits with one line if something is wrong."""
+def server_arguments(parser: Parser, args: Namespace, of_vllm: list[str]) -> tuple[Namespace, Any]:
+    """All arguments of vLLM's server, and the pair without its weights; exits with one line if something is wrong."""
     # sets in the environment what vLLM reads when it is imported
     from qstar.vllm.engine import EnginePair, check_engine, engine_options  # isort: skip
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
@@ -70,11 +76,13 @@ def server_arguments(parser: Parser, args: Namespace, of_vllm: list[str]) -> Nam
         validate_parsed_serve_args(complete)
     except (TypeError, ValueError) as error:
         parser.error(str(error))
-    return complete
+    return complete, pair
 
 
-async def serve(arguments: Namespace) -> None:
+async def serve(arguments: Namespace, updated: Any = None) -> None:
     """vLLM's server with q* and its numbers, until it is interrupted.
+
+    `updated` is the pair whose weights may be replaced, without them.
 
     Its own `run_server` raises KeyboardInterrupt wherever SIGTERM comes during the start, which much of what runs there
     takes for an error of its own and some forgets. Here SIGTERM ends the process until vLLM answers it.
@@ -84,14 +92,14 @@ async def serve(arguments: Namespace) -> None:
     from qstar.vllm.server import with_numbers
 
     serve_http = entry.serve_http  # what gets the application when it is complete
-    entry.serve_http = lambda app, **options: serve_http(with_numbers(app), **options)
+    entry.serve_http = lambda app, **options: serve_http(with_numbers(app, updated), **options)
     await entry.run_server_worker(*entry.setup_server(arguments, reuse_port=False), arguments)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Serve until interrupted; 1 with one line on stderr if the server cannot start, 2 for a wrong command line."""
     parser, args, of_vllm = prepare(argv)
-    arguments = server_arguments(parser, args, of_vllm)
+    arguments, pair = server_arguments(parser, args, of_vllm)
     os.environ[SERVER] = "1"
     import uvloop
 
@@ -101,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
         flush=True,
     )
     try:
-        uvloop.run(serve(arguments))
+        uvloop.run(serve(arguments, pair if args.allow_weight_updates else None))
     except (RuntimeError, ValueError, OSError) as error:
         return failed(parser.prog, error)
     except KeyboardInterrupt:

@@ -9,7 +9,10 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterable
 from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,10 +25,14 @@ pytest.importorskip(
 import httpx
 import psutil
 from openai import AsyncOpenAI, BadRequestError, OpenAI, OpenAIError
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
-from qstar.demo import PROMPTS
+from qstar import Pair
+from qstar.demo import PROMPTS, THETA, T
+from qstar.experiments.pairs import moved
 from qstar.prompting import PromptFormat
 from qstar.serve import main
 from qstar_kernels.types import FIELDS
@@ -206,6 +213,97 @@ def test_many_at_once_do_not_disturb_each_other(url, demo_pair):
 
     for answer, sample in zip(asyncio.run(ask()), expected.samples, strict=True):
         check_choice(answer.choices[0], sample)
+
+
+def weights_of(folder: Path, distances: Iterable[float]) -> dict[str, Path]:
+    """Folders with π_θ moved towards π_t, by the versions that they get."""
+    theta, t = (AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32) for name in (THETA, T))
+    folders = {}
+    for i, distance in enumerate(distances):
+        folders[f"step {i}"] = folder / str(i)
+        moved(theta, t, distance).save_pretrained(folders[f"step {i}"])
+        AutoTokenizer.from_pretrained(THETA).save_pretrained(folders[f"step {i}"])
+    return folders
+
+
+def test_new_weights_under_load(tmp_path):
+    """64 requests in flight and 5 updates: every answer is that of the weights it names, old prefixes included."""
+    folders = weights_of(tmp_path, (0.2, -0.2, 0.5, 0.9, 0.0))
+    with serving(tmp_path, "--allow-weight-updates", "--api-key", KEY) as (url, _):
+        answers, went_out = {}, count()
+
+        async def ask(client: AsyncOpenAI, until: asyncio.Event) -> None:
+            while not until.is_set():
+                i = next(went_out)
+                answers[i] = await client.chat.completions.create(
+                    model="qstar", messages=messages(QUESTIONS[i % 8]), seed=i, max_tokens=12
+                )
+
+        async def some_of(version: str) -> None:
+            while sum(x.choices[0].qstar["weights_version"] == version for x in list(answers.values())) < 8:
+                await asyncio.sleep(0.05)
+
+        async def update() -> None:
+            done = asyncio.Event()
+            headers = {"Authorization": f"Bearer {KEY}"}
+            async with httpx.AsyncClient(base_url=url, headers=headers, timeout=120) as http:
+                client = AsyncOpenAI(base_url=url, api_key=KEY, max_retries=0, timeout=120)
+                asking = [asyncio.create_task(ask(client, done)) for _ in range(64)]
+                for before, (version, folder) in zip(["0", *folders], folders.items(), strict=False):
+                    await some_of(before)
+                    got = await http.post("/qstar/weights", json={"theta": str(folder), "version": version})
+                    assert (got.status_code, got.json()) == (200, {"version": version})
+                    assert (await http.get("/qstar/weights")).json() == {"version": version}
+                await some_of(version)
+                done.set()
+                await asyncio.gather(*asking)
+
+        asyncio.run(update())
+        refused = httpx.post(f"{url}/qstar/weights", json={"theta": str(folders["step 0"])}, timeout=60)
+        assert refused.status_code == 401
+    by_version = {}
+    for i, answer in answers.items():
+        by_version.setdefault(answer.choices[0].qstar["weights_version"], []).append(i)
+    assert by_version.keys() == {"0", *folders}
+    for version, numbers in by_version.items():
+        pair = Pair.from_pretrained(folders.get(version, THETA), T)
+        expected = pair.generate([QUESTIONS[i % 8] for i in numbers], seeds=numbers, max_new_tokens=12).samples
+        for i, sample in zip(numbers, expected, strict=True):
+            check_choice(answers[i].choices[0], sample)
+
+
+def test_a_wrong_update_changes_nothing(tmp_path, demo_pair):
+    """Refused with its reason, and answers go on as they were; by default there is no such route."""
+    folders = weights_of(tmp_path, (0.5,))
+    tensors = load_file(folders["step 0"] / "model.safetensors")
+    name = next(iter(tensors))
+    part, wide, torn = (tmp_path / x for x in ("part", "wide", "torn"))
+    for folder in (part, wide, torn):
+        folder.mkdir()
+    save_file({k: v for k, v in tensors.items() if k != name}, part / "model.safetensors")
+    save_file(tensors | {name: torch.zeros(3)}, wide / "model.safetensors")
+    (torn / "model.safetensors").write_bytes((folders["step 0"] / "model.safetensors").read_bytes()[:-1000])
+    wrong = [
+        ({}, "new weights are for theta or t, not nothing"),
+        ({"draft": str(part)}, "new weights are for theta or t, not 'draft'"),
+        ({"theta": str(tmp_path / "none")}, "is no folder"),
+        ({"theta": str(tmp_path)}, "has no weights in safetensors"),
+        ({"theta": str(part)}, "is not for theta: 1 tensors differ"),
+        ({"t": str(wide)}, "is not for t: 1 tensors differ"),
+        ({"theta": str(torn)}, "cannot be read"),
+        ({"theta": str(folders["step 0"]), "version": "0"}, "version '0' is the one that is loaded"),
+        ({"theta": str(folders["step 0"]), "version": 3}, "new weights are an object such as"),
+    ]
+    with serving(tmp_path, "--allow-weight-updates") as (url, _), httpx.Client(base_url=url, timeout=60) as http:
+        for body, said in wrong:
+            answer = http.post("/qstar/weights", json=body)
+            assert answer.status_code == 400
+            assert said in answer.json()["error"]["message"]
+        assert http.get("/qstar/weights").json() == {"version": "0"}
+        body = {"model": "qstar", "messages": messages(QUESTIONS[0]), "seed": 1, "max_tokens": 12}
+        choice = SimpleNamespace(**http.post("/chat/completions", json=body).json()["choices"][0])
+        check_choice(choice, demo_pair.generate([QUESTIONS[0]], seed=1, max_new_tokens=12).samples[0])
+        assert choice.qstar["weights_version"] == "0"
 
 
 @pytest.mark.parametrize(

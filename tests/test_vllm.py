@@ -34,6 +34,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 import qstar.vllm.engine
 from qstar import Pair
 from qstar.demo import PROMPTS, THETA, T
+from qstar.experiments.pairs import moved
 from qstar.generate import main
 from qstar.pair import sample_seed
 from qstar.sample import DecodeOptions, Request
@@ -248,6 +249,46 @@ def test_a_sample_does_not_depend_on_its_neighbours(demo_engine):
     check_equal(mixed, {key: crowd[key] for key in mixed})
 
 
+@pytest.mark.parametrize("sides", [("theta",), ("t",), ("theta", "t")])
+def test_new_weights_reach_the_side_they_are_for(tmp_path, engines, sides):
+    folders = {}
+    for side, (kind, sizes) in {"theta": (LlamaConfig, LARGE), "t": (Qwen2Config, SMALL)}.items():
+        folders[side] = [write_model(tmp_path / f"{side}{i}", kind, sizes, 2048, 10 * i + len(side)) for i in (0, 1)]
+    engine, todo = engines(*(old for old, _ in folders.values())), requests(6, 8)
+    before = draw(engine, todo)
+    assert engine.update_weights(**{side: folders[side][1] for side in sides}, version="next") == "next"
+    now = [folders[side][side in sides] for side in folders]
+    check_equal(draw(engine, todo), draw(Pair.from_pretrained(*now), todo))
+    assert engine.update_weights(**{side: folders[side][0] for side in sides}) == "2"
+    check_equal(draw(engine, todo), before)
+
+
+def test_new_weights_of_tied_embeddings(tmp_path, engines):
+    theta, t = (AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32) for name in (THETA, T))
+    moved(theta, t, 0.4).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(THETA).save_pretrained(tmp_path)
+    engine, todo = engines(THETA, T), requests(6, 8)
+    engine.update_weights(theta=tmp_path)
+    check_equal(draw(engine, todo), draw(Pair.from_pretrained(tmp_path, T), todo))
+    engine.update_weights(theta=THETA)
+
+
+def test_after_an_update_that_failed_nothing_is_drawn(tmp_path, engines, monkeypatch):
+    engine, todo = engines(THETA, T), requests(2, 8)
+    before = draw(engine, todo)
+    with pytest.raises(ValueError, match="is not for t"):
+        engine.update_weights(t=write_model(tmp_path / "other", LlamaConfig, SMALL, 2048, 1))
+    check_equal(draw(engine, todo), before)
+    monkeypatch.setattr("qstar.vllm.worker.reload_weights", lambda *_, **__: 1 / 0)
+    with pytest.raises(RuntimeError, match="nothing is drawn until one does: division by zero"):
+        engine.update_weights(theta=THETA)
+    with pytest.raises(ValueError, match="nothing is drawn until one does"):
+        draw(engine, todo)
+    monkeypatch.undo()
+    engine.update_weights(theta=THETA)
+    check_equal(draw(engine, todo), before)
+
+
 def test_what_nobody_fetches_is_forgotten():
     """Numbers of aborted requests, what they had asked for, and their rules; those of requests in flight are kept."""
     pair = {"rule": {}, "vocab_size": 8, "special_ids": [0], "eos_ids": [0]}
@@ -260,7 +301,7 @@ def test_what_nobody_fetches_is_forgotten():
         for request in sampler.runner.requests.values():
             request.sampling_params = params
         sampler.row("first" if i == 0 else str(i))
-        sampler.numbers[numbers_key(str(i))] = [kept]
+        sampler.numbers[numbers_key(str(i))] = [(kept, sampler.version)]
     assert len(sampler.asked) < 10
     assert len(sampler.rules) < 10
     assert len(sampler.numbers) < 2 * FORGOTTEN
@@ -425,6 +466,14 @@ def test_what_vllm_refuses_is_said_in_one_line(options, said):
     pair = EnginePair(THETA, T, options=options)
     with pytest.raises(ValueError, match=said):
         pair.start()
+
+
+def test_a_model_that_vllm_would_load_in_part_is_refused(tmp_path):
+    """vLLM's Qwen2 takes the width of its heads from the hidden size, and the rows that fit from the checkpoint."""
+    whole = write_model(tmp_path / "whole", LlamaConfig, SMALL, 2048, 1)
+    part = write_model(tmp_path / "part", Qwen2Config, SMALL | {"head_dim": 64}, 2048, 1)
+    with pytest.raises(ValueError, match="vLLM's Qwen2ForCausalLM holds [0-9]+ of the [0-9]+ parameters of .*part"):
+        EnginePair(whole, part, options={"kv_cache_memory_bytes": 256 << 20}).start()
 
 
 @pytest.mark.parametrize("side", ["theta", "t"])

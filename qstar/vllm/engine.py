@@ -17,6 +17,7 @@ from qstar.sample import DecodeOptions, Ending, Request, Sample
 from qstar.speculate import Tally
 from qstar.vllm import ARCHITECTURE, DUAL_PROMPTS, WORKER, register
 from qstar.vllm.params import PREFIX, numbers_key, of_any_rank, rule_fields
+from qstar.vllm.weights import FIRST_VERSION, TORN, check_update, next_version
 
 CPU_CACHE_BYTES = 2 << 30  # for both KV caches: on a CPU vLLM's own default is nearly all of the memory
 
@@ -74,10 +75,10 @@ class EnginePair(Pair):
                     "transformers backend of qstar.generate does"
                 )
         super().__init__(model_theta, model_t, tokenizer_theta, tokenizer_t)
-        self.names = str(theta), str(t)
+        self.names = {"theta": str(theta), "t": str(t)}
         self.engine_options = engine_options(self, dtype) | {"max_num_seqs": max_num_seqs}
         self.engine_options |= {"trust_remote_code": trust_remote_code} | (options or {})
-        self.engine = None
+        self.engine, self.updates, self.weights_version = None, 0, None
 
     def start(self) -> None:
         """Start the engine, which loads the weights; `decoder` does it where it has not been done.
@@ -95,7 +96,7 @@ class EnginePair(Pair):
         try:
             arguments = EngineArgs(**own | self.engine_options)
             check_engine(arguments)
-            self.engine = LLMEngine.from_engine_args(arguments)
+            self.engine, self.weights_version = LLMEngine.from_engine_args(arguments), FIRST_VERSION
         except Exception as error:  # vLLM raises all kinds, from its processes bare ones
             raise ValueError(f"vLLM does not start: {error}") from error
 
@@ -108,9 +109,44 @@ class EnginePair(Pair):
             self.engine = None
             cleanup_dist_env_and_memory()
 
+    def update_weights(
+        self, theta: str | Path | None = None, t: str | Path | None = None, version: str | None = None
+    ) -> str:
+        """Replace the weights of π_θ, π_t or both in the engine, between two runs; what it has cached is dropped.
+
+        Args:
+            theta, t: folders as `save_pretrained` writes them, of models of the same shape.
+            version: a name for the new weights; None counts on.
+
+        Returns:
+            the name, from now on `weights_version`.
+
+        Raises:
+            ValueError: a folder is not of the model, samples are being drawn, or the engine is not running; nothing has
+                changed.
+            RuntimeError: the engine could not load them. It draws nothing until an update succeeds.
+        """
+        if self.engine is None:
+            raise ValueError("the engine is not running: start it with the new weights instead")
+        if self.engine.has_unfinished_requests():
+            raise ValueError("samples are being drawn; new weights come between two runs")
+        folders = {side: str(x) for side, x in (("theta", theta), ("t", t)) if x is not None}
+        check_update(self, folders)
+        version = next_version(self.weights_version, version, self.updates + 1)
+        self.weights_version, self.updates = None, self.updates + 1
+        try:
+            self.engine.collective_rpc("load_pair", args=(folders, version))
+        except Exception as error:  # vLLM's workers raise all kinds
+            raise RuntimeError(f"{TORN}: {' '.join(str(error).split())}") from error
+        self.engine.reset_prefix_cache()
+        self.weights_version = version
+        return version
+
     def decoder(self, options: DecodeOptions) -> "EngineDecoder":
         if self.engine is None:
             self.start()
+        if self.weights_version is None:
+            raise ValueError(TORN)
         return EngineDecoder(self, options)
 
 
@@ -135,9 +171,10 @@ def engine_options(pair: Pair, dtype: str = "auto", rule: dict[str, Any] | None 
 
     on_cpu = current_platform.is_cpu()
     eos_ids, special_ids = sorted(pair.eos_ids), sorted(pair.special_ids)
-    theta, t = pair.names
+    theta, t = pair.names.values()
     told = {"model_t": t, "vocab_size": pair.vocab_size, "eos_ids": eos_ids, "special_ids": special_ids}
     told["rule"] = rule or {}
+    told["parameters"] = {side: sum(x.numel() for x in getattr(pair, side).parameters()) for side in pair.names}
     return {
         "model": theta,
         "dtype": "float32" if dtype == "auto" and on_cpu else dtype,
@@ -260,7 +297,8 @@ class EngineDecoder:
         if not names:
             return {}
         keys = [numbers_key(name) for name in names]
-        return of_any_rank(self.engine.collective_rpc("pop_numbers", args=(keys,)))
+        popped = of_any_rank(self.engine.collective_rpc("pop_numbers", args=(keys,)))
+        return {key: rows for key, (rows, _) in popped.items()}
 
     def _fill(self, sample: Sample, numbers: list[list[float]]) -> None:
         for token, status, *values in numbers:

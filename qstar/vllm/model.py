@@ -29,7 +29,8 @@ class QStarPairForCausalLM(nn.Module):
     of logits are cut to (`vocab_size`).
 
     Raises:
-        ValueError: the engine would sample from these logits as if they were one model's.
+        ValueError: the engine would sample from these logits as if they were one model's, or vLLM's own model leaves out
+            parameters of a checkpoint, as its Qwen2 does where heads have a width of their own.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
@@ -49,6 +50,12 @@ class QStarPairForCausalLM(nn.Module):
             with set_model_tag(name):
                 sub_model = init_vllm_registered_model(vllm_config, hf_config=config, prefix=maybe_prefix(prefix, name))
             setattr(self, name, sub_model)
+            held = vllm_config.parallel_config.tensor_parallel_size * sum(x.numel() for x in sub_model.parameters())
+            if vllm_config.quant_config is None and held < pair["parameters"][name]:
+                raise ValueError(
+                    f"vLLM's {type(sub_model).__name__} holds {held} of the {pair['parameters'][name]} parameters of "
+                    f"{folder}; the transformers backend holds all"
+                )
         self.width_theta = self.theta.config.get_text_config().hidden_size
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ def place(name: str, batch: bool = False) -> tuple[int, int]:
     return int(found[2] or 0), int(found[1] or 0)
 
 
-def of_any_rank(numbers: list[dict[str, list[list[float]]]]) -> dict[str, list[list[float]]]:
+def of_any_rank(numbers: list[dict[str, Any]]) -> dict[str, Any]:
     """Of what all workers have popped: the ranks of a group have drawn the same, ranks that hold other layers none."""
     return next((of_rank for of_rank in numbers if of_rank), {})
 

@@ -6,6 +6,7 @@ give their checked requests to: behind authentication and CORS, and whatever pat
 would draw without numbers, the engine refuses (`params.PairParams`).
 """
 
+import asyncio
 import json
 import re
 from collections import Counter
@@ -16,7 +17,7 @@ from itertools import chain
 from typing import Any
 from uuid import uuid4
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse
 from vllm.entrypoints.openai.chat_completion.protocol import BatchChatCompletionRequest, ChatCompletionRequest
@@ -27,6 +28,7 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
 from qstar.sample import Request as SampleRequest
 from qstar.sample import Sample, finite
+from qstar.vllm.engine import EnginePair
 from qstar.vllm.params import (
     ELSEWHERE,
     FORCED,
@@ -38,6 +40,7 @@ from qstar.vllm.params import (
     of_any_rank,
     rule,
 )
+from qstar.vllm.weights import FIRST_VERSION, TORN, check_update, next_version
 from qstar_kernels.types import FIELDS
 
 HANDLERS = {  # by their place in the state of vLLM's application
@@ -56,8 +59,17 @@ DEPTH = 64  # of lists and objects in each other, in a request
 AnyRequest = ChatCompletionRequest | BatchChatCompletionRequest | CompletionRequest
 
 
-def with_numbers(app: FastAPI) -> FastAPI:
-    """vLLM's application, complete with its state, as one whose model is q*."""
+def with_numbers(app: FastAPI, updated: EnginePair | None = None) -> FastAPI:
+    """vLLM's application, complete with its state, as one whose model is q*.
+
+    `updated` is the pair, without its weights, if they may be replaced.
+    """
+    if updated is not None:
+        updates = Updates(app.state.engine_client, updated)
+        app.add_api_route("/v1/qstar/weights", updates.get, methods=["GET"])
+        app.add_api_route(
+            "/v1/qstar/weights", updates.post, methods=["POST"], dependencies=[Depends(validate_json_request)]
+        )
     app.dependency_overrides[validate_json_request] = check_body
     for kind in (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError):
         app.add_exception_handler(kind, unreadable)
@@ -177,7 +189,7 @@ async def numbers_of(engine: Any, key: str, n: int, lengths: dict[int, int]) -> 
     """
     keys = {index: numbers_key(key, *divmod(index, n)) for index in lengths}
     kept = of_any_rank(await engine.collective_rpc("pop_numbers", args=(list(keys.values()),)))
-    return {index: numbers_of_choice(kept.get(keys[index], []), length) for index, length in lengths.items()}
+    return {index: numbers_of_choice(*kept.get(keys[index], ([], [])), length) for index, length in lengths.items()}
 
 
 async def stream(events: AsyncGenerator[str], numbers: Callable, wants_tokens: bool) -> AsyncGenerator[str]:
@@ -202,15 +214,59 @@ async def stream(events: AsyncGenerator[str], numbers: Callable, wants_tokens: b
             yield event
 
 
-def numbers_of_choice(rows: list[list[float]], length: int) -> dict[str, Any]:
-    """The field `qstar` of a choice of so many tokens.
+def numbers_of_choice(rows: list[list[float]], versions: list[str | None], length: int) -> dict[str, Any]:
+    """The field `qstar` of a choice of so many tokens, drawn by weights of these versions.
 
-    `token_ids`, one number a token for each of `FIELDS` (nats; null for −inf), and `error`: why the next token has no
-    distribution, if that is what has ended it.
+    `token_ids`, one number a token for each of `FIELDS` (nats; null for −inf), `weights_version` (null where nobody has
+    named the weights), and `error`: why the next token has no distribution, if that is what has ended it, or that the
+    weights have changed under it, so that no model would give these numbers again.
     """
     sample = Sample(SampleRequest(None, [], [], 0, length))
     for token, status, *values in rows[:length]:  # the engine may have gone on past a stop string
         if not sample.draw(token, status, values):
             break
     numbers = {name: [finite(value) for value in sample.fields[name]] for name in FIELDS}
-    return {"token_ids": sample.token_ids, **numbers, "error": sample.error}
+    error = sample.error
+    if len(versions) > 1:
+        error = f"the weights changed while it was drawn, from {' to '.join(map(repr, versions))}"
+    version = versions[-1] if versions else None
+    return {"token_ids": sample.token_ids, **numbers, "weights_version": version, "error": error}
+
+
+class Updates:
+    """`GET` and `POST /v1/qstar/weights`: which weights answer, and new ones from folders that this machine can read.
+
+    Requests that are running end with the weights that they began with, those that come meanwhile wait for the new
+    ones, and prefixes that the old ones have cached are dropped.
+
+    Args:
+        engine: vLLM's engine client.
+        pair: the engine's, without weights.
+    """
+
+    def __init__(self, engine: Any, pair: EnginePair):
+        self.engine, self.pair = engine, pair
+        self.version, self.count, self.one_at_a_time = FIRST_VERSION, 0, asyncio.Lock()
+
+    async def get(self) -> dict[str, Any]:
+        return {"version": self.version}
+
+    async def post(self, raw_request: HTTPRequest) -> dict[str, Any]:
+        """The body is an object with `theta`, `t` or both, and maybe `version`; the answer is that of `get`."""
+        body = await raw_request.json()
+        if not isinstance(body, dict) or not all(isinstance(x, str) for x in body.values()):
+            raise ValueError("new weights are an object such as {'theta': '/folder', 'version': 'step 12'}")
+        async with self.one_at_a_time:
+            folders = {key: value for key, value in body.items() if key != "version"}
+            await asyncio.to_thread(check_update, self.pair, folders)
+            version = next_version(self.version, body.get("version"), self.count + 1)
+            await self.engine.pause_generation(mode="wait", clear_cache=True)
+            self.version, self.count = None, self.count + 1
+            try:
+                await self.engine.collective_rpc("load_pair", args=(folders, version))
+            except Exception as error:
+                raise RuntimeError(f"{TORN}: {' '.join(str(error).split())}") from error
+            await self.engine.update_weight_version(version)
+            self.version = version
+            await self.engine.resume_generation()
+        return {"version": version}

@@ -4,10 +4,15 @@ vLLM's V1 runner has no hook for a sampler that needs to know whose row it draws
 choose, replaces the runner's.
 """
 
+from copy import copy
 from dataclasses import replace
 
 import torch
 from torch import Tensor
+from vllm.config import set_current_vllm_config
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.model_executor.model_loader.reload.inplace import reload_weights
 from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
 from vllm.v1.outputs import SamplerOutput
@@ -16,6 +21,7 @@ from vllm.v1.sample.sampler import Sampler
 from qstar.rule import Rule
 from qstar.sample import numbers_of
 from qstar.vllm.params import Asked
+from qstar.vllm.weights import FIRST_VERSION
 from qstar_kernels import QStarStep, Status
 
 if current_platform.is_cpu():
@@ -41,7 +47,9 @@ class PairSampler(Sampler):
         self.runner, self.pair = runner, pair
         self.asked: dict[str, Asked] = {}  # by the name of the request
         self.rules: dict[Rule, Rule] = {}  # one of each, which a step then tells apart without reading them
-        self.numbers: dict[str, list[Tensor]] = {}  # by key: one row [2 + F] a token, on the device
+        # by key, of each token: its row [2 + F], on the device, and the version of the weights that drew it
+        self.numbers: dict[str, list[tuple[Tensor, str | None]]] = {}
+        self.version: str | None = FIRST_VERSION  # None: nobody has named these weights
 
     def forward(self, logits: Tensor, sampling_metadata, **_) -> SamplerOutput:
         batch = self.runner.input_batch
@@ -106,11 +114,19 @@ class PairSampler(Sampler):
         for (asked, position), of_row in zip(rows, numbers_of(step).unbind(), strict=True):
             if asked.key is not None:
                 kept = self.numbers.setdefault(asked.key, [])
-                kept[position:] = [of_row]  # a prompt's chunk before the last draws a token too, and it is dropped
+                kept[position:] = [(of_row, self.version)]  # what a prompt's chunk before the last draws is dropped
 
-    def pop(self, keys: list[str]) -> dict[str, list[list[float]]]:
-        """Token, status and `FIELDS` of every token [tokens][2 + F] that is kept under these keys."""
-        return {key: torch.stack(self.numbers.pop(key)).tolist() for key in keys if key in self.numbers}
+    def pop(self, keys: list[str]) -> dict[str, tuple[list[list[float]], list[str | None]]]:
+        """What is kept under these keys: token, status and `FIELDS` of every token [tokens][2 + F], and the weights.
+
+        The weights are all versions that had a part in it, in their order.
+        """
+        found = {}
+        for key in keys:
+            if key in self.numbers:
+                rows, versions = zip(*self.numbers.pop(key), strict=True)
+                found[key] = torch.stack(rows).tolist(), list(dict.fromkeys(versions))
+        return found
 
 
 class PairWorker(Worker):
@@ -120,6 +136,30 @@ class PairWorker(Worker):
         super().load_model(*args, **kwargs)
         self.model_runner.sampler = PairSampler(self.model_runner, self.vllm_config.model_config.hf_config.qstar)
 
-    def pop_numbers(self, keys: list[str]) -> dict[str, list[list[float]]]:
+    def pop_numbers(self, keys: list[str]) -> dict[str, tuple[list[list[float]], list[str | None]]]:
         """`PairSampler.pop`, for `collective_rpc`."""
         return self.model_runner.sampler.pop(keys)
+
+    def load_pair(self, folders: dict[str, str], version: str) -> None:
+        """Load new weights of π_θ, π_t or both from folders that `check_update` has passed; no request is running."""
+        self.model_runner.sampler.version = None
+        loader = get_model_loader(self.vllm_config.load_config)
+        for side, folder in folders.items():
+            model, config = getattr(self.model_runner.get_model(), side), copy(self.vllm_config.model_config)
+            config.model, config.model_weights, config.revision = folder, "", None
+            weights = loader.get_all_weights(config, model)
+            with set_current_vllm_config(self.vllm_config):
+                reload_weights(self.vllm_config, model, weights, weights_path=None, is_checkpoint_format=True)
+            for module in model.modules() if current_platform.is_cpu() else ():
+                if isinstance(module, ParallelLMHead):  # tied, it has no weights to load, but a packed copy of the old
+                    module.quant_method.process_weights_after_loading(module)
+        self.model_runner.sampler.version = version
+
+    def start_weight_update(self) -> None:
+        """vLLM's own way to new weights (`t:` before the names of π_t's), which tells a worker no version."""
+        self.model_runner.sampler.version = None
+        super().start_weight_update()
+
+    def reload_weights(self, *args, **kwargs) -> None:
+        self.model_runner.sampler.version = None
+        super().reload_weights(*args, **kwargs)
