@@ -90,7 +90,7 @@ def server(demo_pair: Pair):
             settings = said["qstar"] | {name: said[name] for name in ("temperature", "top_p") if name in said}
             decoder = demo_pair.decoder(DecodeOptions.of(**settings))
             (sample,) = decoder.run([Request(0, said["prompt"], said["prompt"], 7, said["max_tokens"])])
-            numbers = {"token_ids": sample.token_ids, **sample.fields, "error": sample.error}
+            numbers = {"token_ids": sample.token_ids, **sample.fields, "weights_version": "3", "error": sample.error}
             choice = {"index": 0, "text": sample.text, "finish_reason": "stop", "qstar": numbers}
             body = json.dumps(
                 {"id": "x", "object": "text_completion", "created": 0, "model": "qstar", "choices": [choice]}
@@ -157,6 +157,7 @@ def test_log_q_is_what_verl_gets(loops, server, demo_pair):
     assert output.response_mask == [1] * len(sample.token_ids)
     found = output.as_dict()
     torch.testing.assert_close(found["rollout_log_probs"], torch.tensor(sample.fields["logq"]))
+    assert output.extra_fields["qstar_weights_version"] == "3"
     for name in set(FIELDS) - {"logq"}:
         assert output.extra_fields[f"qstar_{name}"] == pytest.approx(sample.fields[name])
 

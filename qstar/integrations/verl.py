@@ -3,7 +3,7 @@
 verl's actors learn, and its agent loops ask a server for completions. This one asks the server of a pair, with verl's
 own prompt tokens, and returns log q* of every token as `response_logprobs`. They become `rollout_log_probs`, which
 verl's rollout correction puts into the loss (`algorithm.rollout_correction`, `rollout.calculate_log_probs=true`). π_θ
-at the server is what it was started with, and log q* that of its pair.
+at the server is what it was started with, or last given (`/v1/qstar/weights`), and log q* that of its pair.
 
 A file for `rollout.agent.agent_loop_config_path`, beside `rollout.agent.default_agent_loop=qstar`:
 
@@ -58,7 +58,7 @@ class QStarAgentLoop(AgentLoopBase):
 
         Returns:
             the prompt's and the completion's tokens, log q* of the latter in nats, and in `extra_fields` its other
-            numbers, `qstar_alpha`, `qstar_kl_theta` and so on.
+            numbers, `qstar_alpha`, `qstar_kl_theta` and so on, and `qstar_weights_version`, the server's.
 
         Raises:
             ValueError: the row has pictures, films or sound, a parameter has no meaning for q*, or a token has no
@@ -80,7 +80,7 @@ class QStarAgentLoop(AgentLoopBase):
         numbers = answer.choices[0].qstar
         if numbers["error"] is not None:
             raise ValueError(numbers["error"])
-        others = {f"qstar_{name}": numbers[name] for name in FIELDS if name != "logq"}
+        others = {f"qstar_{name}": numbers[name] for name in (*FIELDS, "weights_version") if name != "logq"}
         return AgentLoopOutput(
             prompt_ids=prompt_ids,
             response_ids=numbers["token_ids"],
