@@ -248,7 +248,8 @@ class Pair:
                 if adapter is not None:
                     raise ValueError(f"{name} is an adapter itself, and {adapter[0]} another; give the base of both")
                 name, revision, adapter = base, None, (str(name), revision)
-            sides.append((str(name), revision, adapter))
+            folder = Path(name).expanduser()  # by its whole path, as an adapter may call its base by another
+            sides.append((str(folder.resolve() if folder.is_dir() else name), revision, adapter))
         models, of_side = load_sides(load, sides), {side: tokenizer(*side) for side in sides}
         of_them = draft in ("theta", "t")
         drafting = (draft, None) if of_them else (load(draft, None, {}), tokenizer(draft, None, None))

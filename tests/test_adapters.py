@@ -89,6 +89,12 @@ def test_one_set_of_weights(folders):
     assert sum(p.numel() for p in weights) == sum(p.numel() for p in base().parameters()) + 2 * lora
 
 
+def test_a_base_by_another_path_is_the_same(folders, tmp_path):
+    (tmp_path / "base").symlink_to(THETA)
+    pair = Pair.from_pretrained(folders["a"], tmp_path / "base", device="cpu")
+    assert pair.theta.peft is pair.t.peft
+
+
 def test_bases_that_differ_are_two_models(folders):
     pair = Pair.from_pretrained(THETA, T, adapter_theta=folders["a"], device="cpu")
     merged = Pair.from_pretrained(folders["a-merged"], T, device="cpu")
