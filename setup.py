@@ -63,6 +63,8 @@ setup(
     ],
     extras_require={
         "4bit": ["bitsandbytes>=0.45"],
+        "peft": ["peft>=0.21,<1"],
+        "trl": ["trl>=1.16,<1.17"],  # what its trainers call while they generate is no public interface of theirs
         "vllm": ["vllm>=0.32,<0.33"],
         "ray": ["ray[data]>=2.60,<3"],
         "report": ["matplotlib>=3.8"],
@@ -77,7 +79,8 @@ setup(
             "psutil>=5.9",
             "ray[data]>=2.60,<3",
             "scipy>=1.11",
-            "trl>=1.16",
+            "peft>=0.21,<1",
+            "trl>=1.16,<1.17",
             "ruff>=0.9",
         ],
         "demo-training": ["chatterbot-corpus>=1.2", "pyyaml>=6"],

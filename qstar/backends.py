@@ -27,8 +27,8 @@ class Backend:
         own: options that it alone has, beside those of its engine.
         engine: help of its option `--NAME-options`, a JSON object of its engine's own arguments; None if it has none.
         placement: those of them that say where it runs and how much at once, on which no sample depends.
-        refuse: raises ValueError for what it does not do.
-        pins: whether it loads the commits that are in `revision_theta` and `revision_t`.
+        refuse: raises ValueError for what it does not do; called when the models' names are known to be good.
+        pins: whether it loads the commits that are in `revision_theta`, `revision_adapter_theta` and so on.
         package: what must be installed, by the extra of its name.
     """
 
@@ -47,7 +47,8 @@ def load_by_transformers(args: Namespace) -> "Pair":
     """Both models, and a third one that drafts, in this process."""
     from qstar.pair import Pair  # torch and transformers take seconds to import, which help and errors do without
 
-    names = "draft revision_theta revision_t dtype device device_map attn_implementation load_in_4bit trust_remote_code"
+    names = "adapter_theta adapter_t draft revision_theta revision_t revision_adapter_theta revision_adapter_t dtype "
+    names += "device device_map attn_implementation load_in_4bit trust_remote_code"
     return Pair.from_pretrained(args.model_theta, args.model_t, **{name: getattr(args, name) for name in names.split()})
 
 
@@ -88,7 +89,7 @@ def check_backend(args: Namespace) -> None:
     """Refuse a command line that its backend cannot do.
 
     Raises:
-        ValueError: it is not installed, an option is of another backend, or it says no itself.
+        ValueError: it is not installed, or an option is of another backend.
     """
     check_installed(args.backend)
     for name, other in BACKENDS.items():
@@ -97,7 +98,6 @@ def check_backend(args: Namespace) -> None:
             if getattr(args, option):
                 mine = BACKENDS[args.backend].engine and f"; {args.backend}'s own are in --{args.backend}-options"
                 raise ValueError(f"--{option.replace('_', '-')} is of --backend {name}{mine or ''}")
-    BACKENDS[args.backend].refuse(args)
 
 
 def load_pair(args: Namespace) -> "Pair":

@@ -1,15 +1,18 @@
 """A policy π_θ and a target π_t with one vocabulary, and text drawn from q* between them."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.hub import cached_file
 
+from qstar.adapter_names import base_of
+from qstar.adapters import BASE, Adapted, are_one_model, in_evaluation, in_one_pass, is_peft, with_adapters
 from qstar.decode import Decoder
 from qstar.probe import check_model
 from qstar.prompting import PromptError, PromptFormat
@@ -88,6 +91,21 @@ def eos_ids_of(model, tokenizer) -> set[int]:
     return {i for i in (*configured, tokenizer.eos_token_id) if i is not None}
 
 
+def load_sides(load: Callable, sides: list[tuple[str, str | None, tuple[str, str | None] | None]]) -> list:
+    """π_θ and π_t, of a base, its revision, and an adapter and its revision each; what they share is loaded once."""
+    (base_theta, revision_theta, adapter_theta), (base_t, revision_t, adapter_t) = sides
+    adapters = {name: adapter for name, adapter in (("theta", adapter_theta), ("t", adapter_t)) if adapter is not None}
+    if sides[0] == sides[1]:
+        model = load(base_theta, revision_theta, dict([*adapters.items()][:1]))
+        model = Adapted(model, "theta") if adapters else model
+        return [model, model]
+    if (base_theta, revision_theta) == (base_t, revision_t):
+        model = load(base_theta, revision_theta, adapters)
+        return [Adapted(model, name if name in adapters else BASE) for name in ("theta", "t")]
+    models = [load(base, revision, {"x": adapter} if adapter else {}) for base, revision, adapter in sides]
+    return [Adapted(m, "x") if is_peft(m) else m for m in models]
+
+
 @dataclass
 class GenerateOutput:
     """Finished samples in the order of the prompts (and of the samples of each prompt).
@@ -123,19 +141,29 @@ class Pair:
         tokenizer_theta, tokenizer_t: their tokenizers; one vocabulary, the chat templates may differ.
         draft: who drafts in speculative decoding: `theta`, `t`, or a third, smaller model with the same vocabulary.
         tokenizer_draft: the third model's.
+        live: the models are a trainer's, and may be in training mode: they are in evaluation mode while text is drawn,
+            and in their own again afterwards.
 
     Attributes:
         vocab_size: entries that both tokenizers have; the logits of both models are cut to it.
         notes: a line for each token that is no part of it.
 
     Raises:
-        ValueError: the vocabularies differ, or a model is not one whose rows can share a batch (`qstar.probe`).
+        ValueError: the vocabularies differ, a model is not one whose rows can share a batch (`qstar.probe`), or both
+            sides are a model with the same adapter (`with_adapter` is for such pairs).
     """
 
-    def __init__(self, theta, t, tokenizer_theta, tokenizer_t, draft="theta", tokenizer_draft=None):
-        check_model(theta, "theta")
-        check_model(t, "t")
-        self.theta, self.t, self.draft = theta, t, draft
+    def __init__(self, theta, t, tokenizer_theta, tokenizer_t, draft="theta", tokenizer_draft=None, live=False):
+        if are_one_model(theta, t):
+            raise ValueError(
+                "theta and t are one model: an adapter is part of its base once it is loaded onto it; "
+                "Pair.with_adapter(peft_model, tokenizer) is the pair of a model with its adapter and without"
+            )
+        self.theta, self.t, self.draft, self.live = theta, t, draft, live
+        with self.in_evaluation():
+            check_model(theta, "theta")
+            check_model(t, "t")
+            self.in_one_pass = in_one_pass(theta, t)
         self.tokenizer_theta, self.tokenizer_t = tokenizer_theta, tokenizer_t
         self.vocab_size, self.notes = shared_vocab_size(
             tokenizer_theta, tokenizer_t, *(m.config.get_text_config().vocab_size for m in (theta, t))
@@ -146,7 +174,8 @@ class Pair:
         self.special_ids = {i for i in tokenizer_t.all_special_ids if i < self.vocab_size} | self.eos_ids
         models = [theta, t]
         if not isinstance(draft, str):
-            check_model(draft, "draft")
+            with self.in_evaluation():
+                check_model(draft, "draft")
             rows = draft.config.get_text_config().vocab_size
             size, notes = shared_vocab_size(tokenizer_theta, tokenizer_draft, self.vocab_size, rows, "draft")
             if size < self.vocab_size:
@@ -164,9 +193,13 @@ class Pair:
         theta: str | Path,
         t: str | Path,
         *,
+        adapter_theta: str | Path | None = None,
+        adapter_t: str | Path | None = None,
         draft: str | Path = "theta",
         revision_theta: str | None = None,
         revision_t: str | None = None,
+        revision_adapter_theta: str | None = None,
+        revision_adapter_t: str | None = None,
         dtype: str = "auto",
         device: str | None = None,
         device_map: str | None = None,
@@ -174,12 +207,14 @@ class Pair:
         load_in_4bit: bool = False,
         trust_remote_code: bool = False,
     ) -> "Pair":
-        """Load two models by name or folder; the same one given twice is one copy of the weights.
+        """Load two models by name or folder; one that both sides have is loaded once, whatever their adapters.
 
         Args:
-            theta, t: hub names or local folders.
+            theta, t: hub names or local folders; an adapter's stands for its base with that adapter.
+            adapter_theta, adapter_t: adapters on them, by name or folder, for peft (extra `peft`).
             draft: `theta`, `t`, or the name or folder of a third model that drafts in speculative decoding.
-            revision_theta, revision_t: commits (or branches, or tags) of hub models; their newest by default.
+            revision_theta, revision_t, revision_adapter_theta, revision_adapter_t: commits (or branches, or tags) of
+                what is on the hub; the newest by default.
             dtype: `float32`, `bfloat16`, `float16`, or `auto`: the checkpoint's own, float32 on a CPU.
             device: where both models go; a GPU if there is one by default.
             device_map: placement over several devices instead, passed to transformers (`auto` spreads the layers).
@@ -188,7 +223,7 @@ class Pair:
             trust_remote_code: run code that a checkpoint brings along.
 
         Raises:
-            ValueError: the models do not form a pair.
+            ValueError: the models do not form a pair, or an adapter does not fit its base.
             OSError: a model cannot be found.
         """
         if device is None:
@@ -204,17 +239,70 @@ class Pair:
             options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=compute)
         options["device_map"] = device_map or device
 
-        def load(name: str | Path, revision: str | None = None):
+        def load(name: str | Path, revision: str | None, adapters: dict[str, tuple[str | Path, str | None]]):
             of = {"revision": revision or "main"}
             with naming(name):
                 model = AutoModelForCausalLM.from_pretrained(name, **of, **options).eval()
-                return model, AutoTokenizer.from_pretrained(name, **of, trust_remote_code=trust_remote_code)
+                return with_adapters(model, adapters) if adapters else model
 
-        model_theta, tokenizer_theta = load(theta, revision_theta)
-        same = (str(theta), revision_theta) == (str(t), revision_t)
-        model_t, tokenizer_t = (model_theta, tokenizer_theta) if same else load(t, revision_t)
-        drafting = (draft, None) if draft in ("theta", "t") else load(draft)
-        return cls(model_theta, model_t, tokenizer_theta, tokenizer_t, *drafting)
+        def tokenizer(name: str | Path, revision: str | None, adapter: tuple[str | Path, str | None] | None):
+            # an adapter may bring its own, with the chat template that it was trained with
+            own = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+            if adapter is not None and cached_file(
+                str(adapter[0]), "tokenizer_config.json", revision=adapter[1], **own
+            ):
+                name, revision = adapter
+            with naming(name):
+                return AutoTokenizer.from_pretrained(
+                    name, revision=revision or "main", trust_remote_code=trust_remote_code
+                )
+
+        sides, adapters = [], [(adapter_theta, revision_adapter_theta), (adapter_t, revision_adapter_t)]
+        for name, revision, adapter in zip((theta, t), (revision_theta, revision_t), adapters, strict=True):
+            adapter = None if adapter[0] is None else (str(adapter[0]), adapter[1])
+            if (base := base_of(name)) is not None:
+                if adapter is not None:
+                    raise ValueError(f"{name} is an adapter itself, and {adapter[0]} another; give the base of both")
+                name, revision, adapter = base, None, (str(name), revision)
+            folder = Path(name).expanduser()  # by its whole path, as an adapter may call its base by another
+            sides.append((str(folder.resolve() if folder.is_dir() else name), revision, adapter))
+        models, of_side = load_sides(load, sides), {side: tokenizer(*side) for side in sides}
+        of_them = draft in ("theta", "t")
+        drafting = (draft, None) if of_them else (load(draft, None, {}), tokenizer(draft, None, None))
+        return cls(*models, *(of_side[side] for side in sides), *drafting)
+
+    @classmethod
+    def with_adapter(
+        cls, model, tokenizer, *, adapter_theta: str | None = None, adapter_t: str | None = None
+    ) -> "Pair":
+        """A peft model as it is, in a trainer's hands or not, as π_θ, and its own base as π_t: one set of weights.
+
+        What the adapters become while they are trained is what the next call samples with. Training mode, what is
+        trained and gradients stay as they are.
+
+        Args:
+            model: a `peft.PeftModel` of a causal language model.
+            tokenizer: of both sides.
+            adapter_theta: π_θ's adapter; the active one by default.
+            adapter_t: π_t's; none by default, which is the base. The same as π_θ's for two prompts of one model.
+
+        Raises:
+            ValueError: it is no peft model, an adapter is not there, is merged or trains the base's own biases, or the
+                model is not one whose rows can share a batch.
+        """
+        if not is_peft(model):
+            raise ValueError(f"{type(model).__name__} is no peft model; give one, as peft.get_peft_model makes it")
+        active = model.active_adapters
+        if adapter_theta is None and len(active) != 1:
+            raise ValueError(f"{len(active)} adapters are active; name one as adapter_theta")
+        theta = Adapted(model, adapter_theta or active[0])
+        t = theta if (adapter_t or BASE) == theta.names[0] else Adapted(model, adapter_t or BASE)
+        return cls(theta, t, tokenizer, tokenizer, live=True)
+
+    def in_evaluation(self) -> AbstractContextManager:
+        """Inside, the models of a live pair are in evaluation mode, and in their own again afterwards."""
+        models = [model for model in (self.theta, self.t, self.draft) if not isinstance(model, str)]
+        return in_evaluation(*models) if self.live else nullcontext()
 
     def request(
         self,
@@ -249,10 +337,13 @@ class Pair:
         return Request(key, ids_theta, ids_t, seed, min(max_new_tokens, self.context - longest))
 
     def decoder(self, options: DecodeOptions) -> Decoder:
-        """The decoding loop for this pair."""
+        """The decoding loop for this pair; that of a live one runs inside of `in_evaluation`."""
+        both = self.in_one_pass
+        if both is not None and isinstance(self.draft, str) and options.speculate not in (0, "auto"):
+            both = None  # one side of the two drafts by itself
         return Decoder(
-            self.theta,
-            self.t,
+            both or self.theta,
+            both or self.t,
             self.vocab_size,
             self.eos_ids,
             self.special_ids,
@@ -312,7 +403,8 @@ class Pair:
             for i, prompt in enumerate(prompts)
             for j in range(samples_per_prompt)
         )
-        yield from self.decoder(DecodeOptions.of(**options)).run(requests)
+        with self.in_evaluation():
+            yield from self.decoder(DecodeOptions.of(**options)).run(requests)
 
     def generate(self, prompts: Iterable[str | list[dict[str, str]]], **options) -> GenerateOutput:
         """All samples at once, in the order of the prompts; arguments and errors as `stream`."""

@@ -102,16 +102,16 @@ def _behaviour(model: torch.nn.Module) -> str | None:
 
     wanted = [plain(row)[-NEW - 1 :] for row in (long, short)]
     size = min(wanted[0].dtype.itemsize, weight.dtype.itemsize, 4)  # some turn logits of 16 bits into 32
-    if (error := _error(behind(long[:NEW]), behind(short[-NEW:]))) > SAME_SHAPE[size]:
+    if (error := relative_error(behind(long[:NEW]), behind(short[-NEW:]))) > SAME_SHAPE[size]:
         return f"lets a token see those behind it, which change its logits {_by(error)}"
-    if (error := max(map(_error, cached(long), [wanted[0]] * 2))) > OTHER_SHAPE[size]:
+    if (error := max(map(relative_error, cached(long), [wanted[0]] * 2))) > OTHER_SHAPE[size]:
         return f"has logits through a cache that differ {_by(error)} from those without"
-    if (error := max(map(_error, cached(long, short), [*wanted, wanted[1]]))) > OTHER_SHAPE[size]:
+    if (error := max(map(relative_error, cached(long, short), [*wanted, wanted[1]]))) > OTHER_SHAPE[size]:
         return f"has logits of a left-padded row that differ {_by(error)} from those of the row alone"
     return None
 
 
-def _error(found: Tensor, wanted: Tensor) -> float:
+def relative_error(found: Tensor, wanted: Tensor) -> float:
     """Relative error of a row's logits [K, V], of the first column and in the median of all: a mixture of experts may
     send a token elsewhere for a tie. Logits that are wanted to be infinite or NaN do not count."""
     valid = wanted.isfinite()

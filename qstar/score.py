@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from qstar.run.job import Job
 
 # What scoring takes over from the run that made the samples: who, and which q*
-RUN_DEFAULTS = {"model_theta", "model_t", "dtype", "load_in_4bit", "trust_remote_code", "use_request_parameters"}
-RUN_DEFAULTS |= {*options.DEST.values()}
+RUN_DEFAULTS = {"model_theta", "model_t", "adapter_theta", "adapter_t", "dtype", "load_in_4bit", "trust_remote_code"}
+RUN_DEFAULTS |= {"use_request_parameters", *options.DEST.values()}
 # And what has no meaning for its samples, whose prompts and answers are tokens already
 OF_TEXT = {"prompt_field", "response_field", "no_eos", "dataset_split", "dataset_config", "continue_final_message"}
 OF_TEXT |= {"t_hint_field", "t_hint_template"}

@@ -8,7 +8,7 @@ from typing import Any
 from qstar.backends import check_installed
 from qstar.run.command import Parser, guarded
 from qstar.run.options import add_model_names, add_rule, check_models, settings_of
-from qstar.vllm import SERVER
+from qstar.vllm import SERVER, refuse_adapters
 
 NAME = "qstar"  # of the model in requests, unless --served-model-name says another
 OWN = ("model", "hf_overrides", "worker_cls", "logits_processors")  # engine options that make the model a pair
@@ -40,6 +40,7 @@ def prepare(argv: list[str] | None) -> tuple[Parser, Namespace, list[str]]:
     with parser.refusing():
         check_installed("vllm")
         check_models(args)
+        refuse_adapters(args)
         settings_of(args)
     return parser, args, of_vllm
 

@@ -33,7 +33,8 @@ def loaded_once(monkeypatch, demo_pair):
 
     def from_pretrained(cls, theta, t, **options):
         same = (str(theta), str(t)) == (str(THETA), str(T)) and options["dtype"] == "auto"
-        return demo_pair if same else load(cls, theta, t, **options)
+        adapted = options.get("adapter_theta") or options.get("adapter_t")
+        return demo_pair if same and not adapted else load(cls, theta, t, **options)
 
     monkeypatch.setattr(Pair, "from_pretrained", classmethod(from_pretrained))
 

@@ -149,3 +149,33 @@ def test_off_policy(samples, example, tmp_path, capsys):
     written = torch.tensor([x for r in records for x in r.tokens["logp_theta"]])
     torch.testing.assert_close(logp[mask], written, atol=1e-4, rtol=1e-4)
     assert logq[mask].tolist() == pytest.approx([x for r in records for x in r.tokens["logq"]])
+
+
+def run_live(example, name: str, output: Path, *argv: str) -> list[dict]:
+    """What a training that draws its own samples has logged; it has changed the model."""
+    trainer = example(name).main([str(output), *argv])
+    assert moved(output) > 1e-5
+    return [entry for entry in trainer.state.log_history if "qstar/alpha" in entry]
+
+
+@pytest.mark.parametrize("name", ["grpo", "distill"])
+def test_trainings_that_draw_themselves(example, tmp_path, name):
+    found = run_live(example, name, tmp_path, "--steps", "2")
+    assert [entry["qstar/alpha"] for entry in found] == [0.5, 1.0]
+
+
+@pytest.mark.slow
+def test_grpo_as_written(example, tmp_path):
+    """On q*'s completions, whose α goes to 1 half way."""
+    found = run_live(example, "grpo", tmp_path)
+    assert [entry["qstar/alpha"] for entry in found] == pytest.approx([0.5 + 0.05 * min(i, 10) for i in range(20)])
+    assert all(0 <= entry["reward"] <= 1 for entry in found)
+
+
+@pytest.mark.slow
+def test_distill_as_written(example, tmp_path):
+    """The policy comes nearer to its teacher: KL on its own prefixes falls."""
+    found = run_live(example, "distill", tmp_path)
+    on_policy = [entry["qstar/kl_t"] for entry in found if entry["qstar/alpha"] == 1]
+    assert len(on_policy) == 10
+    assert sum(on_policy[5:]) < sum(on_policy[:5])

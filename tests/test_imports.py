@@ -1,6 +1,8 @@
 """The house: who may import whom, and that nobody imports in a circle. Imports inside functions count too."""
 
 import ast
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -11,6 +13,7 @@ FLOORS = (
     ("qstar_kernels",),
     ("qstar.demo",),
     ("qstar",),  # the loop
+    ("qstar.integrations",),  # the loop in other people's trainers
     ("qstar.vllm",),
     ("qstar.backends",),
     ("qstar.data",),
@@ -71,3 +74,13 @@ def test_nothing_imports_upwards():
         if floor(other) > floor(name)
     }
     assert upwards == set()
+
+
+def test_trainers_are_imported_by_name_only():
+    """Nothing of the package needs peft, trl or verl to be imported, and the integrations nothing but their own."""
+    code = (
+        "import sys, qstar, qstar.backends, qstar.generate, qstar.serve, qstar.integrations.trl;"
+        "print(*(name for name in ('peft', 'trl', 'verl', 'openai', 'vllm') if name in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert (done.stdout.split(), done.returncode) == ([], 0), done.stderr

@@ -27,8 +27,11 @@ import datasets
 import psutil
 import pyarrow.parquet as pq
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from runs import lines, write_lines
+from transformers import AutoModelForCausalLM
 
 from qstar.demo import PROMPTS, THETA, T
 from qstar.generate import main as generate
@@ -204,6 +207,27 @@ def test_a_worker_that_finds_another_model_does_not_begin(tmp_path):
         shutil.copy(T / "model.safetensors", policy)
         assert f"{policy} on " in (error := cluster.Worker(*arguments).error)
     assert error.endswith("is not the model that the run was started with")
+
+
+def test_a_worker_has_the_adapter_that_the_run_was_started_with(tmp_path, monkeypatch):
+    """Named from where the command runs; another in its place is found out."""
+    peft = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(THETA, dtype=torch.float32),
+        LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    )
+    peft.save_pretrained(tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path)
+    job = prepare(
+        ["--engine", "ray", "--output", str(tmp_path / "out"), "--model-theta", "./adapter", "--model-t", str(THETA)]
+    )
+    with job.output:
+        arguments = cluster.for_workers(job)
+        monkeypatch.chdir("/")
+        worker = cluster.Worker(*arguments)
+        assert worker.error is None
+        assert worker.pair.in_one_pass is not None
+        (tmp_path / "adapter" / "README.txt").write_text("other")
+        assert f"{tmp_path / 'adapter'} on " in (cluster.Worker(*arguments).error or "")
 
 
 def test_a_part_with_errors_is_tried_again_until_it_has_none(tmp_path):

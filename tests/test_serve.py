@@ -162,6 +162,14 @@ def test_completions_of_several_prompts(client, demo_pair):
         assert len(choice.qstar["logq"]) == len(tokens)
 
 
+def test_prompts_of_tokens(client, demo_pair):
+    expected = demo_pair.generate([QUESTIONS[2]], seed=7, max_new_tokens=12).samples
+    answer = client.completions.create(
+        model="qstar", prompt=expected[0].request.ids_theta, seed=7, max_tokens=12, extra_body={"top_k": -1}
+    )
+    check_choice(answer.choices[0], expected[0])
+
+
 def test_which_q(client, demo_pair):
     """`qstar` in a request is the rule for α; temperature and truncation are OpenAI's and vLLM's own."""
     for rule, settings in (

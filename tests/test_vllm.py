@@ -472,7 +472,7 @@ def test_a_model_that_vllm_would_load_in_part_is_refused(tmp_path):
     """vLLM's Qwen2 takes the width of its heads from the hidden size, and the rows that fit from the checkpoint."""
     whole = write_model(tmp_path / "whole", LlamaConfig, SMALL, 2048, 1)
     part = write_model(tmp_path / "part", Qwen2Config, SMALL | {"head_dim": 64}, 2048, 1)
-    with pytest.raises(ValueError, match="vLLM's Qwen2ForCausalLM holds [0-9]+ of the [0-9]+ parameters of .*part"):
+    with pytest.raises(ValueError, match=r"vLLM's Qwen2ForCausalLM holds [0-9]+ of the [0-9]+ parameters of .*part"):
         EnginePair(whole, part, options={"kv_cache_memory_bytes": 256 << 20}).start()
 
 

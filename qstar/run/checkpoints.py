@@ -34,18 +34,19 @@ READERS, SPAN, BATCH = 16, 1 << 24, 256  # threads, and the bytes or the blocks 
 Piece = tuple[int, int]  # start and length in bytes
 
 
-def fingerprint(name: str) -> str:
+def fingerprint(name: str, is_adapter: bool = False) -> str:
     """`sha256:…` of a folder's content, as the module says; for a name on the hub `commit:…`, its newest commit.
 
     Where the hub cannot be asked that is the commit in the cache; what was changed in the cache itself is not seen.
     Code that a folder takes from a repository of the hub counts by that one's commit.
 
     Raises:
-        ValueError: the name is that of an adapter, which says nothing of the base that it is loaded with.
+        ValueError: the name is that of an adapter, which says nothing of the base that it is loaded with, and it is not
+            said that it is one.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        return _commit(name)
+        return _commit(name, is_adapter)
     files = sorted(p for p in folder.iterdir() if p.suffix in (*WEIGHTS, *OTHERS) and p.is_file())
     files = [p for p in files if not p.name.endswith(".run.json")]  # of a run that writes into the folder
     files += sorted(folder.glob("additional_chat_templates/*.jinja"))
@@ -91,14 +92,14 @@ def _code_from_elsewhere(folder: Path) -> set[str]:
     return found
 
 
-def _commit(name: str) -> str:
+def _commit(name: str, is_adapter: bool) -> str:
     adapter = None
     with suppress(OSError, ValueError):
         adapter = find_adapter_config_file(name)
-    if adapter is not None:
+    if adapter is not None and not is_adapter:
         raise ValueError(f"{name} is an adapter; merge it into its base, and give the merged model")
     try:
-        commit = extract_commit_hash(cached_file(name, "config.json"), None)
+        commit = extract_commit_hash(adapter if is_adapter else cached_file(name, "config.json"), None)
     except (OSError, ValueError):  # said again, and better, where the model is loaded
         commit = None
     return f"commit:{commit}" if commit else f"an unknown commit of {name}"

@@ -40,7 +40,7 @@ from qstar.data.prompts import PromptSource
 from qstar.run.checkpoints import fingerprint, revision
 from qstar.run.formats import Finished, verl_row
 from qstar.run.generating import Generate, Todo, todo, total_samples
-from qstar.run.job import Job, data_source
+from qstar.run.job import Job, data_source, parts_of
 from qstar.run.options import BLOCK_BATCHES
 from qstar.run.output import Output, OutputError
 from qstar.run.parts import Parts
@@ -291,13 +291,13 @@ def for_workers(job: Job) -> tuple[Job, Namespace]:
     """The job, of an open output, without what stays here, and its arguments for loading the pair, with folders by
     their whole path."""
     models, parts = copy(job.args), job.output
-    for name in ("model_theta", "model_t", "draft"):
-        folder = Path(getattr(models, name)).expanduser()
+    for name in ("model_theta", "model_t", "adapter_theta", "adapter_t", "draft"):
+        folder = Path(getattr(models, name) or "no folder").expanduser()
         if folder.is_dir() and (name != "draft" or job.args.draft not in ("theta", "t")):
             setattr(models, name, str(folder.resolve()))
     models.fingerprints = {}
-    for side, name in (("theta", models.model_theta), ("t", models.model_t)):
-        known = parts.settings[f"weights of {side}"]
+    for part, name in parts_of(models).items():
+        known = parts.settings.get(f"weights of {part}", "")
         # of a model on the hub transformers loads the commit that is known
         if ":" in known and not (BACKENDS[models.backend].pins and revision(known)):
             models.fingerprints[name] = known

@@ -13,7 +13,7 @@ from qstar.data.prompts import Prompt, PromptSource
 from qstar.pair import sample_seed
 from qstar.prompting import PromptError
 from qstar.run.formats import Finished, Key, openai_line, sample_line
-from qstar.run.job import Job
+from qstar.run.job import Job, parts_of
 from qstar.run.run import Run
 from qstar.run.summary import draft_table
 
@@ -108,7 +108,9 @@ class Generate(Run):
     def line(self, done: Finished) -> dict[str, Any]:
         if self.job.args.output_format != "openai-batch":
             return sample_line(done)
-        model = f"qstar({self.job.args.model_theta},{self.job.args.model_t})"
+        names = parts_of(self.job.args)
+        sides = ("+".join(filter(None, (names[side], names[f"adapter_{side}"]))) for side in ("theta", "t"))
+        model = f"qstar({','.join(sides)})"
         samples = done.prompt.asked.samples or self.job.args.samples_per_prompt
         return openai_line(done, self.pair.tokenizer_theta, model, samples == 1)
 

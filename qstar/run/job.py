@@ -92,7 +92,8 @@ def make_job(
     output.settings |= weights_of_run(args, before or drawn)
     if isinstance(data, RunAnswers):
         output.answers = data.whose(output.settings)
-    args.revision_theta, args.revision_t = (revision(output.settings[f"weights of {side}"]) for side in ("theta", "t"))
+    for part in parts_of(args):
+        setattr(args, f"revision_{part}", revision(output.settings.get(f"weights of {part}", "")))
     return Job(args, settings, format_theta, format_t, data, output)
 
 
@@ -133,16 +134,29 @@ def run_settings(args: argparse.Namespace, data: Data) -> dict[str, Any]:
     return json.loads(json.dumps(settings))
 
 
-def weights_of_run(args: argparse.Namespace, before: dict[str, Any]) -> dict[str, str]:
-    """The fingerprints of both models, as settings of the run; `before` are those of its first start.
+def parts_of(args: argparse.Namespace) -> dict[str, str | None]:
+    """What a pair is loaded from: the name or folder of each model, and of each adapter, None where there is none."""
+    return {"theta": args.model_theta, "t": args.model_t} | {
+        f"adapter_{side}": getattr(args, f"adapter_{side}") for side in ("theta", "t")
+    }
 
-    Models of the hub stay at the commit of the first start, where the backend can load it; else another is refused.
+
+def option_of(part: str) -> str:
+    """The option that names one of `parts_of`."""
+    return f"--{part.replace('_', '-')}" if part.startswith("adapter") else f"--model-{part}"
+
+
+def weights_of_run(args: argparse.Namespace, before: dict[str, Any]) -> dict[str, str]:
+    """The fingerprints of models and adapters, as settings of the run; `before` are those of its first start.
+
+    Those of the hub stay at the commit of the first start, where the backend can load it; else another is refused.
     """
-    names, of_name = {"theta": args.model_theta, "t": args.model_t}, {}
-    for side, name in names.items():
-        known = str(before.get(f"weights of {side}"))
+    parts, found = {part: name for part, name in parts_of(args).items() if name is not None}, {}
+    for part, name in parts.items():
+        is_adapter = part.startswith("adapter")
+        known = str(before.get(f"weights of {part}"))
         of_hub = not Path(name).expanduser().is_dir()
-        stays = of_hub and BACKENDS[args.backend].pins and before.get(f"--model-{side}") == name and revision(known)
-        if name not in of_name:
-            of_name[name] = known if stays else fingerprint(name)
-    return {f"weights of {side}": of_name[name] for side, name in names.items()}
+        stays = of_hub and BACKENDS[args.backend].pins and before.get(option_of(part)) == name and revision(known)
+        if (name, is_adapter) not in found:
+            found[name, is_adapter] = known if stays else fingerprint(name, is_adapter)
+    return {f"weights of {part}": found[name, part.startswith("adapter")] for part, name in parts.items()}

@@ -7,6 +7,8 @@ from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 
+from qstar.adapter_names import ADAPTER_CONFIG, base_of
+from qstar.backends import BACKENDS
 from qstar.conversation import HINT_TEMPLATE
 from qstar.demo import THETA, T
 from qstar.run.command import Parser, json_object, number
@@ -35,6 +37,10 @@ def add_model_names(parser: Parser):
     group = parser.add_argument_group("models")
     group.add_argument("--model-theta", help="π_θ, the policy: hub name or folder (default: the demo pair's)")
     group.add_argument("--model-t", help="π_t, the target; the same name as --model-theta shares the weights")
+    for side in ("theta", "t"):
+        group.add_argument(
+            f"--adapter-{side}", help=f"adapter on --model-{side}: folder or hub name (pip install 'qstar[peft]')"
+        )
     return group
 
 
@@ -124,14 +130,38 @@ def add_output(parser: Parser):
 
 
 def check_models(args: argparse.Namespace) -> None:
-    """Both models are named, or neither: then they are the demo pair's. Raises ValueError otherwise."""
+    """Both models are named, or neither: then they are the demo pair's. An adapter's name becomes that of its base.
+
+    Raises:
+        ValueError: one alone is named, what is named is not there, or peft is not.
+    """
     if (args.model_theta is None) != (args.model_t is None):
         missing = "--model-t" if args.model_t is None else "--model-theta"
         raise ValueError(f"{missing} is missing; for one model with two prompts give its name to both")
     if args.model_theta is None:
+        for side in ("theta", "t"):
+            if getattr(args, f"adapter_{side}") is not None:
+                raise ValueError(f"--adapter-{side} needs --model-theta and --model-t")
         args.model_theta, args.model_t = str(THETA), str(T)
-    check_folder("model-theta", args.model_theta)
-    check_folder("model-t", args.model_t)
+    for side in ("theta", "t"):
+        check_side(args, side)
+
+
+def check_side(args: argparse.Namespace, side: str) -> None:
+    """A side's model and adapter are there, the latter as `adapter_theta` or `adapter_t` however it was named."""
+    model, adapter = getattr(args, f"model_{side}"), getattr(args, f"adapter_{side}")
+    check_folder(f"model-{side}", model, ("config.json", ADAPTER_CONFIG))
+    if (base := base_of(model)) is not None:
+        if adapter is not None:
+            raise ValueError(f"--model-{side} {model} is an adapter itself; give the base of both")
+        adapter = model
+        setattr(args, f"model_{side}", base)
+        setattr(args, f"adapter_{side}", adapter)
+        check_folder(f"model-{side}", base)
+    elif adapter is not None:
+        check_folder(f"adapter-{side}", adapter, (ADAPTER_CONFIG,))
+    if adapter is not None and importlib.util.find_spec("peft") is None:
+        raise ValueError(f"--adapter-{side} needs peft: pip install 'qstar[peft]'")
 
 
 def check_run(args: argparse.Namespace, given: set[str]) -> None:
@@ -144,6 +174,7 @@ def check_run(args: argparse.Namespace, given: set[str]) -> None:
         ValueError: with one line.
     """
     check_models(args)
+    BACKENDS[args.backend].refuse(args)
     settings_of(args)
     check_unused(args, given)
     if args.device is not None and args.device_map is not None:
@@ -212,10 +243,11 @@ def settings_of(args: argparse.Namespace) -> Settings:
     return Settings(**{name: getattr(args, dest) for name, dest in DEST.items()})
 
 
-def check_folder(option: str, model: str) -> None:
-    """A name that must be a folder is one, and a folder holds a model. Raises ValueError otherwise."""
+def check_folder(option: str, model: str, files: tuple[str, ...] = ("config.json",)) -> None:
+    """A name that must be a folder is one, and a folder has one of these files. Raises ValueError otherwise."""
     folder = Path(model).expanduser()
     if not folder.is_dir() and (folder.is_absolute() or model.startswith((".", "~"))):
         raise ValueError(f"--{option} {folder} does not exist; give a model's folder or a hub name")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"--{option} {folder} has no config.json; give a model's folder or a hub name")
+    if folder.is_dir() and not any((folder / file).is_file() for file in files):
+        kind = "an adapter" if files == (ADAPTER_CONFIG,) else "a model"
+        raise ValueError(f"--{option} {folder} has no {files[0]}; give {kind}'s folder or a hub name")

@@ -14,6 +14,7 @@ from qstar.data.answers import Answer
 from qstar.forced import Scorer
 from qstar.prompting import PromptError
 from qstar.run.formats import Finished, Key
+from qstar.run.job import option_of, parts_of
 from qstar.run.output import ANSWERS, explained, json_line, replacing
 from qstar.run.records import RunAnswers, RunFiles
 from qstar.run.run import Run
@@ -33,12 +34,12 @@ class Score(Run):
     def say_other_weights(self) -> None:
         """Warn where the models that drew the samples of a run have other weights by now."""
         drawn = self.job.prompts.files.settings if isinstance(self.job.prompts, RunAnswers) else {}
-        for side in WEIGHT:
-            known = drawn.get(f"weights of {side}")
-            same = drawn.get(f"--model-{side}") == getattr(self.job.args, f"model_{side}")
-            if same and known not in (None, self.output.settings[f"weights of {side}"]):
+        for part, name in parts_of(self.job.args).items():
+            known = drawn.get(f"weights of {part}")
+            same = drawn.get(option_of(part)) == name
+            if same and known not in (None, self.output.settings.get(f"weights of {part}")):
                 self.console.print(
-                    f"[bold]Warning:[/] the weights of {side} are not those that the samples were drawn with; they are "
+                    f"[bold]Warning:[/] the weights of {part} are not those that the samples were drawn with; they are "
                     "scored by those that are there now."
                 )
 

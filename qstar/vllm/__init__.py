@@ -25,17 +25,28 @@ PLACEMENT = frozenset(
 
 
 def refuse(args: Namespace) -> None:
-    """Refuse the command line of a pair whose models see different prompts.
+    """Refuse the command line of a pair with adapters, or whose models see different prompts.
 
     Raises:
-        ValueError: they would.
+        ValueError: it has, or they would.
     """
+    refuse_adapters(args)
     if args.t_hint_field is not None:
         raise ValueError(f"--t-hint-field: {DUAL_PROMPTS}")
     if args.theta_system_prompt != args.t_system_prompt:
         raise ValueError(f"--theta-system-prompt and --t-system-prompt differ: {DUAL_PROMPTS}")
     if (args.theta_template_kwargs or {}) != (args.t_template_kwargs or {}):
         raise ValueError(f"--theta-template-kwargs and --t-template-kwargs differ: {DUAL_PROMPTS}")
+
+
+def refuse_adapters(args: Namespace) -> None:
+    """Refuse a pair with adapters. Raises ValueError."""
+    for side in ("theta", "t"):
+        if getattr(args, f"adapter_{side}") is not None:
+            raise ValueError(
+                f"--adapter-{side}: a vLLM engine holds a pair without adapters; use qstar.generate --backend "
+                "transformers, or merge the adapter into its base"
+            )
 
 
 def register() -> None:

@@ -29,8 +29,8 @@ class QStarPairForCausalLM(nn.Module):
     of logits are cut to (`vocab_size`).
 
     Raises:
-        ValueError: the engine would sample from these logits as if they were one model's, or vLLM's own model leaves out
-            parameters of a checkpoint, as its Qwen2 does where heads have a width of their own.
+        ValueError: the engine would sample from these logits as if they were one model's, or vLLM's own model leaves
+            out parameters of a checkpoint, as its Qwen2 does where heads have a width of their own.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
