@@ -14,14 +14,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import (
-    Cache,
-    DynamicLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionCacheLayerMixin,
-)
+from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from qstar.rope import Ropes
+from qstar.slots import IDS, SlotLayer, Slots, on, slot_cache, slot_layers
 from qstar.time_steps import TimeSteps
 
 PREFILL_COLUMNS = 1024  # of a prompt in one forward pass: a longer one takes several, so that memory does not grow
@@ -31,42 +27,6 @@ PREFILL_COLUMNS = 1024  # of a prompt in one forward pass: a longer one takes se
 _kept: WeakKeyDictionary[torch.nn.Module, set[str]] = WeakKeyDictionary()
 _own_caches: WeakKeyDictionary[torch.nn.Module, type[Cache] | None] = WeakKeyDictionary()
 _continues: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
-
-
-class RoomyLayer(DynamicLayer):
-    """Keys and values in memory with room for more tokens: a step writes its own columns and does not copy the rest."""
-
-    def __init__(self):
-        super().__init__()
-        self._room: dict[str, Tensor] = {}
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.keys = self._appended("keys", self.keys, key_states)
-        self.values = self._appended("values", self.values, value_states)
-        return self.keys, self.values
-
-    def _appended(self, name: str, cached: Tensor, new: Tensor) -> Tensor:
-        start = cached.shape[2] if cached.numel() else 0
-        stop = start + new.shape[2]
-        room = self._room.get(name)
-        # where rows were dropped, joined or moved, what is cached lies elsewhere
-        if room is None or room.shape[2] < stop or (start and room.data_ptr() != cached.data_ptr()):
-            room = new.new_empty(*new.shape[:2], stop + stop // 8 + 64, new.shape[3])
-            if start:
-                room[:, :, :start] = cached
-            self._room[name] = room
-        room[:, :, start:stop] = new
-        return room[:, :, :stop]
-
-
-class RoomyHybridLayer(LinearAttentionAndFullAttentionLayer, RoomyLayer):
-    """A layer with states by row beside its keys and values."""
-
-    def __init__(self, number_of_states: int):
-        super().__init__(number_of_states)
-        self._room = {}
 
 
 def check_mode(model: torch.nn.Module, name: str) -> None:
@@ -102,13 +62,6 @@ def cache_argument(model: torch.nn.Module) -> str:
     return "cache_params" if takes(model, "cache_params") else "past_key_values"
 
 
-def with_room(layer):
-    """An empty layer of transformers' own cache, or in its place one that holds all its tokens, with room for more."""
-    if not isinstance(layer, DynamicLayer):
-        return layer
-    return RoomyHybridLayer(layer.number_of_states) if hasattr(layer, "number_of_states") else RoomyLayer()
-
-
 def kept(model: torch.nn.Module) -> set[str]:
     """What the model's layers keep of the tokens they have read, by its configuration: `columns` of keys and values,
     `states` by row (recurrent or convolutional), or both."""
@@ -129,19 +82,19 @@ def own_cache(model: torch.nn.Module) -> type[Cache] | None:
     return _own_caches[model]
 
 
-def new_cache(model: torch.nn.Module) -> Cache:
-    """An empty cache that keeps all tokens of all layers.
+def new_cache(model: torch.nn.Module, slots: Slots) -> Cache:
+    """An empty cache that keeps all tokens of all layers, keys and values in `slots`.
 
     Without the model's config every layer of transformers' cache does. Sliding-window layers would drop old columns,
     counted from the padded start, and rows of different age could not be joined; the window is then applied by the
     attention mask, which gives the same numbers. With states it is of the class that the model makes for itself.
     """
     if "states" not in kept(model):
-        return Cache(layer_class_to_replicate=RoomyLayer)
+        return slot_cache(slots)
     cache = own_cache(model)()
     for states in lists_of(cache):
         states[:] = [None] * model.config.get_text_config().num_hidden_layers
-    cache.layers = [with_room(layer) for layer in DynamicCache(config=model.config).layers]
+    cache.layers = slot_layers(slots, model.config)
     cache.layer_class_to_replicate = None
     return cache
 
@@ -179,7 +132,10 @@ def continues(model: torch.nn.Module) -> bool:
         ids = torch.tensor([[1, 2, 3, 4, 3]], device=model.get_input_embeddings().weight.device)
 
         def logits(change: float) -> Tensor:
-            cache = {cache_argument(model): new_cache(model)}
+            slots = Slots()
+            slots.move(1, 0, ids.shape[1])
+            slots.begin(1)
+            cache = {cache_argument(model): new_cache(model, slots)}
             model(input_ids=ids[:, :3], use_cache=True, **cache)
             holder, key = places_of(*cache.values())[-1]  # recurrent, if there is such a one, and of the last layer
             holder[key] += change
@@ -200,12 +156,13 @@ class Side:
 
     Attributes:
         copies: cache rows of each sequence.
-        cache: of every layer its keys and values, [B · copies, heads, L, head_dim] each, its states, [B · copies, …]
-            each, or both.
+        expects: sequences that it will hold at once, for which memory is made together; 0 if that is not known.
+        slots: the memory for keys and values, and the tokens of its columns.
+        cache: of every layer its keys and values in `slots`, its states, [B · copies, …] each, or both.
         forgets: whether tokens will be forgotten; False until it is set. States are then noted before each `advance`.
         noted: of each `advance` since tokens were forgotten, the number of columns before it and the states.
-        ids: int64 [B · copies, L], the token of each cached column, −1 on a row's left padding.
-        lengths: tokens cached for each row, also the position id of its next token.
+        lengths: tokens cached for each cache row, also the position id of its next token.
+        next: the same on the device, int64 [B · copies, 1]; while a prompt is read, negative before its first token.
         long: whether a row's keys were computed with the long frequencies of a LongRoPE (`qstar.rope`).
 
     Raises:
@@ -221,67 +178,113 @@ class Side:
         self.ropes, self.time_steps = Ropes(model), TimeSteps(model)
         self.has_states, self.has_columns = ("states" in kept(model), "columns" in kept(model))
         self.takes_cache, self.continues = cache_argument(model), continues(model)
-        self.forgets = False
+        self.forgets, self.expects = False, 0
         self._clear()
 
     def _clear(self) -> None:
         """Hold nothing."""
-        self.cache = new_cache(self.model)
+        self.slots = Slots()
+        self.cache = new_cache(self.model, self.slots)
+        self.rooms: dict[int, Tensor] = {}  # for states, by their place
         self.noted: list[tuple[int, list[Tensor]]] = []
-        self.ids = torch.empty(0, 0, dtype=torch.int64, device=self.device)
         self.lengths: list[int] = []
+        self.next = on(self.device, [])[:, None]
         self.long: list[bool] = []
 
-    def _forward(self, columns: slice, positions: Tensor, keep: int) -> tuple[Tensor, ...]:
-        """Read these columns of `ids`, those before them being cached, at positions [B · copies, columns]: the logits
-        [B, keep, V] of the last ones, for each copy."""
-        if self.ropes.limit is not None and max(self.lengths) > self.ropes.limit:
+    def _forward(self, tokens: Tensor, keep: int) -> tuple[Tensor, ...]:
+        """Read tokens, int64 [B · copies, K], −1 on padding, which `lengths` count in: the logits [B, keep, V] of the
+        last ones, for each copy."""
+        slots, longest, count = self.slots, max(self.lengths), tokens.shape[1]
+        if self.ropes.limit is not None and longest > self.ropes.limit:
             raise ValueError(
-                f"a row has {max(self.lengths)} tokens; with dynamic NTK RoPE a model is defined for up to "
+                f"a row has {longest} tokens; with dynamic NTK RoPE a model is defined for up to "
                 f"{self.ropes.limit}, its max_position_embeddings"
             )
-        ids = self.ids[:, : columns.stop]
+        slots.padded = min(self.lengths) < max(longest, slots.width + count)
+        ids = slots.write(IDS, tokens[:, None, :, None], slots.stop)
+        positions = self.next if count == 1 else self.next + torch.arange(count, device=self.device)
+        mask = None
+        if slots.padded:
+            mask = (ids >= 0)[:, 0, :, 0].long()
+            if not self.has_columns:  # what looks back at no column wants the mask of those it reads
+                mask = mask[:, -count:]
+            if keep < count:  # of prompts: what is read later is no padding
+                positions, tokens = positions.clamp(min=0), tokens.masked_fill(tokens < 0, self.pad_id)
         extra = {"position_ids": positions} if self.takes_positions else {}
         extra |= {"logits_to_keep": keep} if self.takes_logits_to_keep else {}
-        # what looks back at no column wants the mask of those it reads
-        mask = (ids if self.has_columns else ids[:, columns]) >= 0
         with self.ropes.of_rows(self.long), self.time_steps.limited():
             out = self.model(
-                input_ids=ids[:, columns].masked_fill(ids[:, columns] < 0, self.pad_id),
-                attention_mask=mask.long(),
-                use_cache=True,
-                **{self.takes_cache: self.cache},
-                **extra,
+                input_ids=tokens, attention_mask=mask, use_cache=True, **{self.takes_cache: self.cache}, **extra
             ).logits[:, -keep:]
+        slots.stop += count
+        self.next = self.next + count
         return tuple(out[copy :: self.copies] for copy in range(self.copies))
 
     def prompts(self, requests: Iterable) -> list[list[int]]:
         """`ids_theta` or `ids_t` of the requests, or both of each, as this side sees them."""
         return [getattr(request, f"ids_{name}") for request in requests for name in self.sees]
 
-    def prefill(self, prompts: list[list[int]], ahead: int = 0) -> tuple["Side", tuple[Tensor, ...]]:
-        """Run prompts in a batch of their own: a `Side` that holds them, and the logits [B, 1, V] that follow, for each
-        copy. Rows are read as part of sequences that are `ahead` tokens longer."""
-        new = copy(self)
-        new._clear()
-        width = max(map(len, prompts))
-        new.ids = torch.tensor([[-1] * (width - len(p)) + p for p in prompts], device=self.device)
-        new.lengths = [len(p) for p in prompts]
+    def prefill(self, prompts: list[list[int]], ahead: int = 0) -> tuple[Tensor, ...]:
+        """Read prompts in a batch of their own, into the slots behind this side's rows: the logits [B, 1, V] that
+        follow, for each copy. Rows are read as part of sequences that are `ahead` tokens longer."""
+        rows, count, width = len(self.lengths), len(prompts), max(map(len, prompts))
+        slots = max(rows + count, self.expects * self.copies)
+        new = copy(self) if rows else self
+        if rows:
+            self._fit(slots, width, 1)
+            new.slots = self.slots.part(count, width)
+        else:
+            self.slots.begin(0)
+            self._fit(slots, 0, width + 1)
+            self.slots.begin(count)
+        new.cache = new_cache(self.model, new.slots)
+        new.lengths, new.next = [len(p) for p in prompts], on(self.device, [len(p) - width for p in prompts])[:, None]
         new.long = [self.ropes.is_long(n + ahead) for n in new.lengths]
-        positions = ((new.ids >= 0).cumsum(-1) - 1).clamp(min=0)
-        piece = PREFILL_COLUMNS if self.continues else width
-        for start in range(0, width, piece):
-            columns = slice(start, min(start + piece, width))
-            logits = new._forward(columns, positions[:, columns], 1)
-        return new, logits
+        ids = on(self.device, [[-1] * (width - len(p)) + p for p in prompts])
+        for piece in ids.split(PREFILL_COLUMNS if self.continues else width, 1):
+            logits = new._forward(piece, 1)
+        if rows:
+            for i, ((holder, key), state) in enumerate(zip(places_of(self.cache), new._states(), strict=True)):
+                holder[key] = self._joined(i, holder[key], state, slots)
+            self.lengths += new.lengths
+            self.long += new.long
+            self._see(max(self.slots.width, width))
+        return logits
+
+    def _joined(self, place: int, states: Tensor, new: Tensor, slots: int) -> Tensor:
+        """States [B · copies, …] with those of new rows behind, in memory with room for `slots` rows."""
+        count, room = len(states), self.rooms.get(place)
+        if room is None or len(room) < count + len(new):
+            room = self.rooms[place] = states.new_empty(slots, *states.shape[1:])
+        if room.data_ptr() != states.data_ptr():  # they are of a batch's first rows, or a model has made new ones
+            room[:count] = states
+        room[count : count + len(new)] = new
+        return room[: count + len(new)]
+
+    def _fit(self, slots: int, before: int, after: int) -> None:
+        """Have memory for so many rows, and for so many columns up to the last one and from there."""
+        if not self.slots.fit(slots, before, after):
+            layers = self._columns()
+            for layer in layers:
+                layer.hide()  # the old memory of each is free as soon as it has moved
+            self.slots.move(slots, before, after)
+            for layer in layers:
+                layer.show()
+
+    def _see(self, width: int) -> None:
+        """Have the last columns of the rows in sight."""
+        self.slots.see(len(self.lengths), width)
+        self.next = on(self.device, self.lengths)[:, None]
+        for layer in self._columns():
+            layer.show()
 
     def advance(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """Append tokens, int64 [B, K], to every row: the logits [B, K, V] that follow each of them, for each copy."""
-        tokens = tokens.to(self.device)
+        tokens = tokens.to(self.device, non_blocking=True)
         if self.copies > 1:
             tokens = tokens.repeat_interleave(self.copies, 0)  # [B · copies, K]
         if self.forgets and self.has_states:
-            self.noted.append((self.ids.shape[1], [state.clone() for state in self._states()]))
+            self.noted.append((self.slots.width, [state.clone() for state in self._states()]))
         return self._append(tokens)
 
     def _append(self, tokens: Tensor) -> tuple[Tensor, ...]:
@@ -295,26 +298,26 @@ class Side:
             if short < count:  # rows change their frequencies between forward passes only
                 parts = self._append(tokens[:, :short]), self._append(tokens[:, short:])
                 return tuple(torch.cat(of_copy, 1) for of_copy in zip(*parts, strict=True))
-        for row, n in enumerate(self.lengths):
-            if self.ropes.is_long(n + count) != self.long[row]:
-                self._read_again(row, count)
-        positions = torch.tensor(self.lengths, device=self.device)[:, None] + torch.arange(count, device=self.device)
-        self.ids = torch.cat([self.ids, tokens], 1)
+            for row, n in enumerate(self.lengths):
+                if self.ropes.is_long(n + count) != self.long[row]:
+                    self._read_again(row, count)
+        self._fit(len(self.lengths), self.slots.width, count)
         self.lengths = [n + count for n in self.lengths]
-        return self._forward(slice(self.ids.shape[1] - count, self.ids.shape[1]), positions, count)
+        return self._forward(tokens, count)
 
     def _read_again(self, row: int, ahead: int) -> None:
         """Compute what is cached of a row anew, with the frequencies of a sequence that is `ahead` tokens longer."""
-        n = self.lengths[row]
-        new, _ = self.prefill([self.ids[row, -n:].tolist()], ahead)
-        for mine, theirs in zip(self._columns(), new._columns(), strict=True):
-            mine.keys[row, :, -n:], mine.values[row, :, -n:] = theirs.keys[0], theirs.values[0]
-        self._put_states([row], new._states())
-        self.long[row] = new.long[0]
+        n, alone = self.lengths[row], copy(self)
+        alone._clear()
+        alone.expects = 0
+        alone.prefill([self.slots.ids[row, -n:].tolist()], ahead)
+        self.slots.put(row, n, alone.slots, 0)
+        self._put_states([row], alone._states())
+        self.long[row] = alone.long[0]
 
-    def _columns(self) -> list[DynamicLayer]:
+    def _columns(self) -> list[SlotLayer]:
         """The layers that hold keys and values; one that shares another one's has none of its own."""
-        return [layer for layer in self.cache.layers if isinstance(layer, DynamicLayer) and layer.get_seq_length()]
+        return [layer for layer in self.cache.layers if isinstance(layer, SlotLayer) and layer.is_initialized]
 
     def _states(self) -> list[Tensor]:
         """The states of all layers, [B · copies, …] each."""
@@ -325,15 +328,10 @@ class Side:
         for mine, theirs in zip(self._states(), states, strict=True):
             mine[rows] = theirs
 
-    def _replace(self, change) -> None:
-        """Every layer's keys and values by `change` of them."""
-        for layer in self._columns():
-            layer.keys, layer.values = change(layer.keys), change(layer.values)
-
     def _put_back(self, counts: list[int]) -> None:
         """Put every row's states back to what they were before its newest `counts[i]` columns: to those noted last
         before that point, from where the tokens that stay are read once more."""
-        width = self.ids.shape[1]
+        width = self.slots.width
         groups = defaultdict(list)  # rows, by what was noted and the columns to read from there
         for row, count in enumerate(counts):
             if count:
@@ -343,24 +341,27 @@ class Side:
             columns, states = self.noted[at]
             states = [state[rows] for state in states]
             if count:
+                tokens = self.slots.ids[rows, columns : columns + count]
                 part = self._before(rows, columns, states)
-                part._append(self.ids[rows, columns : columns + count])
+                part._append(tokens)
                 states = part._states()
             self._put_states(rows, states)
         self.noted = []
 
     def _before(self, rows: list[int], columns: int, states: list[Tensor]) -> "Side":
         """A `Side` of these rows as they were when there were so many columns, with their states at that point."""
-        part, newer = copy(self), self.ids.shape[1] - columns
+        part, newer = copy(self), self.slots.width - columns
+        part.slots = self.slots.taken(on(self.device, rows), columns)
         part.cache = copy(self.cache)
         part.cache.layers = [copy(layer) for layer in self.cache.layers]
         for holder in (part.cache, *part.cache.layers):
             vars(holder).update({name: copy(x) for name, x in vars(holder).items() if isinstance(x, (dict, list))})
-        part.ids = self.ids[:, :columns]
-        part.lengths = [n - newer for n in self.lengths]
-        part._replace(lambda x: x[:, :, :columns])
-        part._take(rows)
-        part._put_states(list(range(len(rows))), states)
+        for layer in part._columns():
+            layer.slots = part.slots
+        for (holder, key), state in zip(places_of(part.cache), states, strict=True):
+            holder[key] = state
+        part.lengths, part.long = [self.lengths[row] - newer for row in rows], [self.long[row] for row in rows]
+        part._see(max(part.lengths))
         return part
 
     def forget(self, counts: list[int]) -> None:
@@ -369,50 +370,25 @@ class Side:
         if self.has_states:
             self._put_back(counts)
         fewest = min(counts)
-        width = self.ids.shape[1] - fewest
         self.lengths = [n - count for n, count in zip(self.lengths, counts, strict=True)]
-        if max(counts) == fewest:
-            if fewest:
-                self.ids = self.ids[:, :width]
-                self._replace(lambda x: x[:, :, :width])
-            return
-        shift = torch.tensor(counts, device=self.device)[:, None] - fewest
-        source = torch.arange(width, device=self.device) - shift  # [B, width], negative on new padding
-        padding, source = source < 0, source.clamp(min=0)
-        self.ids = self.ids.gather(1, source).masked_fill(padding, -1)
-        source = source[:, None, :, None]
-        self._replace(lambda x: x.take_along_dim(source.to(x.device), 2))
+        self.slots.stop -= fewest
+        if max(counts) > fewest:
+            self.slots.shift(on(self.device, counts) - fewest)
+        self._see(self.slots.width)
 
     def keep(self, rows: list[int]) -> None:
-        """Drop all sequences but these, and the columns that are padding in all that stay."""
-        self._take([row * self.copies + copy for row in rows for copy in range(self.copies)])
-
-    def _take(self, rows: list[int]) -> None:
-        """`keep` by cache rows."""
-        self.lengths, self.long = [self.lengths[i] for i in rows], [self.long[i] for i in rows]
-        start = self.ids.shape[1] - max(self.lengths, default=0)
-        index = torch.tensor(rows, dtype=torch.int64, device=self.device)
-        self.ids = self.ids[index, start:]
-        self._replace(lambda x: x[index.to(x.device), :, start:])
+        """Drop all sequences but these: row i is then what was row `rows[i]`, i or one behind it
+        (`qstar.slots.closed_up`)."""
+        states = self._states()
+        for row, source in enumerate(rows):
+            for i in range(self.copies if row != source else 0):
+                to, of = row * self.copies + i, source * self.copies + i
+                self.slots.put(to, self.slots.width, self.slots, of)
+                self.lengths[to], self.long[to] = self.lengths[of], self.long[of]
+                for state in states:
+                    state[to] = state[of]
+        count = len(rows) * self.copies
+        del self.lengths[count:], self.long[count:]
         for holder, key in places_of(self.cache):
-            holder[key] = holder[key][index.to(holder[key].device)]
-
-    def join(self, other: "Side") -> None:
-        """Take over the rows of `other`, behind this side's own."""
-        if not self.lengths:
-            self.cache, self.ids, self.lengths, self.long = other.cache, other.ids, other.lengths, other.long
-            return
-        width = max(self.ids.shape[1], other.ids.shape[1])
-
-        def widened(x: Tensor, dim: int, value: int = 0) -> Tensor:
-            missing = width - x.shape[dim]
-            return torch.nn.functional.pad(x, (0, 0) * (x.ndim - 1 - dim) + (missing, 0), value=value) if missing else x
-
-        self.ids = torch.cat([widened(self.ids, 1, -1), widened(other.ids, 1, -1)])
-        for mine, theirs in zip(self._columns(), other._columns(), strict=True):
-            mine.keys = torch.cat([widened(mine.keys, 2), widened(theirs.keys, 2)])
-            mine.values = torch.cat([widened(mine.values, 2), widened(theirs.values, 2)])
-        for (holder, key), state in zip(places_of(self.cache), other._states(), strict=True):
-            holder[key] = torch.cat([holder[key], state])
-        self.lengths += other.lengths
-        self.long += other.long
+            holder[key] = holder[key][:count]
+        self._see(max(self.lengths, default=0))

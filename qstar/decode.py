@@ -1,8 +1,12 @@
 """The decoding loop: two models, two KV caches, one token of q* a step, or several where a draft of them was right.
 
-A finished row leaves the batch at once and a waiting prompt takes its place, so that the cost follows the live tokens.
-The noise of a token depends on its sequence's seed and its position only, so neither the rows that share a batch nor
-drafts change anything but rounding.
+A finished row leaves the batch and a waiting prompt takes its place, so that the cost follows the live tokens. The
+noise of a token depends on its sequence's seed and its position only, so neither the rows that share a batch nor drafts
+change anything but rounding.
+
+On a GPU nothing of a step waits for the device: what the next one starts from stays there (`qstar.batch`), and the
+numbers of a step are read while the next one runs. So the host sees an end one step late, and drops what was drawn
+behind it.
 """
 
 from collections import deque
@@ -13,9 +17,11 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from qstar.batch import Rows, Underway
 from qstar.cache import Side
 from qstar.rule import Rule
 from qstar.sample import Ending, Request, Sample, numbers_of
+from qstar.slots import closed_up
 from qstar.speculate import DraftLength, Tally, overlap
 from qstar_kernels import dispatch
 
@@ -76,117 +82,46 @@ class Decoder:
             side.forgets = True
         return sides, drafter
 
+    @property
+    def waits(self) -> bool:
+        """Whether the host looks at a step's numbers before it goes on: where nothing runs beside it, it loses no time
+        by that, and would lose a forward pass over each row that has ended."""
+        return self.models[0].device.type != "cuda"
+
     def run(self, requests: Iterable[Request]) -> Iterator[Sample]:
         """Generate all requests; samples come in the order in which they finish, which is the same every time."""
-        source, waiting = iter(requests), deque()
+        batch_size, source = self.options.batch_size, iter(requests)
+        waiting = deque(islice(source, batch_size))
         sides, drafter = self._sides_and_drafter()
         caches = sides if drafter is None or drafter in sides else [*sides, drafter]
+        for side in caches:
+            side.expects = len(waiting)
         others = [side for side in sides if side is not drafter]
         length = DraftLength(self.options.speculate, drafter and drafter.model, [side.model for side in others])
-        live: list[Sample] = []
-        batch_size = self.options.batch_size
-        while True:
-            waiting.extend(islice(source, batch_size - len(waiting)))
-            if not waiting and not live:
-                return
+        rows, underway = Rows([], sides[0].device), deque()
+        # what is forgotten of drafts hangs on the numbers
+        late = 0 if self.waits or drafter is not None else 1
+        while waiting or rows.samples or underway:
             # a quarter of the batch at a time, so that prompts share their prefill
-            if waiting and (not live or batch_size - len(live) >= max(1, batch_size // 4)):
-                samples = [Sample(request) for request in self._admit(waiting, batch_size - len(live))]
+            if waiting and (not rows.samples or batch_size - len(rows.samples) >= max(1, batch_size // 4)):
                 with torch.inference_mode():
-                    prompts = [side.prompts(s.request for s in samples) for side in caches]
-                    new, logits = zip(*(side.prefill(p) for side, p in zip(caches, prompts, strict=True)), strict=True)
-                    logits_theta, logits_t = [x for of_side in logits for x in of_side][:2]
-                    self._draw(samples, logits_theta, logits_t)
-                    finished = self._drop_finished(samples, new)
-                    if samples:
-                        for side, newcomers in zip(caches, new, strict=True):
-                            side.join(newcomers)
-                    live += samples
+                    underway.append(self._start(rows, self._admit(waiting, batch_size - len(rows.samples)), caches))
+                    finished = self._settle(underway, late, rows, caches)
                 yield from finished
-            if live:
-                with torch.inference_mode():
-                    drafts = min(length.choose([s.tally for s in live]), self.room(caches))
-                    self._round(live, sides, drafter, drafts, length)
+            with torch.inference_mode():
+                drafts = None
+                if rows.samples:
+                    drafts = min(length.choose([s.tally for s in rows.samples]), self.room(caches))
+                    underway.append(self._round(rows, sides, drafter, drafts, length))
+                finished = self._settle(underway, late if rows.samples else 0, rows, caches)
+                if drafts is not None:
                     length.took(drafts)
-                    finished = self._drop_finished(live, caches)
-                yield from finished
+            yield from finished
+            waiting.extend(islice(source, batch_size - len(waiting)))
 
     def room(self, caches: Iterable[Side]) -> int:
         """Tokens that can be drafted before a row outgrows the context."""
         return max(0, self.context - max(max(side.lengths) for side in caches) - 1)
-
-    def _round(
-        self, live: list[Sample], sides: list[Side], drafter: Side | None, drafts: int, length: DraftLength
-    ) -> None:
-        """Draw at least one token of every live row: draft some, decide on all in one pass, forget the wrong ones."""
-        block = torch.tensor([s.token_ids[-1] for s in live])[:, None]  # [B, read], the tokens that are not cached yet
-        drafted, of_drafter = [], []
-        if drafter is not None:
-            block = block.to(drafter.device)
-            ended = torch.zeros(len(live), dtype=torch.bool, device=block.device)
-            # as one of the two sides it reads the last draft too
-            for step in range(drafts + (drafter in sides)):
-                (logits,) = drafter.advance(block[:, -1:])  # [B, 1, V]
-                of_drafter.append(logits)
-                if step == drafts:
-                    break
-                drafted.append(self._draft(live, logits[:, 0], step).to(block.device))
-                ended |= torch.isin(drafted[-1], self.end_ids.to(block.device))
-                if ended.all():
-                    break  # nothing follows, should the drafts be right
-                block = torch.cat([block, drafted[-1][:, None]], dim=1)
-        both = []
-        for side in sides:
-            both += [torch.cat(of_drafter, 1)] if side is drafter else side.advance(block)
-        if drafted and length.rounds % OVERLAP_EVERY == 0:
-            self._measure_overlap(of_drafter[0][:, 0], *(logits[:, 0] for logits in both))
-        before = [len(s.token_ids) for s in live]
-        drafted = torch.stack(drafted, 1).tolist() if drafted else [[]] * len(live)
-        self._draw(live, *both, drafted)
-        kept = [len(s.token_ids) - n for s, n in zip(live, before, strict=True)]
-        if drafter is None:
-            return
-        for sample, n, tokens in zip(live, kept, drafted, strict=True):
-            drawn = sample.token_ids[len(sample.token_ids) - n :]
-            wrong = next((i for i, (x, y) in enumerate(zip(tokens, drawn, strict=False)) if x != y), None)
-            tried = min(len(tokens), n)
-            for tally in (sample.tally, length.total, self.tally):
-                tally.add(tried if wrong is None else wrong, tried if wrong is None else wrong + 1, n)
-        for side in sides:
-            side.forget([block.shape[1] - n for n in kept])
-        if drafter not in sides:
-            read = len(of_drafter)
-            if any(n > read and not s.finish_reason for n, s in zip(kept, live, strict=True)):
-                drafter.advance(block[:, -1:])
-                read += 1
-            drafter.forget([max(0, read - n) for n in kept])
-
-    def _draft(self, samples: list[Sample], logits: Tensor, ahead: int) -> Tensor:
-        """Token `ahead` of the next one by the draft model's logits [B, V] and the token's own noise: int64 [B]."""
-        noise = self._noise(samples, logits, ahead)
-        step, _ = dispatch.step("auto", logits, logits, self.of_drafts, self.rule.vocab_size, **noise)
-        return step.token.clamp(min=0)  # a row that cannot be drawn from is found out when it is verified
-
-    def _measure_overlap(self, of_drafter: Tensor, logits_theta: Tensor, logits_t: Tensor) -> None:
-        """Add 1 − TV(q*, draft model) of the rows [B, V] of the first draft to the tally."""
-        settings, vocab_size = self.options.settings, self.rule.vocab_size
-        logits_t = logits_t.to(logits_theta.device)
-        _, log_q = dispatch.step("auto", logits_theta, logits_t, settings, vocab_size, want_log_q=True)
-        _, log_p = dispatch.step("auto", of_drafter, of_drafter, self.of_drafts, vocab_size, want_log_q=True)
-        found = overlap(log_p.to(log_q.device), log_q)
-        found = found[found.isfinite()]
-        self.tally.overlap += found.sum().item()
-        self.tally.overlap_rows += len(found)
-
-    @staticmethod
-    def _noise(samples: list[Sample], logits: Tensor, ahead: int = 0, count: int = 1) -> dict[str, Tensor]:
-        """Seeds and positions of `count` tokens of each row from `ahead` of its next one, int64 [B · count] each."""
-        seeds = torch.tensor([s.request.seed for s in samples], device=logits.device)
-        positions = torch.tensor([len(s.token_ids) + ahead for s in samples], device=logits.device)
-        if count == 1:
-            return {"seeds": seeds, "positions": positions}
-        positions = positions[:, None] + torch.arange(count, device=logits.device)
-        return {"seeds": seeds.repeat_interleave(count), "positions": positions.flatten()}
 
     @staticmethod
     def _admit(waiting: deque[Request], free: int) -> list[Request]:
@@ -198,35 +133,132 @@ class Decoder:
             admitted.append(waiting.popleft())
         return admitted
 
-    def _draw(
-        self, samples: list[Sample], logits_theta: Tensor, logits_t: Tensor, drafted: list[list[int]] | None = None
-    ) -> None:
-        """Draw from logits [B, K, V] and append the tokens, with their numbers, to the rows' samples.
+    def _start(self, rows: Rows, requests: list[Request], caches: list[Side]) -> Underway:
+        """Read prompts and draw the first token of each: new rows behind the others."""
+        new = Rows([Sample(request) for request in requests], rows.state.device)
+        logits = [x for side in caches for x in side.prefill(side.prompts(requests))]
+        step = self._draw(new, *logits[:2], first=True)
+        rows.join(new)
+        return Underway(new.samples, [step])
 
-        `drafted` are the tokens a row, at least K − 1, that were read for the columns after the first; None for the
-        first token of a sequence. A row takes its tokens up to the first that differs from its draft, since the next
-        columns follow from the draft, and up to its end.
+    def _round(self, rows: Rows, sides: list[Side], drafter: Side | None, drafts: int, length: DraftLength) -> Underway:
+        """Draw at least one token of every live row: draft some, decide on all in one pass, forget the wrong ones."""
+        samples = list(rows.samples)
+        if drafter is None:
+            logits = [x for side in sides for x in side.advance(rows.tokens)]
+            return Underway(samples, [self._draw(rows, *logits)])
+        block, drafted, of_drafter = self._drafted(rows, drafter, drafts, drafter in sides)
+        both = []
+        for side in sides:
+            both += [torch.cat(of_drafter, 1)] if side is drafter else side.advance(block)
+        drafted, measured = drafted.to(rows.state.device, non_blocking=True), []
+        if drafted.shape[1] and length.rounds % OVERLAP_EVERY == 0:
+            measured.append(self._overlap(of_drafter[0][:, 0], *(logits[:, 0] for logits in both)))
+
+        def then(kept: list[int], drafted: list[list[int]], measured: tuple[float, float] = (0.0, 0.0)) -> None:
+            for sample, n, guesses in zip(samples, kept, drafted, strict=True):
+                drawn = sample.token_ids[len(sample.token_ids) - n :]
+                right = next((i for i, (x, y) in enumerate(zip(guesses, drawn, strict=False)) if x != y), None)
+                tried = min(len(guesses), n)
+                for tally in (sample.tally, length.total, self.tally):
+                    tally.add(*((tried, tried) if right is None else (right, right + 1)), n)
+            self.tally.overlap += measured[0]
+            self.tally.overlap_rows += int(measured[1])
+            for side in sides:
+                side.forget([block.shape[1] - n for n in kept])
+            if drafter not in sides:
+                read = len(of_drafter)
+                if any(n > read and not s.finish_reason for n, s in zip(kept, samples, strict=True)):
+                    drafter.advance(block[:, -1:])
+                    read += 1
+                drafter.forget([max(0, read - n) for n in kept])
+
+        return Underway(samples, [self._draw(rows, *both, drafted), drafted, *measured], then)
+
+    def _drafted(self, rows: Rows, drafter: Side, drafts: int, reads_last: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Draft tokens, int64 [B, drafts]; before them what is to be read, int64 [B, K], and the logits [B, 1, V] that
+        they are from. One of the two sides reads the last draft too."""
+        block, drafted, of_drafter = rows.tokens.to(drafter.device, non_blocking=True), [], []
+        ended = torch.zeros(len(block), dtype=torch.bool, device=drafter.device)
+        for step in range(drafts + reads_last):
+            (logits,) = drafter.advance(block[:, -1:])
+            of_drafter.append(logits)
+            if step == drafts:
+                break
+            drafted.append(self._draft(rows, logits[:, 0], step)[:, None])
+            if self.waits:
+                ended |= torch.isin(drafted[-1][:, 0], self.end_ids.to(ended.device))
+                if ended.all():
+                    break  # nothing follows, should the drafts be right
+            block = torch.cat([block, drafted[-1]], 1)
+        return block, torch.cat([block[:, :0], *drafted], 1), of_drafter
+
+    def _draft(self, rows: Rows, logits: Tensor, ahead: int) -> Tensor:
+        """Token `ahead` of the next one by the draft model's logits [B, V] and the token's own noise: int64 [B]."""
+        noise = rows.noise(logits.device, ahead)
+        step, _ = dispatch.step("auto", logits, logits, self.of_drafts, self.rule.vocab_size, **noise)
+        return step.token.clamp(min=0)  # a row that cannot be drawn from is found out when it is verified
+
+    def _overlap(self, of_drafter: Tensor, logits_theta: Tensor, logits_t: Tensor) -> Tensor:
+        """Σ 1 − TV(q*, draft model) over the rows [B, V] of the first draft, and how many they are: float64 [2]."""
+        settings, vocab_size = self.options.settings, self.rule.vocab_size
+        logits_t = logits_t.to(logits_theta.device, non_blocking=True)
+        _, log_q = dispatch.step("auto", logits_theta, logits_t, settings, vocab_size, want_log_q=True)
+        _, log_p = dispatch.step("auto", of_drafter, of_drafter, self.of_drafts, vocab_size, want_log_q=True)
+        found = overlap(log_p.to(log_q.device, non_blocking=True), log_q)
+        valid = found.isfinite()
+        return torch.stack([found.where(valid, 0.0).sum().double(), valid.sum().double()])
+
+    def _draw(
+        self, rows: Rows, logits_theta: Tensor, logits_t: Tensor, drafted: Tensor | None = None, first: bool = False
+    ) -> Tensor:
+        """Draw from logits [B, K, V]: tokens and their numbers, float64 [B, K, 2 + F], on their device.
+
+        `drafted`, int64 [B, at least K − 1], was read for the columns after the first. The rows go on from their tokens
+        up to the first that differs from its draft, since the next columns follow from the draft.
         """
-        count = logits_theta.shape[1]
-        logits_theta, logits_t = logits_theta.flatten(0, 1), logits_t.flatten(0, 1).to(logits_theta.device)
-        step = self.rule.step(
-            logits_theta, logits_t, first=drafted is None, **self._noise(samples, logits_theta, count=count)
-        )
-        numbers = numbers_of(step).unflatten(0, (len(samples), -1)).tolist()  # [B][K][2 + F], one transfer
-        for i, sample in enumerate(samples):
-            for column, (token, status, *values) in enumerate(numbers[i]):
+        device, count = logits_theta.device, logits_theta.shape[1]
+        logits_t = logits_t.flatten(0, 1).to(device, non_blocking=True)
+        step = self.rule.step(logits_theta.flatten(0, 1), logits_t, first=first, **rows.noise(device, count=count))
+        rows.draw(step.token.unflatten(0, (-1, count)).to(rows.state.device, non_blocking=True), drafted)
+        return numbers_of(step).unflatten(0, (-1, count))
+
+    def _settle(self, underway: deque[Underway], late: int, rows: Rows, caches: Iterable[Side]) -> list[Sample]:
+        """Read the numbers of all steps but the last `late` ones, and drop the rows that have ended: the samples that
+        are finished."""
+        finished = []
+        while len(underway) > late:
+            finished += self._read(underway.popleft())
+        drawn = {id(s) for step in underway for s in step.samples}  # a token that is not in the sample yet
+        leaving = {
+            i
+            for i, s in enumerate(rows.samples)
+            if s.finish_reason or len(s.token_ids) + (id(s) in drawn) >= s.request.max_new_tokens
+        }
+        if leaving:
+            staying = closed_up(len(rows.samples), leaving)
+            rows.keep(staying)
+            for side in caches:
+                side.keep(staying)
+        return finished
+
+    def _read(self, step: Underway) -> list[Sample]:
+        """Append a step's tokens and numbers to its samples, each up to its end: those that it ends."""
+        numbers, *of_drafts = step.read()  # [B][K][2 + F]
+        drafted = of_drafts[0] if of_drafts else [[]] * len(numbers)
+        kept, finished = [], []
+        for sample, of_row, guesses in zip(step.samples, numbers, drafted, strict=True):
+            if sample.finish_reason:  # drawn before its end was known
+                continue
+            before = len(sample.token_ids)
+            for column, (token, status, *values) in enumerate(of_row):
                 sample.draw(token, status, values)
                 self.ending.finish(sample)
-                if sample.finish_reason or (column < count - 1 and drafted[i][column] != token):
+                if sample.finish_reason or (column < len(of_row) - 1 and guesses[column] != token):
                     break
-
-    @staticmethod
-    def _drop_finished(samples: list[Sample], sides: Iterable[Side]) -> list[Sample]:
-        """Take the finished samples out of `samples` and their rows out of the sides."""
-        finished = [s for s in samples if s.finish_reason]
-        if finished:
-            rows = [i for i, s in enumerate(samples) if not s.finish_reason]
-            samples[:] = [samples[i] for i in rows]
-            for side in sides:
-                side.keep(rows)
+            kept.append(len(sample.token_ids) - before)
+            if sample.finish_reason:
+                finished.append(sample)
+        if step.then is not None:
+            step.then(kept, *of_drafts)
         return finished

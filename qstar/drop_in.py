@@ -108,7 +108,8 @@ class QStarLogitsProcessor(LogitsProcessor):
             )
         with torch.inference_mode():
             if self.side is None:
-                self.side, (logits_t,) = Side(self.model_t, 0, ("t",)).prefill(unpadded(input_ids, self.attention_mask))
+                self.side = Side(self.model_t, 0, ("t",))
+                (logits_t,) = self.side.prefill(unpadded(input_ids, self.attention_mask))
             elif self.seen.shape == input_ids[:, :-1].shape and torch.equal(self.seen, input_ids[:, :-1]):
                 (logits_t,) = self.side.advance(input_ids[:, -1:])
             else:

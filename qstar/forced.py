@@ -13,6 +13,7 @@ from torch import Tensor
 from qstar.cache import Side
 from qstar.decode import Decoder
 from qstar.sample import Sample, numbers_of
+from qstar.slots import closed_up
 
 CHUNK_TOKENS = 2048  # that one forward pass takes, of all rows together: enough to keep the weights busy
 CHUNK_LOGITS = 1 << 25  # logits of one model that are held at once: 128 MiB in float32
@@ -42,9 +43,8 @@ class Scorer:
 
     @torch.inference_mode()
     def _score(self, live: list[Sample]) -> None:
-        empty = self.decoder.sides()
-        sides, logits = zip(*(side.prefill(side.prompts(s.request for s in live)) for side in empty), strict=True)
-        self._look_up(live, logits, 0)
+        sides = self.decoder.sides()
+        self._look_up(live, [side.prefill(side.prompts(s.request for s in live)) for side in sides], 0)
         done = 1  # tokens scored of every live sample; those before the last are to be read
         while self._drop_finished(live, sides, done):
             longest = max(len(s.token_ids) for s in live)
@@ -78,8 +78,9 @@ class Scorer:
     @staticmethod
     def _drop_finished(live: list[Sample], sides: Iterable[Side], done: int) -> bool:
         """Drop the samples whose tokens are all scored, and those that cannot be; whether any are left."""
-        rows = [i for i, s in enumerate(live) if s.error is None and len(s.token_ids) > done]
-        if len(rows) < len(live):
+        leaving = [i for i, s in enumerate(live) if s.error is not None or len(s.token_ids) <= done]
+        if leaving:
+            rows = closed_up(len(live), leaving)
             live[:] = [live[i] for i in rows]
             for side in sides:
                 side.keep(rows)

@@ -80,21 +80,20 @@ def _behaviour(model: torch.nn.Module) -> str | None:
     count = LONG + SHORT + 2 * NEW
     ids = [ids[i * len(ids) // count] for i in range(count)]
     long, short = ids[: LONG + NEW], ids[LONG + NEW :]
-    side = Side(model, 0, ("theta",))
 
     def plain(row: list[int]) -> Tensor:
-        return model(input_ids=torch.tensor([row], device=side.device), use_cache=False).logits[0]
+        return model(input_ids=torch.tensor([row], device=weight.device), use_cache=False).logits[0]
 
     def cached(*rows: list[int]) -> list[Tensor]:
         """Logits [NEW + 1, V] from the end of each row's prompt on: prompts in one batch, and the last once more in its
         own, which joins them."""
-        first, (of_prompts,) = side.prefill([row[:-NEW] for row in rows])
-        second, (of_last,) = side.prefill([rows[-1][:-NEW]])
-        first.join(second)
+        side = Side(model, 0, ("theta",))
+        (of_prompts,) = side.prefill([row[:-NEW] for row in rows])
+        (of_last,) = side.prefill([rows[-1][:-NEW]])
         new = torch.tensor([row[-NEW:] for row in (*rows, rows[-1])])
         # layers with states go other ways for one token and for several
-        blocks = new.split([1, NEW - 1], 1) if first.has_states else [new]
-        of_new = [logits for block in blocks for logits in first.advance(block)]
+        blocks = new.split([1, NEW - 1], 1) if side.has_states else [new]
+        of_new = [logits for block in blocks for logits in side.advance(block)]
         return list(torch.cat([torch.cat([of_prompts, of_last]), *of_new], 1))
 
     def behind(other: list[int]) -> Tensor:

@@ -12,7 +12,7 @@ what was run before. Up to there it is a plain rope, and rows end there.
 
 import inspect
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -60,12 +60,12 @@ class Ropes:
         """Whether a sequence of so many tokens has the long frequencies."""
         return self.switch is not None and length > self.switch
 
-    @contextmanager
-    def of_rows(self, long: list[bool]) -> Iterator[None]:
+    def of_rows(self, long: list[bool]) -> AbstractContextManager[None]:
         """Forward passes inside give each row the long frequencies or the short ones."""
-        if not self.modules:
-            yield
-            return
+        return self._hooked(long) if self.modules else nullcontext()
+
+    @contextmanager
+    def _hooked(self, long: list[bool]) -> Iterator[None]:
         order = sorted(range(len(long)), key=long.__getitem__)  # the short rows first
         back = sorted(range(len(long)), key=order.__getitem__)
         groups = [group for group in (order[: long.count(False)], order[long.count(False) :]) if group]

@@ -29,6 +29,7 @@ class Rule:
     force_t_first_token: bool = False
     force_t_special_tokens: bool = False
     special_ids: Iterable[int] = ()
+    _on: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def step(self, logits_theta: Tensor, logits_t: Tensor, *, first: bool = False, **what: Tensor) -> QStarStep:
         """Draw a token a row, or look up given ones, with all their numbers.
@@ -56,6 +57,12 @@ class Rule:
             return self._special_from_t(logits_theta, logits_t, settings)
         return dispatch.step("auto", logits_theta, logits_t, settings, self.vocab_size, want_log_q=True)[1]
 
+    def _special(self, device: torch.device) -> Tensor:
+        """The special tokens, brought to a device once."""
+        if device not in self._on:
+            self._on[device] = torch.tensor(sorted(self.special_ids), dtype=torch.int64, device=device)
+        return self._on[device]
+
     def _settings(self, first: bool) -> Settings:
         if first and self.force_t_first_token:
             return replace(self.settings, method="fixed", alpha=0.0, alpha_min=0.0, alpha_max=1.0)
@@ -68,7 +75,7 @@ class Rule:
         all, in the proportions that π_t has them in.
         """
         _, log_q = dispatch.step("auto", logits_theta, logits_t, settings, self.vocab_size, want_log_q=True)
-        special = torch.tensor(sorted(self.special_ids), dtype=torch.int64, device=log_q.device)
+        special = self._special(log_q.device)
         temperature = settings.temperature or 1.0
         log_t = (logits_t[:, : self.vocab_size].to(log_q.dtype) / temperature).log_softmax(-1)[:, special]
         others = log_q.index_fill(-1, special, -torch.inf)

@@ -46,13 +46,13 @@ class Sample:
 
     def add(self, status: float, values: Iterable[float]) -> bool:
         """Add the numbers of the next token, or the reason why it has none; whether it has."""
-        if status != Status.OK:
+        if status:  # not OK
             name = Status(int(status)).name.lower().replace("_", " ")
             self.error = f"token {len(self.status)} has no distribution: {name} (status {int(status)})"
             return False
         self.status.append(int(status))
-        for name, value in zip(FIELDS, values, strict=True):
-            self.fields[name].append(value)
+        for of_field, value in zip(self.fields.values(), values, strict=True):
+            of_field.append(value)
         return True
 
     def draw(self, token: float, status: float, values: Iterable[float]) -> bool:
@@ -167,4 +167,5 @@ def finite(value: float) -> float | None:
 
 def numbers_of(step: QStarStep) -> Tensor:
     """Token, status and `FIELDS` of a step over N rows: float64 [N, 2 + F] on its device, where token ids are exact."""
-    return torch.stack([getattr(step, name).double() for name in ("token", "status", *FIELDS)], -1)
+    whole = torch.stack((step.token, step.status)).double()
+    return torch.cat((whole, torch.stack(step.numbers()).double())).T.contiguous()

@@ -6,7 +6,7 @@ pass keeps to it.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -24,10 +24,12 @@ class TimeSteps:
                 bounds = torch.tensor([low, high], dtype=torch.float64).expm1().log()
                 self.layers.append((layer, bounds.tolist()))
 
-    @contextmanager
-    def limited(self) -> Iterator[None]:
+    def limited(self) -> AbstractContextManager[None]:
         """Forward passes inside keep to the limits, whatever they read."""
+        return self._hooked() if self.layers else nullcontext()
 
+    @contextmanager
+    def _hooked(self) -> Iterator[None]:
         def hook_of(layer: torch.nn.Module, low: float, high: float):
             def hook(module: torch.nn.Module, args: tuple, out: Tensor) -> Tensor:
                 bias = layer.dt_bias.to(out.dtype)

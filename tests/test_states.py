@@ -32,7 +32,8 @@ def hybrid():
 
 @torch.inference_mode()
 def side_of(model, rows: list[list[int]]) -> tuple[Side, torch.Tensor]:
-    side, (logits,) = Side(model, 0, ("theta",)).prefill(rows)
+    side = Side(model, 0, ("theta",))
+    (logits,) = side.prefill(rows)
     return side, logits[:, 0]
 
 
@@ -50,12 +51,11 @@ def check_states(side: Side, rows: list[list[int]]) -> None:
 def test_rows_join_and_leave(hybrid, monkeypatch):
     monkeypatch.setattr(qstar.cache, "PREFILL_COLUMNS", 7)  # rows that are nothing but padding in a piece
     side, _ = side_of(hybrid, [ROW[:36], ROW[3:5]])
-    other, _ = side_of(hybrid, [ROW[10:30], ROW[:1], ROW[5:40]])
-    side.join(other)
+    side.prefill([ROW[10:30], ROW[:1], ROW[5:40]])
     side.keep([3, 1, 4])
     check_states(side, [ROW[:1], ROW[3:5], ROW[5:40]])
     side.keep([])
-    side.join(side_of(hybrid, [ROW[:3]])[0])
+    side.prefill([ROW[:3]])
     check_states(side, [ROW[:3]])
 
 
@@ -113,7 +113,8 @@ def test_states_in_a_models_own_hands_are_refused(demo_pair, tokenizer):
 
 def test_plain_models_have_no_states(demo_pair):
     assert kept(demo_pair.theta) == {"columns"}
-    side = Side(demo_pair.theta, 0, ("theta",)).prefill([[5, 6, 7]])[0]
+    side = Side(demo_pair.theta, 0, ("theta",))
+    side.prefill([[5, 6, 7]])
     side.forgets = True
     side.advance(torch.tensor([[5]]))
     assert side.noted == side._states() == []
