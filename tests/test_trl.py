@@ -269,6 +269,7 @@ def test_distillation_on_completions_of_q(tmp_path):
         ({"top_p": -1.0}, "top_p"),
         ({"schedule": {"beta": annealed(0, 1, 2)}}, "schedule has 'beta'"),
         ({"schedule": {"alpha": annealed(0, 1, 2)}}, "no effect but with method='fixed'"),
+        ({"schedule": {"kl_budget": annealed(1, 0, 2)}}, "with method='kl_budget' or 'kl_budget_t'"),
         ({"schedule": {"temperature": annealed(-1.0, 1, 2)}}, "temperature"),
         ({"teacher": "x", "adapter_t": "y"}, "both given"),
     ],
