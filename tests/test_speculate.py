@@ -275,8 +275,8 @@ def models():
 @pytest.mark.parametrize("wide", [0.05, 1.0])
 def test_auto_is_never_slower_and_drafts_where_that_pays(models, rate, draft, wide):
     """On machines whose drafting pass takes `draft` verifying ones, and every further token of a verifying pass `wide`:
-    at most 6% slower than without drafts, with a clock that is off by 10%, and fivefold in a fiftieth of the rounds; where the best number of
-    drafts is twice as quick, auto is at least 1.3 times as quick."""
+    at most 6% slower than without drafts, with a clock that is off by 10%, and fivefold in a fiftieth of the rounds;
+    where the best number of drafts is twice as quick, auto is at least 1.3 times as quick."""
 
     def seconds(rows: int, drafts: int) -> float:
         return (1 + 0.1 * rows) * ((1 + drafts) * draft + 1 + wide * drafts)
