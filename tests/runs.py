@@ -43,9 +43,10 @@ def run_through_kills(run: Callable[[], int], written: list[Path], kills: int) -
             finally:
                 os._exit(code)
         if struck < kills:
-            # wait for nothing (a kill while it starts) or for a few writes, then strike somewhere between two of them
+            # wait for nothing (a kill while it starts) or for a few writes, which come in groups, then strike somewhere
+            # between two of them
             deadline = time.time() + 60
-            for _ in range(rng.choice((0, 1, 1, 2, 3, 6))):
+            for _ in range(rng.choice((0, 1, 1, 2, 2))):
                 seen = size()
                 while size() <= seen and time.time() < deadline:
                     time.sleep(0.0005)

@@ -169,7 +169,7 @@ def test_kill_at_any_moment(kills, tmp_path):
         "--num-samples",
         "40",
         "--samples-per-prompt",
-        "2",
+        str(kills // 4),
         "--save-diagnostics",
         "--batch-size",
         "2",
