@@ -96,7 +96,7 @@ MUTATIONS_OF_ONE_SWEEP = [
     ("left out, order", "n = len(self.moments) - order\n", "n = len(self.moments) - order + 1\n", "8.1 8.2"),
     ("left out, last moment", "* self.most *", "* self.moments[-2] *", "8.1"),
     ("row's moments", "- self.row.mean - np.log1p(rise / low)", "- self.row.mean - 1.01 * np.log1p(rise / low)", "8.2"),
-    ("row's moments, bound", "1.1 * off if", "0.2 * off if", "8.2"),
+    ("row's moments, bound", "return gap, 1.1 * off if", "return gap, 0.2 * off if", "8.2"),
     ("models apart", "- 2 * np.exp(norm", "- 2.2 * np.exp(norm", "8.3"),
     ("difference", "at_one - at_zero))", "1.0001 * (at_one - at_zero)))", "8.1 8.5"),
     ("rounding", "return min(rounding, of_rest)", "return 0.001 * min(rounding, of_rest)", "8.5"),
