@@ -47,8 +47,8 @@ MOST_REGISTERS = {
 }
 
 
-# Instructions of a loop that move registers to memory and back. Those of `settle_kernel` are Newton's, a few turns a row;
-# those of truncation, for logits of two types on sm_100 and sm_120, are a few of the thousand that a group takes.
+# Instructions of a loop that move registers to memory and back. Those of `settle_kernel` are Newton's, a few turns a
+# row; those of truncation, for logits of two types on sm_100 and sm_120, are a few of the thousand that a group takes.
 MOST_SPILLED = {"settle_kernel": 16, "divide_kernel": 8, "masses_kernel": 8}
 
 PADDED = Side(torch.bfloat16, "padded")
