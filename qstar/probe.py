@@ -89,6 +89,8 @@ def _behaviour(model: torch.nn.Module) -> str | None:
         own, which joins them."""
         side = Side(model, 0, ("theta",))
         (of_prompts,) = side.prefill([row[:-NEW] for row in rows])
+        if not side.has_states and not side.cache.get_seq_length():
+            raise ValueError("it leaves the cache empty")
         (of_last,) = side.prefill([rows[-1][:-NEW]])
         new = torch.tensor([row[-NEW:] for row in (*rows, rows[-1])])
         # layers with states go other ways for one token and for several
