@@ -28,7 +28,7 @@ FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}  # shtab'
 SHELLS = ("bash", "zsh", "tcsh")
 PACKAGES = (
     "torch triton transformers tokenizers datasets accelerate numpy pyarrow jinja2 filelock fsspec rich pyyaml shtab "
-    "bitsandbytes vllm ray matplotlib trl"
+    "bitsandbytes vllm ray matplotlib trl peft"
 ).split()
 
 

@@ -109,13 +109,10 @@ class Decoder:
                     finished = self._settle(underway, late, rows, caches)
                 yield from finished
             with torch.inference_mode():
-                drafts = None
                 if rows.samples:
                     drafts = min(length.choose([s.tally for s in rows.samples]), self.room(caches))
                     underway.append(self._round(rows, sides, drafter, drafts, length))
                 finished = self._settle(underway, late if rows.samples else 0, rows, caches)
-                if drafts is not None:
-                    length.took(drafts)
             yield from finished
             waiting.extend(islice(source, batch_size - len(waiting)))
 
@@ -172,6 +169,7 @@ class Decoder:
                     drafter.advance(block[:, -1:])
                     read += 1
                 drafter.forget([max(0, read - n) for n in kept])
+            length.took(drafts)
 
         return Underway(samples, [self._draw(rows, *both, drafted), drafted, *measured], then)
 

@@ -63,11 +63,13 @@ def prepare(argv: list[str] | None) -> "Job":
     with parser.refusing():
         if args.dataset is None:
             raise ValueError("--dataset is missing: the file with the prompts and answers to score")
-        options.settings_of(args)
-        options.check_output(args)
         name = args.dataset[0]
-        is_run = "://" in name or Path(name).is_file() or Path(name, "manifest.json").is_file()
-        if len(args.dataset) > 1 or not is_run:
+        may_be_run = "://" in name or Path(name).is_file() or Path(name, "manifest.json").is_file()
+        may_be_run = may_be_run and len(args.dataset) == 1
+        if may_be_run:  # whose other options are defaults here
+            options.settings_of(args)
+            options.check_output(args)
+        else:
             options.check_run(args, parser.given)
         # these take seconds, as they import torch
         from qstar.data.answers import DatasetAnswers
@@ -77,9 +79,10 @@ def prepare(argv: list[str] | None) -> "Job":
 
         files = None
         with suppress(RecordError):  # it is one of the files that a run wrote, together with its diagnostics
-            files = RunFiles(name) if len(args.dataset) == 1 and is_run else None
+            files = RunFiles(name) if may_be_run else None
         if files is None:
-            options.check_run(args, parser.given)
+            if may_be_run:
+                options.check_run(args, parser.given)
             return make_job(args, lambda: DatasetAnswers(open_prompts(args), args.response_field))
         try:
             next(iter(files))

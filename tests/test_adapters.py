@@ -17,6 +17,7 @@ from qstar import Pair
 from qstar.adapters import Adapted
 from qstar.demo import THETA, T
 from qstar.generate import main as generate
+from qstar.run.records import RunFiles
 from qstar.score import main as score
 
 PROMPTS = ["What is 2 + 3?", "Hello.", "Tom has 3 pens and finds 4 more. How many pens does Tom have?"]
@@ -266,6 +267,10 @@ def test_the_command(folders, tmp_path, capsys):
     assert score(["--dataset", str(tmp_path / "x.jsonl"), "--output", str(tmp_path / "s.jsonl")]) == 0
     for x, y in zip(*(lines(tmp_path / f"{n}.diagnostics.jsonl") for n in "xs"), strict=True):
         assert x["tokens"]["logq"] == pytest.approx(y["tokens"]["logq"], abs=1e-4)
+    assert RunFiles(tmp_path / "s.jsonl").drawn
+    other = ["--adapter-theta", folders["b"], "--output", str(tmp_path / "o.jsonl")]
+    assert score(["--dataset", str(tmp_path / "x.jsonl"), *other]) == 0
+    assert not RunFiles(tmp_path / "o.jsonl").drawn  # with another adapter it is another q*
     # the adapter's folder as the model is the same run, and is done
     same = ["--model-theta", str(adapter), "--model-t", str(THETA), *draw, str(tmp_path / "x.jsonl")]
     capsys.readouterr()

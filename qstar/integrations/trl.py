@@ -247,7 +247,5 @@ class QStarDistillation:
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
         if images is not None:
-            raise ValueError(
-                "the prompts have images; both models would have to see them, and q* is drawn from text alone"
-            )
+            raise ValueError(IMAGES)
         return [sample.token_ids for sample in self.rollout.draw(self, prompt_ids)]

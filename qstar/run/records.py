@@ -29,6 +29,7 @@ from qstar.data.files import DataError, joined
 from qstar.data.prompts import Prompt
 from qstar.rule import FORCED
 from qstar.run.formats import NULL, OF_DRAFTS, Key, key_of, sample_of
+from qstar.run.options import option
 from qstar.run.output import ANSWERS, OutputError, key_of_line, keys_of_table
 from qstar.run.parts import Parts
 from qstar_kernels.types import FIELDS, SETTINGS
@@ -36,8 +37,8 @@ from qstar_kernels.types import FIELDS, SETTINGS
 SUFFIXES = (".diagnostics.jsonl", ".diagnostics.parquet", ".journal.jsonl", ".jsonl", ".parquet")
 BATCH = 256  # rows of a Parquet file that are in memory at once
 OWN, OTHERS = "q*'s", "others'"  # whose answers: those that this very q* drew, and those that it did not
-OF_Q = [f"--{'alpha-method' if name == 'method' else name.replace('_', '-')}" for name in SETTINGS]
-OF_Q += ["weights of theta", "weights of t", *(f"--{name.replace('_', '-')}" for name in FORCED)]
+OF_Q = [option(name) for name in (*SETTINGS, *FORCED)]
+OF_Q += [f"weights of {part}" for part in ("theta", "t", "adapter_theta", "adapter_t")]
 Numbers = tuple[dict[str, Any], dict[str, np.ndarray]]  # of a sample: its line of diagnostics, its arrays
 FOREIGN = (ValueError, KeyError, TypeError, AttributeError, pa.ArrowException)
 

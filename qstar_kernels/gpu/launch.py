@@ -8,7 +8,7 @@ data, so that a step can be captured in a CUDA graph:
    that leaves out, which says whether they are accepted.
 3. Both again about the α found, for rows that were not accepted; all others pass.
 4. `finish_kernel`, a program a row: solves in float64 what is still not accepted, draws, and reads the winning group
-   again. With truncation `truncate_kernel` comes between the two.
+   again. With truncation it comes twice, and `truncation` between the two.
 
 A row is always cut into the same groups whatever the batch is, and they are merged in one fixed order: this is what
 makes a row's bits independent of its neighbours.
