@@ -438,6 +438,21 @@ def test_budgets(method, which, vocab_size, impl):
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("method", ["kl_budget", "kl_budget_t"])
+def test_a_ball_without_a_point_is_met_at_its_nearest_end(method, impl):
+    """Most of what the model it is around has is where the other has none; masks that are numbers beside it (found by
+    the fuzzer)."""
+    around = [-9.030389, -0.75014865, -1e4, -0.66097337, 1.4602556, 7.6072307, -14.105294, 8.085854]
+    around += [5.995907, -1e4, -1e4, -1e4, 3.5989227, 12.425163, -1e4, 11.795532]
+    other = [-INF, -2.986007, -INF, -INF, -INF, -10.204375, -4.9857965, -6.931533]
+    other += [-10.365017, -INF, -INF, 16.141808, 9.085938, -9.815051, -INF, -INF]
+    sides = (around, other) if method == "kl_budget" else (other, around)
+    step = qstar_stats(*(torch.tensor([x]) for x in sides), method=method, kl_budget=0.01, impl=impl)
+    assert step.status.tolist() == [Status.OK]
+    assert step.alpha.tolist() == [1.0 if method == "kl_budget" else 0.0]
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
 @pytest.mark.parametrize("alpha", [-2.0, -0.5, 1.5, 3.0, 20.0])
 def test_extrapolation(alpha, impl):
     """Hard rows against the formula of classifier-free guidance; what a model forbids has no part in it."""

@@ -356,8 +356,9 @@ static double solve(const Job *job, Row *row, const Passes *pass, const Outline 
             center_on_secant(row, outline->norm);
             alpha = budgeted(job) ? guess_in_ball(outline, job->method, job->kl_budget) : guess_alpha(outline);
         }
-        if ((far || !even) && !budgeted(job)) {
-            /* different supports may leave the rule without a root: then the end with the smaller max{KL, KL} */
+        if (far || !even) {
+            /* different supports may leave the rule without a root: then the end with the smaller max{KL, KL}, or the
+             * one that is nearest to the ball */
             double value[2], worst[2], gap[2], derivative;
             for (int end = 0; end < 2; end++) {
                 pass->sweep(row, end, point, groups);
@@ -367,7 +368,10 @@ static double solve(const Job *job, Row *row, const Passes *pass, const Outline 
                 gap[end] = point->gap;
             }
             if (held) alpha = gap[1] - gap[0] > ROUNDING ? gap[1] / (gap[1] - gap[0]) : 0.5;
-            if (!even && (value[0] > 0 || value[1] < 0)) {
+            if (budgeted(job)) {
+                held = value[0] >= 0 || value[1] <= 0;
+                if (held) alpha = value[0] >= 0 ? 0 : 1;
+            } else if (!even && (value[0] > 0 || value[1] < 0)) {
                 alpha = worst[0] <= worst[1] ? 0 : 1;
                 held = 1;
             }
