@@ -17,7 +17,7 @@ from qstar.sample import DecodeOptions, Ending, Request, Sample
 from qstar.speculate import Tally
 from qstar.vllm import ARCHITECTURE, DUAL_PROMPTS, WORKER, register
 from qstar.vllm.params import PREFIX, numbers_key, of_any_rank, rule_fields
-from qstar.vllm.weights import FIRST_VERSION, TORN, check_update, next_version
+from qstar.vllm.weights import TORN, Versions, check_update
 
 CPU_CACHE_BYTES = 2 << 30  # for both KV caches: on a CPU vLLM's own default is nearly all of the memory
 
@@ -79,7 +79,7 @@ class EnginePair(Pair):
         self.names = {"theta": str(theta), "t": str(t)}
         self.engine_options = engine_options(self, dtype) | {"max_num_seqs": max_num_seqs}
         self.engine_options |= {"trust_remote_code": trust_remote_code} | (options or {})
-        self.engine, self.updates, self.weights_version = None, 0, None
+        self.engine, self.versions = None, Versions()
 
     def start(self) -> None:
         """Start the engine, which loads the weights; `decoder` does it where it has not been done.
@@ -97,7 +97,7 @@ class EnginePair(Pair):
         try:
             arguments = EngineArgs(**own | self.engine_options)
             check_engine(arguments)
-            self.engine, self.weights_version = LLMEngine.from_engine_args(arguments), FIRST_VERSION
+            self.engine, self.versions = LLMEngine.from_engine_args(arguments), Versions()
         except Exception as error:  # vLLM raises all kinds, from its processes bare ones
             raise ValueError(f"vLLM does not start: {error}") from error
 
@@ -120,7 +120,7 @@ class EnginePair(Pair):
             version: a name for the new weights; None counts on.
 
         Returns:
-            the name, from now on `weights_version`.
+            the name.
 
         Raises:
             ValueError: a folder is not of the model, samples are being drawn, or the engine is not running; nothing has
@@ -133,20 +133,16 @@ class EnginePair(Pair):
             raise ValueError("samples are being drawn; new weights come between two runs")
         folders = {side: str(x) for side, x in (("theta", theta), ("t", t)) if x is not None}
         check_update(self, folders)
-        version = next_version(self.weights_version, version, self.updates + 1)
-        self.weights_version, self.updates = None, self.updates + 1
-        try:
+        version = self.versions.next(version)
+        with self.versions.loading(version):
             self.engine.collective_rpc("load_pair", args=(folders, version))
-        except Exception as error:  # vLLM's workers raise all kinds
-            raise RuntimeError(f"{TORN}: {' '.join(str(error).split())}") from error
-        self.engine.reset_prefix_cache()
-        self.weights_version = version
+            self.engine.reset_prefix_cache()
         return version
 
     def decoder(self, options: DecodeOptions) -> "EngineDecoder":
         if self.engine is None:
             self.start()
-        if self.weights_version is None:
+        if self.versions.now is None:
             raise ValueError(TORN)
         return EngineDecoder(self, options)
 

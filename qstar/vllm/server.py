@@ -40,7 +40,7 @@ from qstar.vllm.params import (
     of_any_rank,
     rule,
 )
-from qstar.vllm.weights import FIRST_VERSION, TORN, check_update, next_version
+from qstar.vllm.weights import Versions, check_update
 from qstar_kernels.types import FIELDS
 
 HANDLERS = {  # by their place in the state of vLLM's application
@@ -246,10 +246,10 @@ class Updates:
 
     def __init__(self, engine: Any, pair: EnginePair):
         self.engine, self.pair = engine, pair
-        self.version, self.count, self.one_at_a_time = FIRST_VERSION, 0, asyncio.Lock()
+        self.versions, self.one_at_a_time = Versions(), asyncio.Lock()
 
     async def get(self) -> dict[str, Any]:
-        return {"version": self.version}
+        return {"version": self.versions.now}
 
     async def post(self, raw_request: HTTPRequest) -> dict[str, Any]:
         """The body is an object with `theta`, `t` or both, and maybe `version`; the answer is that of `get`."""
@@ -259,14 +259,10 @@ class Updates:
         async with self.one_at_a_time:
             folders = {key: value for key, value in body.items() if key != "version"}
             await asyncio.to_thread(check_update, self.pair, folders)
-            version = next_version(self.version, body.get("version"), self.count + 1)
+            version = self.versions.next(body.get("version"))
             await self.engine.pause_generation(mode="wait", clear_cache=True)
-            self.version, self.count = None, self.count + 1
-            try:
+            with self.versions.loading(version):
                 await self.engine.collective_rpc("load_pair", args=(folders, version))
-            except Exception as error:
-                raise RuntimeError(f"{TORN}: {' '.join(str(error).split())}") from error
             await self.engine.update_weight_version(version)
-            self.version = version
             await self.engine.resume_generation()
         return {"version": version}

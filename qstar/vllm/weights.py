@@ -4,7 +4,8 @@ An update is a folder as `save_pretrained` writes it, for π_θ, π_t or both. I
 the engine was started with, so that what can be wrong with a folder is found while the old weights are still whole.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +59,41 @@ def check_update(pair: Any, folders: Mapping[str, str]) -> None:
             raise ValueError(f"{folder} is not for {side}: {len(differing)} tensors differ (engine / folder): {shown}")
 
 
-def next_version(current: str | None, wanted: str | None, updates: int) -> str:
-    """The name of new weights, the `updates`-th: the one that is wanted, or the next number.
+class Versions:
+    """The names of an engine's weights, one after the other.
 
-    Raises:
-        ValueError: it is no name, or that of the weights that are to be replaced.
+    Attributes:
+        now: of those that are loaded; None where the last update did not succeed.
+        updates: how many were begun.
     """
-    version = str(updates) if wanted is None else wanted
-    if not isinstance(version, str) or not version or len(version) > 256:
-        raise ValueError(f"version is {wanted!r:.40}; it must be a text of 1 to 256 characters")
-    if version == current:
-        raise ValueError(f"version {version!r} is the one that is loaded; give the new weights a name of their own")
-    return version
+
+    def __init__(self):
+        self.now: str | None = FIRST_VERSION
+        self.updates = 0
+
+    def next(self, wanted: str | None) -> str:
+        """The name of new weights: the one that is wanted, or the next number.
+
+        Raises:
+            ValueError: it is no name, or that of the weights that are to be replaced.
+        """
+        version = str(self.updates + 1) if wanted is None else wanted
+        if not isinstance(version, str) or not version or len(version) > 256:
+            raise ValueError(f"version is {wanted!r:.40}; it must be a text of 1 to 256 characters")
+        if version == self.now:
+            raise ValueError(f"version {version!r} is the one that is loaded; give the new weights a name of their own")
+        return version
+
+    @contextmanager
+    def loading(self, version: str) -> Iterator[None]:
+        """Inside, weights of that name are loaded.
+
+        Raises:
+            RuntimeError: that failed; then nothing is to be drawn.
+        """
+        self.now, self.updates = None, self.updates + 1
+        try:
+            yield
+        except Exception as error:  # vLLM's workers raise all kinds
+            raise RuntimeError(f"{TORN}: {' '.join(str(error).split())}") from error
+        self.now = version
