@@ -42,7 +42,7 @@ def qstar_sample(
             alpha: of `fixed`, from −100 to 100. Outside [0, 1] it extrapolates, and there, too, a token that either
                 model forbids has no probability (theory/proof.md, part 9).
             alpha_min, alpha_max: α is clamped to this range after the solve; 0 and 1 do not bind a given α.
-            kl_budget: of the two budget rules, in nats; 0 is α = 1 (of `kl_budget_t`, 0).
+            kl_budget: of the two budget rules, in nats; up to 1e-15 is α = 1 (of `kl_budget_t`, 0).
             temperature: divides both rows before they are mixed, 1e-6 to 1e6; 0 takes the most probable token that is
                 left of q* at temperature 1.
             target_top_k, target_top_p: restrict q* to the tokens that π_t's top-k and top-p keep, after the α solve.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qstar_kernels.noise import GROUP_SIZE, GROUP_STREAM, TOKEN_STREAM, gumbel
-from qstar_kernels.types import BUDGETS, LARGEST_LOGIT, PER_ROW, QStarStep, Settings, Status, mask_of
+from qstar_kernels.types import BUDGETS, LARGEST_LOGIT, LEAST_BUDGET, PER_ROW, QStarStep, Settings, Status, mask_of
 
 TINY_ENTROPY = 1e-300  # entropies below this have lost digits, or themselves, to underflow: then α is ½
 
@@ -115,10 +115,10 @@ def row_settings(settings: Settings, per_row: Mapping[str, Tensor], like: Tensor
         alpha = torch.where((low > 0) & (alpha < low), low, alpha)
         alpha = torch.where((high < 1) & (alpha > high), high, alpha)
         low = high = alpha
-    elif settings.method == "kl_budget":  # a budget of 0 is the end itself, whatever rounding says
-        low = torch.where(budget == 0, high, low)
+    elif settings.method == "kl_budget":  # a budget that rounding would hide is the end itself
+        low = torch.where(budget <= LEAST_BUDGET, high, low)
     elif settings.method == "kl_budget_t":
-        high = torch.where(budget == 0, low, high)
+        high = torch.where(budget <= LEAST_BUDGET, low, high)
     return RowSettings(alpha, low, high, budget, good)
 
 

@@ -59,6 +59,7 @@ ABOVE_0, MOST = 5e-324, 2**63 - 1  # the least number above 0, and a count that 
 SHARE = Range(ABOVE_0, 1.0, "in (0, 1] (1 keeps all tokens)")
 COUNT = Range(0, MOST, "an integer, at least 0 (0 keeps all tokens)")
 TEMPERATURE = Range(0.0, MAX_TEMPERATURE, f"0 (greedy), or in [{MIN_TEMPERATURE:g}, {MAX_TEMPERATURE:g}]")
+LEAST_BUDGET = 1e-15  # nats; what is less rounding hides, and means the end itself
 MOST_ALPHA, MOST_BUDGET = 100.0, 1e6  # a budget no pair of models exceeds, and guidance beyond all use
 RULE, SAMPLING = "rule for α (the weight of π_θ)", "sampling"
 
@@ -156,7 +157,7 @@ class Settings:
 
     @property
     def known_alpha(self) -> float | None:
-        """α where it is not solved for: under `fixed`, of a budget of 0, and of a budget between equal clamps.
+        """α where it is not solved for: under `fixed`, of a budget that rounding would hide, and between equal clamps.
 
         A clamp at 0 or at 1 does not bind a given α.
         """
@@ -164,7 +165,7 @@ class Settings:
         if self.method == "fixed":
             alpha = low if 0 < low > self.alpha else self.alpha
             return high if 1 > high < alpha else alpha
-        if self.method in BUDGETS and (low == high or self.kl_budget == 0):
+        if self.method in BUDGETS and (low == high or self.kl_budget <= LEAST_BUDGET):
             return high if self.method == "kl_budget" else low
         return None
 

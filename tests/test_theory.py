@@ -70,7 +70,7 @@ MUTATIONS = [
     ("budget, whose", "slope)[not inner]", "slope)[inner]", "6.7 6.8"),
     ("budget, inside", "torch.where(inside, zero,", "torch.where(inside, zero + 0.01,", "6.5 6.7 6.8"),
     ("budget, out of reach", "torch.where(beyond, one,", "torch.where(beyond, 0.99 * one,", "6.5 6.7 6.8"),
-    ("budget of 0", "budget == 0, high, low", "budget == 0, 0.99 * high, low", "6.8"),
+    ("budget of 0", "budget <= LEAST_BUDGET, high, low", "budget <= LEAST_BUDGET, 0.99 * high, low", "6.8"),
     ("x, outside", "self.common, self.b + alpha", "self.common, self.b + 1.01 * alpha", "9.1 9.2"),
     ("better end", "kl_at_zero <= kl_at_one, zero, one", "kl_at_zero <= kl_at_one, one, zero", "6.6"),
     ("ESS outside of theta", "~pair.theta_inside, 0.0", "~pair.theta_inside, 0.01", "6.6"),

@@ -21,6 +21,7 @@ enum { NOTHING, DRAW, LOOK_UP };
 static const double ABSENT = -1e300; /* stands for −inf where ∞ − ∞ and 0 · ∞ must not arise */
 static const double RANGE = 340;     /* nats below its maximum from where exponentials of 2a − x may overflow */
 static const double ROUNDING = 1e-14;
+static const double LEAST_BUDGET = 1e-15; /* of types.py */
 static const double TINY_ENTROPY = 1e-300; /* of reference.py */
 enum { MOST_SWEEPS = 200 };
 
@@ -163,7 +164,7 @@ static int settings_of_row(const Job *job, int64_t i, Job *mine) {
     if (mine->method == FIXED) { /* a clamp at 0 or 1 does not bind */
         if (low > 0 && mine->alpha < low) mine->alpha = low;
         if (high < 1 && mine->alpha > high) mine->alpha = high;
-    } else if (budgeted(mine) && (low == high || mine->kl_budget == 0)) {
+    } else if (budgeted(mine) && (low == high || mine->kl_budget <= LEAST_BUDGET)) {
         mine->alpha = mine->method == KL_BUDGET ? high : low;
         mine->method = FIXED;
     }

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from qstar_kernels import types
 from qstar_kernels.noise import GROUP_SIZE, GROUP_STREAM, TOKEN_STREAM
 from qstar_kernels.reference import TINY_ENTROPY as TINY_ENTROPY_OF_FLOAT64
 from qstar_kernels.types import LARGEST_LOGIT, PER_ROW, Status, mask_of
@@ -91,7 +92,7 @@ ROW_COLUMNS = tl.constexpr(17)
 
 OWN_COLUMNS = tl.constexpr(len(PER_ROW))  # as they were given for a row: α, its clamps, the budget
 LEAST_ALPHA, GREATEST_ALPHA = (tl.constexpr(x) for x in PER_ROW["alpha"][:2])
-MOST_BUDGET = tl.constexpr(PER_ROW["kl_budget"].most)
+LEAST_BUDGET, MOST_BUDGET = tl.constexpr(types.LEAST_BUDGET), tl.constexpr(PER_ROW["kl_budget"].most)
 
 STATUS_NAN = tl.constexpr(int(Status.NAN))
 STATUS_POSITIVE_INFINITY = tl.constexpr(int(Status.POSITIVE_INFINITY))
@@ -155,10 +156,10 @@ def own_settings(own, METHOD: tl.constexpr):
         alpha = tl.where((high < 1) & (alpha > high), high, alpha)
         low, high = alpha, alpha
     elif METHOD == "kl_budget":
-        low = tl.where(budget == 0, high, low)
+        low = tl.where(budget <= LEAST_BUDGET, high, low)
         alpha = tl.where(low == high, low, 0.5)
     elif METHOD == "kl_budget_t":
-        high = tl.where(budget == 0, low, high)
+        high = tl.where(budget <= LEAST_BUDGET, low, high)
         alpha = tl.where(low == high, low, 0.5)
     return halved(alpha), halved(low), halved(high), halved(budget), good
 
