@@ -11,7 +11,7 @@ from qstar_kernels.gpu.scratch import (
     exact_logits,
     exact_mix,
     logits_of,
-    most_of_groups,
+    most_of,
     relative_logit,
     value_of,
 )
@@ -111,7 +111,7 @@ def greedy_token(row, partial, groups, GROUPS: tl.constexpr):
     """
     doubt, slope = tl.load(row.known + scratch.DOUBT), tl.load(row.known + scratch.SLOPE)
     norm, o_group = tl.load(row.known + scratch.LOG_NORM), tl.arange(0, GROUPS)
-    most, _most_t, most_d = most_of_groups(row, partial, groups, GROUPS)  # [GROUPS] each
+    most, _most_t, most_d = most_of(row, partial, o_group, groups)  # [GROUPS] each
     most += doubt * tl.abs(most_d - slope) - norm  # [GROUPS]
     token, best, kind = tl.full([], -1, tl.int32), norm * 0 - INF, norm * 0
     lead, rival = best, best  # the least that the best may be, the most that any other may be

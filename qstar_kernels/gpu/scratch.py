@@ -260,13 +260,12 @@ def relative_logit(row, b):
 
 
 @triton.jit
-def most_of_groups(row, partial, groups, GROUPS: tl.constexpr):
-    """A bound [GROUPS] of log q's mass, not normalised, of a group's tokens; its greatest logits, as loaded; and those
-    as `exact_logits`.
+def most_of(row, partial, o, groups):
+    """Of the groups o: a bound of log q's mass, not normalised, of a token; the greatest logit of π_t; the d of both
+    greatest.
 
-    It is that of the two maxima mixed, and at α outside [0, 1] what |d| of the group adds.
+    The bound is the two maxima mixed, and at α outside [0, 1] what |d| of the group adds.
     """
-    o = tl.arange(0, GROUPS)
     at = partial + o * GROUP_COLUMNS
     most_theta = tl.load(at + MAX_THETA, mask=o < groups, other=-INF)
     most_t = tl.load(at + MAX_T, mask=o < groups, other=-INF)

@@ -5,8 +5,9 @@ v are kept, ties of the last one included. float32 orders like its bits read as 
 so v is found in a bracket of such integers that is cut into 16 parts again and again: octaves first, where the values
 of a row lie; equal parts then. A program weighs some groups of ids below each cut; the next launch adds the groups'
 numbers in one order, and goes on in the part in which the target is crossed. Groups without a token there are not read
-again. That is exact whatever k, p and the row are, ties and values of all sizes included. Values are relative to the
-greatest that is left, subtracted in float64, whatever mass q has there.
+again, and those whose greatest logits say that nothing of them is left, not at all. That is exact whatever k, p and
+the row are, ties and values of all sizes included. Values are relative to the greatest that is left, subtracted in
+float64, whatever mass q has there.
 """
 
 import triton
@@ -20,7 +21,7 @@ from qstar_kernels.gpu.scratch import (
     exact_logits,
     exact_mix,
     logits_of,
-    most_of_groups,
+    most_of,
     relative_logit,
     row_of,
     value_of,
@@ -73,6 +74,18 @@ def left_of(row, a, b, floor_t):
 
 
 @triton.jit
+def reaches(row, partial, group, groups, floor, WHICH: tl.constexpr):
+    """Whether a token of the group may be among those that are left, by the greatest logits of both models."""
+    most, most_t, _d = most_of(row, partial, group, groups)
+    relative = relative_logit(row, most_t)
+    if WHICH == OF_T:
+        return relative >= floor
+    else:
+        left = (most > -INF) & (relative >= tl.load(row.known + scratch.FLOOR_T).to(tl.float32))
+        return left & (value_of(most, tl.load(row.known + scratch.TOP_X)) >= floor)
+
+
+@triton.jit
 def ordered(value):
     """float32 to integers of the same order, and back: int32."""
     bits = value.to(tl.int32, bitcast=True)
@@ -118,11 +131,12 @@ def narrowed(bracket, sums, groups, first, amount, COUNT: tl.constexpr):
     return low, high, below, target, part
 
 
-@triton.jit(do_not_specialize=["rows", "groups", "times", "i_pass"])
+@triton.jit(do_not_specialize=["rows", "groups", "s_partial", "times", "i_pass"])
 def divide_kernel(
     theta,
     t,
     known,
+    partial,
     brackets,
     sums,
     rows,
@@ -132,6 +146,7 @@ def divide_kernel(
     i_pass,
     s_theta,
     s_t,
+    s_partial,
     inv_temperature: tl.float64,
     amount: tl.float64,
     WHICH: tl.constexpr,
@@ -168,18 +183,20 @@ def divide_kernel(
                 tl.store(bracket + TARGET, target)
             if high - low > 1:
                 for group in range(i_block * times, tl.minimum(i_block * times + times, groups)):
-                    add_up(row, group, floor, sums_before, sums, low, high, part, i_pass == 0, WHICH, COUNT)
+                    if i_pass == 0:
+                        wanted = reaches(row, partial + i_row * s_partial, group, groups, floor, WHICH)
+                    else:
+                        here = sums_before + group * PARTS + part
+                        wanted = tl.load(here) > tl.load(here - 1, mask=part > 0, other=0.0)
+                    add_up(row, group, floor, sums + group * PARTS, low, high, wanted, i_pass == 0, WHICH, COUNT)
 
 
 @triton.jit
-def add_up(row, group, floor, sums_before, sums, low, high, part, first, WHICH: tl.constexpr, COUNT: tl.constexpr):
-    """Store what a group's tokens from `low` on weigh below each cut, and in the last column below `high`."""
-    wanted = first
-    if first == 0:
-        here = sums_before + group * PARTS + part
-        begins = tl.load(here - 1, mask=part > 0, other=0.0)
-        wanted = tl.load(here) > begins
-    sums += group * PARTS
+def add_up(row, group, floor, sums, low, high, wanted, first, WHICH: tl.constexpr, COUNT: tl.constexpr):
+    """Store what a group's tokens from `low` on weigh below each cut, and in the last column below `high`.
+
+    There are none where it is not `wanted`.
+    """
     if wanted:
         top_x, floor_t = tl.load(row.known + scratch.TOP_X), tl.load(row.known + scratch.FLOOR_T).to(tl.float32)
         value, mass, takes_part = values_of(row, group, top_x, floor_t, WHICH)  # [GROUP] each
@@ -222,7 +239,7 @@ def top_kernel(
     if tl.load(row.known + scratch.STATUS) == 0:
         floor_t = tl.load(row.known + scratch.FLOOR_T).to(tl.float32)
         o_group = tl.arange(0, GROUPS)  # [GROUPS]
-        most, most_t, _d = most_of_groups(row, partial + i_row * s_partial, groups, GROUPS)  # [GROUPS] each
+        most, most_t, _d = most_of(row, partial + i_row * s_partial, o_group, groups)  # [GROUPS] each
         most = tl.where(relative_logit(row, most_t) >= floor_t, most, -INF)
         greatest = tl.full([], -INF, tl.float64)
         while tl.max(most) > greatest:
@@ -237,17 +254,19 @@ def top_kernel(
             tl.store(row.known + scratch.TOP_X, greatest)
 
 
-@triton.jit(do_not_specialize=["groups", "times"])
+@triton.jit(do_not_specialize=["groups", "s_partial", "times"])
 def masses_kernel(
     theta,
     t,
     known,
+    partial,
     masses,
     vocab_size,
     groups,
     times,
     s_theta,
     s_t,
+    s_partial,
     inv_temperature: tl.float64,
     log_min_p,
     HAS_MIN_P: tl.constexpr,
@@ -265,7 +284,9 @@ def masses_kernel(
             if i_block == 0:
                 tl.store(row.known + scratch.FLOOR_X, floor_x.to(tl.float64))
         for group in range(i_block * times, tl.minimum(i_block * times + times, groups)):
-            value, mass, part = values_of(row, group, top_x, floor_t, OF_Q)  # [GROUP] each
-            kept = tl.sum(tl.where(part & (value >= floor_x), mass, 0.0))
+            kept = tl.full([], 0.0, tl.float32)
+            if reaches(row, partial + i_row * s_partial, group, groups, floor_x, OF_Q):
+                value, mass, part = values_of(row, group, top_x, floor_t, OF_Q)  # [GROUP] each
+                kept = tl.sum(tl.where(part & (value >= floor_x), mass, 0.0))
             log_mass = tl.where(kept > 0, tl.log(tl.where(kept > 0, kept, 1.0).to(tl.float64)), -INF)
             tl.store(masses + group, log_mass)
