@@ -316,31 +316,35 @@ static void NAME(ends)(const Row *row, Ends *ends) {
     }
 }
 
+/* The greatest x, 2a − x and 2b − x over the common support. */
+static void NAME(maxima)(const Row *row, double alpha, double *top) {
+    Tile tile;
+    vd high[3];
+    for (int k = 0; k < 3; k++) high[k] = (vd){0} - INFINITY;
+    for (int64_t start = 0; start < row->vocab_size; start += TILE) {
+        NAME(tile)(row, start, alpha, &tile);
+        for (int i = 0; i < TILE; i += WIDTH) {
+            vd x = AT(vd, tile.x, i), v[3] = {x, 2 * AT(vd, tile.a, i) - x, 2 * AT(vd, tile.b, i) - x};
+            for (int k = 0; k < 3; k++) {
+                vl higher = (v[k] > high[k]) & (x > ABSENT);
+                high[k] = (vd)(((vl)v[k] & higher) | ((vl)high[k] & ~higher));
+            }
+        }
+    }
+    for (int k = 0; k < 3; k++) {
+        top[k] = high[k][0];
+        for (int i = 1; i < WIDTH; i++)
+            if (high[k][i] > top[k]) top[k] = high[k][i];
+    }
+}
+
 /* Second sweep, exact: the curve at α, 2 − α and −α, and of every group log Σ w, mean and variance of d. Moments are of
  * d − center: with the center near the root's slope neither the residual nor the variance there cancels. */
 static void NAME(sweep)(const Row *row, double alpha, Point *point, double *groups) {
     Tile tile;
     const double center = row->center;
     double top[3] = {0, 0, 0}; /* of x, 2a − x and 2b − x; where no exponential overflows they are not needed */
-    if (row->far) {
-        vd high[3];
-        for (int k = 0; k < 3; k++) high[k] = (vd){0} - INFINITY;
-        for (int64_t start = 0; start < row->vocab_size; start += TILE) {
-            NAME(tile)(row, start, alpha, &tile);
-            for (int i = 0; i < TILE; i += WIDTH) {
-                vd x = AT(vd, tile.x, i), v[3] = {x, 2 * AT(vd, tile.a, i) - x, 2 * AT(vd, tile.b, i) - x};
-                for (int k = 0; k < 3; k++) {
-                    vl higher = (v[k] > high[k]) & (x > ABSENT);
-                    high[k] = (vd)(((vl)v[k] & higher) | ((vl)high[k] & ~higher));
-                }
-            }
-        }
-        for (int k = 0; k < 3; k++) {
-            top[k] = high[k][0];
-            for (int i = 1; i < WIDTH; i++)
-                if (high[k][i] > top[k]) top[k] = high[k][i];
-        }
-    }
+    if (row->far) NAME(maxima)(row, alpha, top);
     double sums[10] = {0};
     _Alignas(8 * WIDTH) double w[TILE], ea[TILE], eb[TILE], hi[TILE], lo[TILE];
     for (int64_t group = 0; group < row->groups; group++) {
