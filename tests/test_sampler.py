@@ -64,7 +64,15 @@ def test_other_instruction_sets(sets, tmp_path, monkeypatch):
     """What runs where there is no AVX-512, and no AVX2: the same passes in other vectors."""
     compiler = sysconfig.get_config_var("CC").split()[0]
     source, built = Path(cpu.__file__).with_name("rows.c"), tmp_path / f"{sets}.so"
-    flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", f"-DINSTRUCTION_SETS={sets}", "-Wall", "-Wextra", "-Werror"]
+    flags = [
+        "-O3",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        f"-DINSTRUCTION_SETS={sets}",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+    ]
     subprocess.run([compiler, *flags, "-shared", "-fPIC", source, "-o", built, "-lm"], check=True)
     monkeypatch.setattr(cpu, "library", lambda: ctypes.CDLL(built))
     pairs = table(4097, seed=5)
