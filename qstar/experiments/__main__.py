@@ -11,14 +11,14 @@ from qstar.demo import THETA, T
 from qstar.run.command import Parser, guarded
 from qstar.run.options import COUNT, check_folder
 
-EXPERIMENTS = ("main", "ablation", "scaling", "speculation", "long_run")
+EXPERIMENTS = ("main", "ablation", "scaling", "speculation", "long_run", "distillation", "grpo")
 
 
 def make_parser() -> Parser:
     parser = Parser(
         "experiments",
         description="Train a policy on data from q* and from its rivals, on a CPU, and measure what comes of it. "
-        "Without arguments: all five experiments on the demo pair. What was found is in "
+        "Without arguments: all experiments on the demo pair. What was found is in "
         f"{Path(__file__).with_name('README.md')}",
     )
     parser.add_argument(
