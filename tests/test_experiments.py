@@ -265,7 +265,7 @@ def test_text_and_tables_are_those_of_the_results():
             report.table(table, results.load(folder / f"{name}.json")) in written for table in report.tables_of(name)
         )
     filled = re.findall(r"<!-- table (.*?) -->", text)
-    assert sorted(filled) == sorted(report.TABLES | report.LISTS)
+    assert sorted(filled) == sorted(report.ALL)
 
 
 def test_every_number_of_the_text_is_in_the_results():

@@ -49,7 +49,7 @@ def run(argv: list[str] | None) -> int:
             parser.error(f"no experiment {name!r}; there are {', '.join(EXPERIMENTS)}")
     if (args.model_theta is None) != (args.model_t is None):
         parser.error("--model-theta and --model-t go together")
-    for package in ("trl", "matplotlib"):
+    for package in ("trl", "matplotlib", "scipy"):
         if importlib.util.find_spec(package) is None:
             parser.error(f"the experiments need {package}: pip install 'qstar[experiments]'")
     theta, t = args.model_theta or str(THETA), args.model_t or str(T)

@@ -98,6 +98,9 @@ class Studies:
     def cells(self, experiment: str) -> Cells:
         return getattr(self, experiment)()
 
+    def untrained(self) -> Cells:
+        return {"untrained": lambda seed: self.measure.all(self.pair.theta)}
+
     def main(self) -> Cells:
         """Every rule with one budget, with importance weights and without."""
 
@@ -118,7 +121,7 @@ class Studies:
             numbers = self.outcome(dpo(self.pair.tokenizer_theta, pairs, seed))
             return {"pairs": len(pairs)} | numbers
 
-        cells: Cells = {"untrained": lambda seed: self.measure.all(self.pair.theta)}
+        cells = self.untrained()
         for rule in RULES:
             cells[f"{rule}, none"] = partial(of_rule, rule, "none")
             if rule not in ("off-policy", "greedy"):  # weights of 1, and none
@@ -312,7 +315,7 @@ class Studies:
             rollout, sizes = Counted(**rule), self.sizes
             return distil(self.pair, self.measure, rollout, seed, sizes.live_steps, sizes.curve_points, **options)
 
-        cells: Cells = {name: partial(cell, rule) for name, rule in rules.items()}
+        cells: Cells = self.untrained() | {name: partial(cell, rule) for name, rule in rules.items()}
         return cells | {f"π_θ, rate {x:g}": partial(cell, rules["π_θ"], learning_rate=x) for x in rates}
 
     def grpo(self) -> Cells:
@@ -332,7 +335,7 @@ class Studies:
             steps, points = self.sizes.grpo_steps, self.sizes.curve_points
             return reinforce(self.pair, self.measure, rollout, with_ratio, seed, steps, points)
 
-        return {name: partial(cell, *how) for name, how in rules.items()}
+        return self.untrained() | {name: partial(cell, *how) for name, how in rules.items()}
 
 
 def tokens_needed(curve: list[list[float]], goal: float) -> float | None:
