@@ -157,8 +157,6 @@ def is_root(point, size, rule, moments, near, c, norms, METHOD: tl.constexpr):
         residual, steep, _step = near_residual(moments, point.x, c, rule.budget, METHOD)
         off = near_bound(moments, point.x, c, METHOD)
         rounding = 16 * point.of_f * steep * scale
-    stopped = ((alpha <= rule.low) & (residual >= 0)) | ((alpha >= rule.high) & (residual <= 0))
-    stopped = stopped & stoppable
     known = (off <= steep * scratch.MOST_OF_ALPHA) & (rounding <= steep * scratch.ROUNDING_OF_ALPHA)
     known = known | (point.width <= scratch.FLAT)
     met = tl.abs(residual) + off <= rule.tol * size
@@ -166,8 +164,11 @@ def is_root(point, size, rule, moments, near, c, norms, METHOD: tl.constexpr):
     doubt = open_still / tl.maximum(steep, 1e-30)
     if (METHOD == "kl_budget") | (METHOD == "kl_budget_t"):
         doubt = tl.minimum(doubt, tl.sqrt(2 * open_still * inverse(tl.maximum(point.width, 1e-30))))
-    at_end = (rule.low == rule.high) | (stopped & (tl.abs(residual) > off + rounding))
-    return stopped | (known & met), tl.where(at_end, 0.0, doubt)
+    # at an end of its range for sure, not for what is left open of a residual that is 0 a little further in
+    beyond = off + rounding
+    stopped = ((alpha <= rule.low) & (residual > beyond)) | ((alpha >= rule.high) & (residual < -beyond))
+    at_end = (rule.low == rule.high) | (stopped & stoppable)
+    return at_end | (known & met), tl.where(at_end, 0.0, doubt)
 
 
 @triton.jit
