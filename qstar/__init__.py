@@ -1,19 +1,11 @@
 """q* sampling from pairs of Hugging Face language models."""
 
 import os
-import signal
-import sys
 from importlib import import_module
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 # Threads that spin while they wait make a busy machine several times slower; read when torch is first imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-# Ctrl-C ends a command without a word until it has a handler of its own, some tenths of a second of imports from here
-started = [*map(os.path.basename, sys.argv[:1]), *(x for flag, x in pairwise(sys.orig_argv) if flag == "-m")]
-if any(x.replace("-", ".").split(".")[0] == "qstar" for x in started):
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 if TYPE_CHECKING:
     from qstar.pair import GenerateOutput, Pair

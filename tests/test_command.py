@@ -193,22 +193,6 @@ def test_an_interruption_during_the_start_is_one_line(number, tmp_path):
     assert error == "interrupted; start the same command again to go on\n"
 
 
-@pytest.mark.parametrize("command", ["qstar", "qstar.generate"])
-def test_an_interruption_of_the_first_imports_says_nothing(command):
-    """As soon as the package's own first module was imported, before a command can have a handler."""
-    process = subprocess.Popen(
-        [sys.executable, "-X", "importtime", "-m", command, "--help"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-    )  # fmt: skip
-    for line in process.stderr:
-        if line.split("|")[-1].strip() == "qstar":
-            break
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert "Traceback" not in error
-    assert process.returncode in (-signal.SIGINT, 130, 0)
-
-
 @pytest.mark.parametrize(
     ("error", "said"),
     [
