@@ -179,7 +179,6 @@ class Settings:
 
 
 SETTINGS = tuple(f.name for f in fields(Settings))
-READ_BY: dict[str, Sequence[str]] = {f.name: f.metadata["methods"] for f in fields(Settings)}  # rules, by setting
 PER_ROW: dict[str, Range] = {f.name: f.metadata["range"] for f in fields(Settings) if f.metadata["per_row"]}
 # By their defaults they keep all tokens
 TRUNCATIONS = [

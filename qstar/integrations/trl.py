@@ -13,6 +13,7 @@ them into the ratio, which is then π_θ/q*.
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -22,10 +23,11 @@ from qstar.adapters import is_peft
 from qstar.pair import Pair, sample_seed
 from qstar.rule import FORCED
 from qstar.sample import DecodeOptions, Request, Sample
-from qstar_kernels.types import FIELDS, READ_BY, SETTINGS, Settings
+from qstar_kernels.types import FIELDS, SETTINGS, Settings
 
 NUMBERS = tuple(name for name in FIELDS if name != "logq")
 LOGGED = tuple(name for name in NUMBERS if not name.startswith("logp"))
+READ_BY = {f.name: f.metadata["methods"] for f in fields(Settings)}  # rules, by setting
 IMAGES = "the prompts have images, which both models would have to see; q* is drawn from text alone"
 ON_POLICY = {
     "method": "fixed",

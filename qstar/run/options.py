@@ -12,7 +12,7 @@ from qstar.backends import BACKENDS
 from qstar.conversation import HINT_TEMPLATE
 from qstar.demo import THETA, T
 from qstar.run.command import Parser, json_object, number
-from qstar_kernels.types import METHODS, READ_BY, RULE, SAMPLING, SETTINGS, Settings
+from qstar_kernels.types import METHODS, RULE, SAMPLING, SETTINGS, Settings
 
 FORMATS = {"jsonl": ".jsonl", "openai-batch": ".jsonl", "parquet": ".parquet", "verl": ".parquet"}
 DIAGNOSTICS_FORMATS = ("jsonl", "parquet")
@@ -187,10 +187,11 @@ def check_run(args: argparse.Namespace, given: set[str]) -> None:
 def check_unused(args: argparse.Namespace, given: set[str]) -> None:
     """Refuse what was said and would be ignored. Raises ValueError."""
     said = vars(args)
-    for name, methods in READ_BY.items():
-        if DEST[name] in given and args.alpha_method not in methods:
+    for setting in fields(Settings):
+        methods = setting.metadata["methods"]
+        if DEST[setting.name] in given and args.alpha_method not in methods:
             raise ValueError(
-                f"{option(name)} goes with --alpha-method {' or '.join(methods)}, and it is {args.alpha_method}"
+                f"{option(setting.name)} goes with --alpha-method {' or '.join(methods)}, and it is {args.alpha_method}"
             )
     on_ray = ("--engine ray", said.get("engine") == "ray")
     goes_with = {

@@ -24,7 +24,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 from qstar.pair import sample_seed
 from qstar.rule import FORCED, Rule
 from qstar.vllm import SERVER
-from qstar_kernels.types import METHODS, READ_BY, SETTINGS, Settings
+from qstar_kernels.types import SETTINGS, Settings
 
 # What vLLM's sampler, which a pair has none of, would do to one model's logits; the values with which it does nothing,
 # as it does with None and with what is empty
@@ -104,7 +104,7 @@ def rule(params: SamplingParams, pair: dict[str, Any]) -> Rule:
     """Which q* a request is drawn from: what its `extra_args` say, then what the engine is told.
 
     Raises:
-        ValueError: a setting is unknown or outside its range, or the rule does not read it.
+        ValueError: a setting is unknown or outside its range.
     """
     extra = {k.removeprefix(PREFIX): v for k, v in (params.extra_args or {}).items() if k.startswith(PREFIX)}
     own = {name: value for name, value in extra.items() if name != "seed"}
@@ -117,9 +117,6 @@ def rule(params: SamplingParams, pair: dict[str, Any]) -> Rule:
             raise ValueError(f"{name} is {value!r:.40}; it must be true or false")
     chosen = pair["rule"] | own
     settings = Settings(**{name: chosen[name] for name in SETTINGS if name in chosen})
-    for name in own:
-        if settings.method not in (methods := READ_BY.get(name, METHODS)):
-            raise ValueError(f"{name} goes with method {' or '.join(methods)}, and that is {settings.method}")
     forced = {name: bool(chosen.get(name)) for name in FORCED}
     return Rule(pair["vocab_size"], settings, **forced, special_ids=tuple(pair["special_ids"]))
 
