@@ -8,16 +8,14 @@ figures that is a bound that no run reaches, and not a measurement; `--step-ms` 
 import argparse
 import math
 import sys
-from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from qstar.run.command import Parser, guarded, number
 from qstar.run.options import BLOCK_BATCHES, COUNT
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from transformers import PreTrainedModel
 
 USABLE = 0.9  # of a GPU's memory; the rest is for activations, fragments and the driver
 FLEETS = (1, 8, 64, 1000)
@@ -26,44 +24,20 @@ FLEETS = (1, 8, 64, 1000)
 DRIVER_PARTS, READER_SAMPLES = 90, 29_000
 
 
-class Kept(NamedTuple):
-    """What some layers of a kind keep of each token: of the last `window` of them, or of all."""
-
-    layers: int
-    heads: int
-    of_key: int
-    of_value: int
-    window: int | None
-
-    @property
-    def numbers(self) -> int:
-        return self.layers * self.heads * (self.of_key + self.of_value)
-
-    def __str__(self) -> str:
-        of_layers = f"{self.layers} layers · {self.heads} heads"
-        if self.of_key == self.of_value:
-            return f"2 · {of_layers} · {self.of_key}"
-        return f"{of_layers} · ({self.of_key} + {self.of_value})"
-
-
 @dataclass(frozen=True)
 class ModelNeeds:
-    """What of a model takes memory and time; `in_layers` are the parameters outside the embeddings, `state` the bytes
-    that its recurrent layers hold of a row, whatever its length."""
+    """What of a model takes memory and time; `in_layers` are the parameters outside the embeddings."""
 
     parameters: int
     in_layers: int
+    layers: int
+    kv_heads: int
+    head_size: int
     vocab_size: int
-    kept: tuple[Kept, ...]
-    state: int
 
     def kv(self, size: int) -> int:
-        """Bytes of the keys and values of one token in layers that keep all of them, with numbers of `size` bytes."""
-        return sum(k.numbers for k in self.kept if k.window is None) * size
-
-    def bounded(self, tokens: float, size: int) -> float:
-        """Bytes of a row of so many tokens that do not grow with every one of them."""
-        return self.state + sum(k.numbers * min(tokens, k.window) for k in self.kept if k.window is not None) * size
+        """Bytes of the keys and values of one token, with numbers of `size` bytes."""
+        return 2 * self.layers * self.kv_heads * self.head_size * size
 
 
 def model_needs(name: str) -> ModelNeeds:
@@ -80,34 +54,14 @@ def model_needs(name: str) -> ModelNeeds:
     with naming(name):
         config = AutoConfig.from_pretrained(name)
     with torch.device("meta"):
-        # the type that models have on a GPU, which some layers insist on
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        model = AutoModelForCausalLM.from_config(config)
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     parameters = sum(p.numel() for p in model.parameters())
     embeddings = {e.weight for e in (model.get_input_embeddings(), model.get_output_embeddings()) if e is not None}
     in_layers = parameters - sum(p.numel() for p in embeddings)
-    return ModelNeeds(parameters, in_layers, config.get_text_config().vocab_size, *cache_of(model, name))
-
-
-def cache_of(model: "PreTrainedModel", name: str) -> tuple[tuple[Kept, ...], int]:
-    """What the layers of a model without weights keep of a row, by a pass over two tokens; and `ModelNeeds.state`.
-
-    Raises:
-        ValueError: its cache has no layers of a kind that is known.
-    """
-    import torch
-
-    with torch.device("meta"), torch.inference_mode():
-        cache = model(input_ids=torch.ones(1, 2, dtype=torch.int64), use_cache=True).past_key_values
-    kinds, state = Counter(), 0
-    for layer in getattr(cache, "layers", ()):
-        states = [*getattr(layer, "conv_states", {}).values(), *getattr(layer, "recurrent_states", {}).values()]
-        state += sum(x.nbytes for x in states if isinstance(x, torch.Tensor))
-        if isinstance(keys := getattr(layer, "keys", None), torch.Tensor):
-            window = getattr(layer, "sliding_window", None)
-            kinds[keys.shape[1], keys.shape[3], layer.values.shape[3], window] += 1
-    if not kinds and not state:
-        raise ValueError(f"{name} keeps its past in a {type(cache).__name__}, of which this knows no sizes")
-    return tuple(Kept(layers, *kind) for kind, layers in kinds.items()), state
+    return ModelNeeds(parameters, in_layers, text.num_hidden_layers, heads, head_size, text.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -153,11 +107,7 @@ def plan(
     theta, t = sides = needs * (2 // len(needs))
     weights = sum(n.parameters for n in needs) * size
     kv, logits = sum(n.kv(size) for n in sides), sum(n.vocab_size for n in sides) * size
-
-    def fixed(tokens: float) -> float:
-        return sum(n.bounded(tokens, size) for n in sides) + logits
-
-    row = kv * (prompt_tokens + new_tokens) + fixed(prompt_tokens + new_tokens)
+    row = kv * (prompt_tokens + new_tokens) + logits
     usable = USABLE * memory
     gpus = math.ceil((weights + row) / usable)
     fit = int((gpus * usable - weights) // row)
@@ -165,41 +115,30 @@ def plan(
         raise ValueError(f"{rows} rows do not fit: {gpus} GPU(s) a worker hold the weights and {fit} rows")
     given, rows = rows is not None, rows or fit
     live = prompt_tokens + new_tokens / 2
-    read = weights + rows * (kv * live + fixed(live))
+    read = weights + rows * (kv * live + logits)
     a_token = 2 * sum(n.in_layers for n in sides)
     read_time, compute_time = read / (gpus * bandwidth), a_token * rows / (gpus * operations)
     step_time = step or max(read_time, compute_time)
     prefill = a_token * prompt_tokens / (gpus * operations)
     sample = step_time * new_tokens / rows + (0 if step else prefill)
 
-    def kv_lines(name: str, n: ModelNeeds) -> list[tuple[str, str, str]]:
-        how = " + ".join(f"{k} · {size} bytes" for k in n.kept if k.window is None) or "none"
-        found = [(f"keys and values of a token, {name}", how, f"{n.kv(size):,} bytes")]
-        for k in n.kept:
-            if k.window is not None:
-                what = f"of a token among the last {k.window:,}, {name}"
-                found.append((what, f"{k} · {size} bytes", f"{k.numbers * size:,} bytes"))
-        if n.state:
-            found.append((f"recurrent states of a row, {name}", "those of its layers", f"{n.state:,} bytes"))
-        return found
+    def kv_line(name: str, n: ModelNeeds) -> tuple[str, str, str]:
+        how = f"2 · {n.layers} layers · {n.kv_heads} heads · {n.head_size} · {size} bytes"
+        return f"keys and values of a token, {name}", how, f"{n.kv(size):,} bytes"
 
     parameters = " + ".join(f"{n.parameters:,}" for n in needs)
     speed = f"({gpus} · {figures(operations / 1e12)} TFLOP/s)"
     lines = [
         ("weights", f"({parameters}) parameters · {size} bytes", gigabytes(weights)),
-        *kv_lines("π_θ", theta),
-        *kv_lines("π_t", t),
+        kv_line("π_θ", theta),
+        kv_line("π_t", t),
         ("logits of a row", f"({theta.vocab_size:,} + {t.vocab_size:,}) · {size} bytes", f"{logits:,} bytes"),
-        (
-            "a row",
-            f"{kv:,} bytes · ({prompt_tokens} + {new_tokens}) tokens + {fixed(prompt_tokens + new_tokens):,.0f} bytes",
-            gigabytes(row),
-        ),
+        ("a row", f"{kv:,} bytes · ({prompt_tokens} + {new_tokens}) tokens + {logits:,} bytes", gigabytes(row)),
         ("GPUs of a worker", f"the fewest whose {USABLE:.0%} of {gigabytes(memory)} hold weights and a row", f"{gpus}"),
         ("rows that fit", f"({gpus} · {gigabytes(usable)} − weights) / a row", f"{fit:,}"),
         ("rows", "--batch-size" if given else "as many as fit", f"{rows:,}"),
         ("tokens of a row on average", f"{prompt_tokens} + {new_tokens} / 2", f"{live:g}"),
-        ("read in a step", f"weights + {rows:,} · ({kv:,} · {live:g} + {fixed(live):,.0f}) bytes", gigabytes(read)),
+        ("read in a step", f"weights + {rows:,} · ({kv:,} · {live:g} + {logits:,}) bytes", gigabytes(read)),
         ("time to read that", f"it / ({gpus} · {figures(bandwidth / 1e9)} GB/s)", milliseconds(read_time)),
         ("operations for a token", f"2 · ({theta.in_layers:,} + {t.in_layers:,}) parameters in layers", f"{a_token:,}"),
         ("time to compute a step", f"{a_token:,} · {rows:,} rows / {speed}", milliseconds(compute_time)),

@@ -3,22 +3,9 @@
 import re
 
 import pytest
-from transformers import AutoConfig
 
 from qstar.demo import THETA, T
 from qstar.plan import main as plan
-
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "vocab_size": 100,
-}
-HYBRIDS = {
-    "lfm2": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
-    "gemma3_text": {"num_hidden_layers": 6, "head_dim": 16, "sliding_window": 7},
-}
 
 
 def test_plan(capsys):
@@ -74,26 +61,3 @@ def test_plan_of_one_model_and_of_too_little_memory(capsys):
     with pytest.raises(SystemExit):
         plan([*argv, "--step-ms", "10"])
     assert "give --batch-size, too" in capsys.readouterr().err
-
-
-def test_windows_and_recurrent_states(tmp_path, capsys):
-    """By hand: of lfm2 two layers of four keep keys and values, the others three numbers of 32 channels; of gemma3 five
-    of six keep the last 7 tokens, of the 30 that a row has, and one all."""
-    paths = {}
-    for name, options in HYBRIDS.items():
-        config = AutoConfig.for_model(name, **SMALL, **options)
-        config.save_pretrained(paths.setdefault(name, tmp_path / name))
-    assert plan([*pair(paths["lfm2"]), "--prompt-tokens", "10", "--new-tokens", "20"]) == 0
-    out = capsys.readouterr().out
-    assert "keys and values of a token, π_θ: 2 · 2 layers · 1 heads · 16 · 2 bytes = 128 bytes" in out
-    assert "recurrent states of a row, π_θ: those of its layers = 384 bytes" in out  # 2 · 32 · 3 · 2
-    assert "a row: 256 bytes · (10 + 20) tokens + 1,168 bytes" in out  # two states, and 2 · 100 · 2 of logits
-    assert plan([*pair(paths["gemma3_text"]), "--prompt-tokens", "10", "--new-tokens", "20"]) == 0
-    out = capsys.readouterr().out
-    assert "keys and values of a token, π_t: 2 · 1 layers · 1 heads · 16 · 2 bytes = 64 bytes" in out
-    assert "of a token among the last 7, π_t: 2 · 5 layers · 1 heads · 16 · 2 bytes = 320 bytes" in out
-    assert "a row: 128 bytes · (10 + 20) tokens + 4,880 bytes" in out  # 2 · 7 · 320 and the logits
-
-
-def pair(path) -> list[str]:
-    return ["--model-theta", str(path), "--model-t", str(path)]
