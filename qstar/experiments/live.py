@@ -6,6 +6,7 @@ from collections.abc import Callable
 from itertools import islice
 
 import numpy as np
+import torch
 from datasets import Dataset
 from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
 
@@ -152,6 +153,25 @@ def reinforce(
         | rollout.described()
         | measure.all(result.model)
     )
+
+
+def generated(pair: Pair, questions: list[str], seed: int) -> int:
+    """How many tokens transformers' own `generate` of π_θ alone draws in answer to some questions, all at once."""
+    prompts = pair.tokenizer_theta.apply_chat_template(
+        [asked(q) for q in questions],
+        add_generation_prompt=True,
+        padding=True,
+        padding_side="left",
+        return_dict=True,
+        return_tensors="pt",
+    )
+    torch.manual_seed(seed)
+    eos = sorted(pair.eos_ids)
+    ids = pair.theta.generate(
+        **prompts, do_sample=True, top_k=0, max_new_tokens=MAX_NEW_TOKENS, eos_token_id=eos, pad_token_id=eos[0]
+    )[:, prompts["input_ids"].shape[1] :]
+    ended = torch.isin(ids, torch.tensor(eos)).cumsum(1)
+    return int(((ended == 0) | ((ended == 1) & torch.isin(ids, torch.tensor(eos)))).sum())
 
 
 def rewards(completions: list, answer: list[str], **_) -> list[float]:

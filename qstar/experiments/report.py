@@ -38,7 +38,7 @@ DRAWN = [
     ("effective tokens", "ess", 3),
 ]
 COUNT = [("tokens", "tokens", 0)]
-LIVE = [*TRAINED, *DRAWN[:3], ("tokens drawn", "tokens", 0), ("a second", "tokens_a_second", 0)]
+LIVE = [*TRAINED, *DRAWN[:3], ("tokens drawn", "tokens", 0)]
 
 # Tables: the experiment, which of its cells, the first column's title, the other columns
 TABLES = {
@@ -91,7 +91,16 @@ TABLES = {
             ("same answers", "same_answers", 3),
         ],
     ),
-    "distillation": ("distillation", "", "rollouts", LIVE),
+    "distillation": ("distillation", "(?!costs)", "rollouts", LIVE),
+    "distillation costs": (
+        "distillation",
+        "costs",
+        "tokens a second over those of π_θ",
+        [
+            *((name, name, 2) for name in ("π_t", "q*", "α = ½", "budget 0.02")),
+            ("`generate` of π_θ alone", "generate", 2),
+        ],
+    ),
     "grpo": (
         "grpo",
         "",
@@ -111,7 +120,7 @@ LISTS = {
     "budgets": ("scaling", "budget", "point", [("tokens", "curve", 0, 0), ("held-out KL", "curve", 1, 4)]),
     "distillation curves": (
         "distillation",
-        "(?!.*rate|untrained)",
+        "(?!.*rate|untrained|costs)",
         "point",
         [("tokens drawn", "curve", 0, 0), ("KL on its own text", "curve", 2, 4), ("held-out KL", "curve", 1, 4)],
     ),
@@ -134,10 +143,11 @@ LISTS = {
 PAIRED = {
     "distillation differences": (
         "distillation",
-        "(?!π_θ|untrained)",
+        "(?!π_θ|untrained|costs)",
         "π_θ",
         [
-            ("KL on its own text, point 2", "curve", (1, 2)),
+            ("KL on its own text, point 1", "curve", (0, 2)),
+            ("point 2", "curve", (1, 2)),
             ("at the end", "reverse_kl", None),
             ("held-out KL at the end", "kl", None),
             ("accuracy, drawn", "sampled_accuracy", None),
@@ -145,7 +155,7 @@ PAIRED = {
     ),
     "grpo differences": (
         "grpo",
-        "(?!π_θ|untrained)",
+        "(?!π_θ|untrained|costs)",
         "π_θ",
         [
             ("reward at the end", "reward", None),
@@ -396,7 +406,7 @@ def live_picture(results: Results) -> Figure:
     }
     axes, before = figure.subplots(1, 3), results["summary"]["untrained"]
     for ax, (entry, title) in zip(axes, measures.items(), strict=True):
-        for name, numbers, _ in chosen(results, "(?!.*rate|untrained)"):
+        for name, numbers, _ in chosen(results, "(?!.*rate|untrained|costs)"):
             points = [[{"mean": 0.0}, *(before[key] for key in ("kl", "reverse_kl", "sampled_accuracy"))]]
             points += numbers["curve"]
             curve(ax, [p[0]["mean"] for p in points], [p[entry] for p in points], name, alpha=0.8)

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qstar import Pair
 from qstar.demo.problems import Problem
 from qstar.experiments.data import PLAIN, RULES, answers, decoder_of, draw, held_out, kept_right, preferences, problems
-from qstar.experiments.live import Counted, distil, reinforce
+from qstar.experiments.live import Counted, distil, generated, reinforce
 from qstar.experiments.pairs import enlarged, moved, shapes
 from qstar.experiments.training import Measure, dpo, ess_of, row, rows_of, sft, train
 from qstar.integrations.trl import annealed
@@ -316,7 +316,26 @@ class Studies:
             return distil(self.pair, self.measure, rollout, seed, sizes.live_steps, sizes.curve_points, **options)
 
         cells: Cells = self.untrained() | {name: partial(cell, rule) for name, rule in rules.items()}
-        return cells | {f"π_θ, rate {x:g}": partial(cell, rules["π_θ"], learning_rate=x) for x in rates}
+        cells |= {f"π_θ, rate {x:g}": partial(cell, rules["π_θ"], learning_rate=x) for x in rates}
+        return cells | {"costs": partial(self.costs, {k: rule for k, rule in rules.items() if "schedule" not in rule})}
+
+    def costs(self, rules: dict[str, dict], seed: int) -> Numbers:
+        """Drawn tokens a second of each rule over those of π_θ by the same loop, which runs both models, and of
+        transformers' `generate` of π_θ alone; in turns, medians of the ratios."""
+        questions = [p.question for p in held_out(min(self.sizes.held_out, 64))]
+        rates: dict[str, list[float]] = {name: [] for name in (*rules, "generate")}
+        for _ in range(self.sizes.repeats):
+            for name in rates:
+                start = time.perf_counter()
+                if name == "generate":
+                    tokens = generated(self.pair, questions, seed)
+                else:
+                    tokens = tokens_of(answers(self.pair, questions, seed, rules[name]))
+                rates[name].append(tokens / (time.perf_counter() - start))
+        own = rates.pop("π_θ")
+        return {
+            name: statistics.median(x / y for x, y in zip(found, own, strict=True)) for name, found in rates.items()
+        }
 
     def grpo(self) -> Cells:
         """GRPO on rollouts of q*, with the right ratio and with none, beside the policy's own."""
