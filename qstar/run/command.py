@@ -236,7 +236,8 @@ def guarded(
 
     Args:
         memory, interrupted: what to do then, said behind that there is no memory, or that it was interrupted.
-        handles_signals: SIGTERM is taken for Ctrl-C; otherwise both are left to `work`.
+        handles_signals: SIGTERM is taken for Ctrl-C; otherwise both are left to `work`, as Python has them. Either is left
+            alone that is ignored, as in a shell's background.
     """
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):  # not a stream of the interpreter's
@@ -250,8 +251,13 @@ def guarded(
             frame = frame.f_back
         raise KeyboardInterrupt
 
-    own = handles_signals and threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, interrupt) for number in ((signal.SIGINT, signal.SIGTERM) if own else ())}
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    if handles_signals:
+        handlers = dict.fromkeys(handlers, interrupt)
+    if threading.current_thread() is not threading.main_thread():
+        handlers = {}
+    heard = [number for number in handlers if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handlers[number]) for number in heard}
     try:
         return work()
     except BrokenPipeError:  # whoever reads has seen enough, as `head`
