@@ -236,8 +236,8 @@ def guarded(
 
     Args:
         memory, interrupted: what to do then, said behind that there is no memory, or that it was interrupted.
-        handles_signals: SIGTERM is taken for Ctrl-C; otherwise both are left to `work`, as Python has them. Either is left
-            alone that is ignored, as in a shell's background.
+        handles_signals: SIGTERM is taken for Ctrl-C; otherwise both are left to `work`, as Python has them. What is
+            ignored, as in a shell's background, stays so.
     """
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):  # not a stream of the interpreter's
