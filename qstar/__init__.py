@@ -25,8 +25,8 @@ def _interrupted(*_: Any) -> None:
     os._exit(130)
 
 
-# Of a command the package is what is imported first: from here until `qstar.run.command.guarded` there is nothing to tidy
-# up. (`sys.argv` has the module's name later than this, and child processes have it too.)
+# Of a command the package is what is imported first: from here until `qstar.run.command.guarded` there is nothing to
+# tidy up. (`sys.argv` has the module's name later than this, and child processes have it too.)
 _said = [sys.orig_argv[i + 1] for i, word in enumerate(sys.orig_argv[:-1]) if word == "-m"][:1] or sys.orig_argv[1:2]
 if _said and Path(_said[0]).name.partition("-")[0].partition(".")[0] == "qstar":
     for _number in (signal.SIGINT, signal.SIGTERM):
