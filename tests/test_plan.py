@@ -103,8 +103,8 @@ def test_what_is_kept_without_weights_is_what_decoding_keeps(kind, tmp_path):
 
 def test_plan_of_a_hybrid_and_of_an_adapter(tmp_path, capsys):
     """By hand: of four layers two have 2 heads of 8 for keys and values, and the others a convolution of 32 channels
-    over 3 tokens. A LoRA of rank 4 on the query and value projections of the demo pair's 4 layers (128 to 128 and 128 to 64)
-    has 4 · (4 · (128 + 128) + 4 · (128 + 64)) = 7,168 parameters."""
+    over 3 tokens. A LoRA of rank 4 on the query and value projections of the demo pair's 4 layers (128 to 128, and 128
+    to 64) has 4 · (4 · (128 + 128) + 4 · (128 + 64)) = 7,168 parameters."""
     zoo.config("lfm2").save_pretrained(tmp_path / "hybrid")
     hybrid = str(tmp_path / "hybrid")
     assert plan(["--model-theta", hybrid, "--model-t", hybrid]) == 0
