@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 USABLE = 0.9  # of a GPU's memory; the rest is for activations, fragments and the driver
 FLEETS = (1, 8, 64, 1000)
-# What one run on Ray was measured to take on one core each (python -m bench.feeding, stub workers, a shared 2-core
-# x86-64 machine): the driver's loop, in parts a second, and the reader, in samples a second
-DRIVER_PARTS, READER_SAMPLES = 90, 29_000
+# What one run on Ray was measured to take on one core each (python -m bench.feeding, 64 stub workers, a shared
+# 2-core x86-64 machine): the driver's loop, in parts a second, and the reader, in samples a second
+DRIVER_PARTS, READER_SAMPLES = 70, 29_000
 
 
 Shape = tuple[int, int]  # heads, and numbers of one of them

@@ -36,7 +36,7 @@ def test_plan(capsys):
         "a sample: a step · 100 / 50 + a prompt = 39.84 ms",
         "│     3 │       3 │      75.3 │     7,530 │               3.689 │",
         "│ 1,000 │   1,000 │    25,101 │ 2,510,092 │             0.01107 │",
-        "one run feeds 1,155 workers: min(90 parts/s of the driver · 16 batches · 50 rows = 72,000, 29,000 of the",
+        "one run feeds 1,155 workers: min(70 parts/s of the driver · 16 batches · 50 rows = 56,000, 29,000 of the",
         "An estimate from a data sheet, and a bound",
     ):
         assert line in out, line
