@@ -20,6 +20,7 @@ from qstar import __version__
 
 LOG = logging.getLogger("qstar")
 WIDEST = 120  # columns of help
+LONGEST = 60  # characters of what stands for a value
 TIMES = {"k": 1_000, "K": 1_000, "M": 1_000_000}
 OWN = ("config", "print_config", "quiet", "verbose")  # options that every command has
 
@@ -37,6 +38,11 @@ class HelpFormatter(argparse.HelpFormatter):
             return said
         text = f"default: {repr(default) if chr(10) in str(default) else default}".replace("%", "%%")
         return f"{said[:-1]}; {text})" if said.endswith(")") else f"{said} ({text})"
+
+    def _metavar_formatter(self, action: argparse.Action, default_metavar: str):
+        if action.metavar is None and action.choices and len(",".join(action.choices)) > LONGEST:
+            return lambda size: (default_metavar,) * size  # argparse breaks no list of choices: the help has them
+        return super()._metavar_formatter(action, default_metavar)
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         return getattr(action.type, "metavar", action.dest.rpartition("_")[2].upper())

@@ -112,7 +112,7 @@ def add_rule(parser: Parser) -> None:
                 type=NUMBERS.get(setting.type),
                 default=setting.default,
                 choices=METHODS if setting.name == "method" else None,
-                help=setting.metadata["help"],
+                help=setting.metadata["help"] + (f": {', '.join(METHODS)}" if setting.name == "method" else ""),
             )
     for tokens, what in (
         ("first-token", "draw the first token from π_t"),
