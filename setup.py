@@ -68,7 +68,7 @@ setup(
         "vllm": ["vllm>=0.32,<0.33"],
         "ray": ["ray[data]>=2.60,<3"],
         "report": ["matplotlib>=3.8"],
-        "experiments": ["trl>=1.16", "matplotlib>=3.8"],
+        "experiments": ["trl>=1.16", "matplotlib>=3.8", "scipy>=1.11"],
         "dev": [
             "pytest>=8",
             "pytest-benchmark>=5",

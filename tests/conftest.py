@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,6 +22,37 @@ from qstar.demo import THETA, T
 from qstar.generate import main as generate
 
 torch.set_num_threads(1)
+
+INTERPRETED = Path(__file__).with_name("kernels_interpreted.py")
+interpreter = pytest.StashKey()
+
+
+def pytest_collection_modifyitems(items):
+    """What waits for the interpreter comes last: its process takes minutes, and runs beside all other tests."""
+    items.sort(key=lambda item: "interpreted" in item.fixturenames)
+
+
+def pytest_collection_finish(session):
+    if session.config.option.collectonly or not any("interpreted" in item.fixturenames for item in session.items):
+        return
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the session
+    process = subprocess.Popen(
+        [*command, INTERPRETED], env=environment, stdout=output, stderr=subprocess.STDOUT, cwd=INTERPRETED.parents[1]
+    )
+    session.config.stash[interpreter] = process, output
+
+
+def pytest_unconfigure(config):
+    if interpreter in config.stash:
+        config.stash[interpreter][0].kill()
+
+
+@pytest.fixture(scope="session")
+def interpreted(pytestconfig):
+    """The process of the tests in the interpreter, which began with the session, and the file it writes to."""
+    return pytestconfig.stash[interpreter]
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from triton.runtime import interpreter
 from qstar_kernels import METHODS, QStarStep, Status, noise, qstar_logprobs, qstar_sample, qstar_stats
 from qstar_kernels.dispatch import step_op
 from qstar_kernels.gpu.double import exp64, inverse, log1p64, log64, maxima_of_4, sums_of_4, sums_of_8
-from qstar_kernels.gpu.finish import gumbel, words
+from qstar_kernels.gpu.draw import gumbel, words
 from qstar_kernels.types import FIELDS, Settings
 from tests.interpreter import interpret_quickly, poisoned
 

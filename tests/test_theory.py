@@ -224,15 +224,15 @@ double guess(const float *theta, const float *t, int64_t vocab_size) {
 KERNEL = """
 import sys, numpy, torch
 from qstar_kernels.gpu.launch import plan
-from qstar_kernels.gpu.scratch import ALPHA, DOUBT, SETTLED
+from qstar_kernels.gpu.scratch import ALPHA, SETTLED
 from qstar_kernels.types import Settings
 theta, t = (torch.from_numpy(x) for x in numpy.load(sys.argv[1]))
 launches, _ = plan(theta, t, Settings())
-row = launches[1].arguments["row"]
-for launch in launches[:4]:
+known = launches[1].arguments["known"]
+for launch in launches:
     launch()
-    if launch.kernel.__name__ == "settle_kernel":
-        print(*row[:, ALPHA.value].tolist(), *row[:, SETTLED.value].tolist())
+    if launch.kernel.__name__ != "sweep_kernel":
+        print(*known[:, ALPHA.value].tolist(), *known[:, SETTLED.value].tolist())
 """
 
 

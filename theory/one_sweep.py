@@ -260,7 +260,7 @@ class Sweep:
         if not near:
             kl, off, rounding = self.kl(alpha, of_t)
         steep, gap = away(alpha) * width, kl - budget if of_t else budget - kl
-        stopped = (alpha <= 0 and gap >= 0) or (alpha >= 1 and gap <= 0)
+        stopped = (alpha <= 0 and gap > off + rounding) or (alpha >= 1 and gap < -off - rounding)
         known = (off <= MOST_OF_ALPHA * steep and rounding <= ROUNDING_OF_ALPHA * steep) or width <= FLAT
         fit &= stopped or (known and abs(gap) + off <= tol * max(1, kl))
         return (alpha, True) if fit else (guess, False)

@@ -11,14 +11,14 @@ from qstar.demo import THETA, T
 from qstar.run.command import Parser, guarded
 from qstar.run.options import COUNT, check_folder
 
-EXPERIMENTS = ("main", "ablation", "scaling", "speculation", "long_run")
+EXPERIMENTS = ("main", "ablation", "scaling", "speculation", "long_run", "distillation", "grpo")
 
 
 def make_parser() -> Parser:
     parser = Parser(
         "experiments",
         description="Train a policy on data from q* and from its rivals, on a CPU, and measure what comes of it. "
-        "Without arguments: all five experiments on the demo pair. What was found is in "
+        "Without arguments: all experiments on the demo pair. What was found is in "
         f"{Path(__file__).with_name('README.md')}",
     )
     parser.add_argument(
@@ -49,7 +49,7 @@ def run(argv: list[str] | None) -> int:
             parser.error(f"no experiment {name!r}; there are {', '.join(EXPERIMENTS)}")
     if (args.model_theta is None) != (args.model_t is None):
         parser.error("--model-theta and --model-t go together")
-    for package in ("trl", "matplotlib"):
+    for package in ("trl", "matplotlib", "scipy"):
         if importlib.util.find_spec(package) is None:
             parser.error(f"the experiments need {package}: pip install 'qstar[experiments]'")
     theta, t = args.model_theta or str(THETA), args.model_t or str(T)

@@ -5,13 +5,16 @@
 """
 
 import re
+import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.stats import ttest_rel
 
 from qstar.experiments.results import load
 
@@ -35,6 +38,7 @@ DRAWN = [
     ("effective tokens", "ess", 3),
 ]
 COUNT = [("tokens", "tokens", 0)]
+LIVE = [*TRAINED, *DRAWN[:3], ("tokens drawn", "tokens", 0), ("a second", "tokens_a_second", 0)]
 
 # Tables: the experiment, which of its cells, the first column's title, the other columns
 TABLES = {
@@ -87,10 +91,30 @@ TABLES = {
             ("same answers", "same_answers", 3),
         ],
     ),
+    "distillation": ("distillation", "", "rollouts", LIVE),
+    "grpo": (
+        "grpo",
+        "",
+        "rollouts",
+        [
+            ("reward at the end", "reward", 3),
+            ("KL(π_θ'‖π_θ)", "moved", 3),
+            *TRAINED[1:],
+            ("tokens that were clipped", "clipped", 4),
+            ("gradient's norm", "gradient_norm", 2),
+            ("tokens drawn", "tokens", 0),
+        ],
+    ),
 }
 # Tables with a column for each entry of a list: the experiment, which cells, what is counted, the rows of each cell
 LISTS = {
     "budgets": ("scaling", "budget", "point", [("tokens", "curve", 0, 0), ("held-out KL", "curve", 1, 4)]),
+    "distillation curves": (
+        "distillation",
+        "(?!.*rate|untrained)",
+        "point",
+        [("tokens drawn", "curve", 0, 0), ("KL on its own text", "curve", 2, 4), ("held-out KL", "curve", 1, 4)],
+    ),
     "rounds": (
         "long_run",
         "",
@@ -106,6 +130,31 @@ LISTS = {
         ],
     ),
 }
+# Differences to a cell, seed by seed: the experiment, which cells, that cell, columns with the entry of a list
+PAIRED = {
+    "distillation differences": (
+        "distillation",
+        "(?!π_θ|untrained)",
+        "π_θ",
+        [
+            ("KL on its own text, point 2", "curve", (1, 2)),
+            ("at the end", "reverse_kl", None),
+            ("held-out KL at the end", "kl", None),
+            ("accuracy, drawn", "sampled_accuracy", None),
+        ],
+    ),
+    "grpo differences": (
+        "grpo",
+        "(?!π_θ|untrained)",
+        "π_θ",
+        [
+            ("reward at the end", "reward", None),
+            ("accuracy, drawn", "sampled_accuracy", None),
+            ("KL(π_θ'‖π_θ)", "moved", None),
+        ],
+    ),
+}
+ALL = TABLES | LISTS | PAIRED
 
 
 def shown(value: Spread | None, decimals: int, seeds: int) -> str:
@@ -130,8 +179,30 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |".replace("q*", "q\\*") for line in lines)
 
 
+def differences(name: str, results: Results) -> str:
+    """One of `PAIRED` as Markdown: means and 95% intervals of Student's t, – of a single seed."""
+    _, pattern, reference, columns = PAIRED[name]
+
+    def values(cell: str, key: str, entry: tuple[int, int] | None) -> list[float]:
+        numbers = [results["cells"][cell][seed][key] for seed in sorted(results["cells"][reference], key=int)]
+        return numbers if entry is None else [x[min(entry[0], len(x) - 1)][entry[1]] for x in numbers]
+
+    def difference(cell: str, key: str, entry: tuple[int, int] | None) -> str:
+        pair = values(cell, key, entry), values(reference, key, entry)
+        if len(pair[0]) < 2:
+            return "–"
+        mean, interval = statistics.fmean(np.subtract(*pair)), ttest_rel(*pair).confidence_interval(0.95)
+        return f"{mean:+.4f} ({interval.low:+.4f} to {interval.high:+.4f})"
+
+    cells = [cell for cell, _, _ in chosen(results, pattern)]
+    rows = [[cell, *(difference(cell, key, entry) for _, key, entry in columns)] for cell in cells]
+    return markdown([f"less that of {reference}", *(title for title, _, _ in columns)], rows)
+
+
 def table(name: str, results: Results) -> str:
-    """One of `TABLES` or `LISTS` as Markdown."""
+    """One of `TABLES`, `LISTS` or `PAIRED` as Markdown."""
+    if name in PAIRED:
+        return differences(name, results)
     if name in TABLES:
         _, pattern, first, columns = TABLES[name]
         rows = [
@@ -149,7 +220,7 @@ def table(name: str, results: Results) -> str:
 
 
 def tables_of(experiment: str) -> list[str]:
-    return [name for name, spec in (TABLES | LISTS).items() if spec[0] == experiment]
+    return [name for name, spec in ALL.items() if spec[0] == experiment]
 
 
 def fill(text: str, folder: Path) -> str:
@@ -162,7 +233,7 @@ def fill(text: str, folder: Path) -> str:
 
     def again(match: re.Match) -> str:
         name = match[1]
-        results = load(folder / f"{(TABLES | LISTS)[name][0]}.json")
+        results = load(folder / f"{ALL[name][0]}.json")
         return f"<!-- table {name} -->\n{table(name, results)}\n<!-- end -->"
 
     return re.sub(r"<!-- table (.*?) -->\n.*?<!-- end -->", again, text, flags=re.DOTALL)
@@ -315,12 +386,34 @@ def long_run_picture(results: Results) -> Figure:
     return figure
 
 
+def live_picture(results: Results) -> Figure:
+    """Curves by drawn tokens, of every cell but those of other learning rates."""
+    figure = Figure(figsize=(15, 6), layout="constrained")
+    measures = {
+        2: "KL(π_θ'‖π_t) on its own text (nats a token)",
+        1: "held-out KL(π_t‖π_θ') (nats a token)",
+        3: "share of right answers, drawn",
+    }
+    axes, before = figure.subplots(1, 3), results["summary"]["untrained"]
+    for ax, (entry, title) in zip(axes, measures.items(), strict=True):
+        for name, numbers, _ in chosen(results, "(?!.*rate|untrained)"):
+            points = [[{"mean": 0.0}, *(before[key] for key in ("kl", "reverse_kl", "sampled_accuracy"))]]
+            points += numbers["curve"]
+            curve(ax, [p[0]["mean"] for p in points], [p[entry] for p in points], name, alpha=0.8)
+        ax.set(xlabel="drawn tokens", ylabel=title)
+        ax.grid(alpha=0.3)
+    legend_outside(figure, axes[0])
+    return figure
+
+
 PICTURES = {
     "main": main_picture,
     "ablation": ablation_picture,
     "scaling": scaling_picture,
     "speculation": speculation_picture,
     "long_run": long_run_picture,
+    "distillation": live_picture,
+    "grpo": live_picture,
 }
 
 

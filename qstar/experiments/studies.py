@@ -1,4 +1,4 @@
-"""The five experiments: which cells each has, and what a cell does."""
+"""The experiments: which cells each has, and what a cell does."""
 
 import statistics
 import time
@@ -14,8 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qstar import Pair
 from qstar.demo.problems import Problem
 from qstar.experiments.data import PLAIN, RULES, answers, decoder_of, draw, held_out, kept_right, preferences, problems
+from qstar.experiments.live import Counted, distil, reinforce
 from qstar.experiments.pairs import enlarged, moved, shapes
 from qstar.experiments.training import Measure, dpo, ess_of, row, rows_of, sft, train
+from qstar.integrations.trl import annealed
 from qstar.sample import Sample
 from qstar_kernels import qstar_sample
 
@@ -45,6 +47,9 @@ class Sizes:
     distances: tuple[float, ...] = (0.25, 0.5, 1.0, 1.5, 2.0)
     rounds: int = 5
     round_tokens: int = 2500
+    live_steps: int = 100
+    warm_up: int = 40  # of those
+    grpo_steps: int = 60
 
 
 QUICK = Sizes(
@@ -64,6 +69,9 @@ QUICK = Sizes(
     distances=(0.5, 1.0),
     rounds=2,
     round_tokens=40,
+    live_steps=2,
+    warm_up=1,
+    grpo_steps=1,
 )
 
 
@@ -90,6 +98,9 @@ class Studies:
     def cells(self, experiment: str) -> Cells:
         return getattr(self, experiment)()
 
+    def untrained(self) -> Cells:
+        return {"untrained": lambda seed: self.measure.all(self.pair.theta)}
+
     def main(self) -> Cells:
         """Every rule with one budget, with importance weights and without."""
 
@@ -110,7 +121,7 @@ class Studies:
             numbers = self.outcome(dpo(self.pair.tokenizer_theta, pairs, seed))
             return {"pairs": len(pairs)} | numbers
 
-        cells: Cells = {"untrained": lambda seed: self.measure.all(self.pair.theta)}
+        cells = self.untrained()
         for rule in RULES:
             cells[f"{rule}, none"] = partial(of_rule, rule, "none")
             if rule not in ("off-policy", "greedy"):  # weights of 1, and none
@@ -119,7 +130,7 @@ class Studies:
 
     def outcome(self, make: Callable) -> Numbers:
         """Train, and measure what came of it."""
-        result = train(self.pair.theta, make, self.measure, self.sizes.curve_points, noise=True)
+        result = train(self.pair.theta, make, self.measure.kl, self.sizes.curve_points, noise=True)
         if self.kl_before is None:
             self.kl_before = self.measure.kl(self.pair.theta)
         budget = self.sizes.main_tokens
@@ -213,7 +224,7 @@ class Studies:
         while len(asked) < 16 * steps[-1]:
             asked.append(next(source).question)
         samples = answers(self.pair, asked, seed, RULES[rule])
-        result = train(self.pair.theta, self.sft(samples, weighting, seed), self.measure, list(steps))
+        result = train(self.pair.theta, self.sft(samples, weighting, seed), self.measure.kl, list(steps))
         return {"curve": [[round(share * tokens_of(samples)), kl] for share, kl in result.curve]}
 
     def vocabulary(self, size: int, seed: int) -> Numbers:
@@ -285,6 +296,46 @@ class Studies:
             theta = train(theta, sft(pair.tokenizer_theta, rows_of(samples, weighting), seed)).model
             rounds.append(described(samples) | self.measure.all(theta))
         return {name: [numbers[name] for numbers in rounds] for name in rounds[0]}
+
+    def distillation(self) -> Cells:
+        """The reverse KL on rollouts of several rules, of the pair as it is at each step; the rates that were tried."""
+        warm_up = self.sizes.warm_up
+        rules = {
+            "π_θ": {"method": "fixed", "alpha": 1.0},
+            "π_t": {"method": "fixed", "alpha": 0.0},
+            "q*": {},
+            "α = ½": {"method": "fixed", "alpha": 0.5},
+            "α from ½ to 1": {"method": "fixed", "schedule": {"alpha": annealed(0.5, 1.0, warm_up)}},
+            "budget 0.02": {"method": "kl_budget", "kl_budget": 0.02},
+            "budget from 0.1 to 0": {"method": "kl_budget", "schedule": {"kl_budget": annealed(0.1, 0.0, warm_up)}},
+        }
+        rates = (3e-5, 3e-4)
+
+        def cell(rule: dict, seed: int, **options) -> Numbers:
+            rollout, sizes = Counted(**rule), self.sizes
+            return distil(self.pair, self.measure, rollout, seed, sizes.live_steps, sizes.curve_points, **options)
+
+        cells: Cells = self.untrained() | {name: partial(cell, rule) for name, rule in rules.items()}
+        return cells | {f"π_θ, rate {x:g}": partial(cell, rules["π_θ"], learning_rate=x) for x in rates}
+
+    def grpo(self) -> Cells:
+        """GRPO on rollouts of q*, with the right ratio and with none, beside the policy's own."""
+        rules = {
+            "π_θ": ({"method": "fixed", "alpha": 1.0}, True),
+            "q*, ratio π_θ/q*": ({}, True),
+            "q*, ratio left out": ({}, False),
+            "α from ½ to 1, ratio π_θ/q": (
+                {"method": "fixed", "schedule": {"alpha": annealed(0.5, 1.0, max(1, self.sizes.grpo_steps // 2))}},
+                True,
+            ),
+        }
+
+        def cell(rule: dict, with_ratio: bool, seed: int) -> Numbers:
+            rollout = Counted(self.pair.t, tokenizer_t=self.pair.tokenizer_t, batch_size=64, **rule)
+            steps, points = self.sizes.grpo_steps, self.sizes.curve_points
+            return reinforce(self.pair, self.measure, rollout, with_ratio, seed, steps, points)
+
+        return self.untrained() | {name: partial(cell, *how) for name, how in rules.items()}
 
 
 def tokens_needed(curve: list[list[float]], goal: float) -> float | None:

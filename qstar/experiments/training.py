@@ -9,6 +9,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,9 @@ from qstar.weights import effective_sample_size, log_weights, weights
 BATCH_SIZE = 16  # answers in a step
 # Of a few powers those that lowered the held-out KL most, on π_t's answers and on preference pairs of the demo pair
 LEARNING_RATE, DPO_LEARNING_RATE = 1e-4, 3e-5
+# Of 3e-5, 1e-4, 3e-4 and 1e-3, and of 3e-5 and 1e-4, those that served π_θ's own rollouts best
+DISTILLATION_LEARNING_RATE, GRPO_LEARNING_RATE = 1e-4, 3e-5
+PROMPTS, GENERATIONS = 8, 8  # of a step of GRPO
 CLIP = 10.0
 GRADIENT_BATCHES = 12  # batches whose gradients are compared
 
@@ -126,19 +130,31 @@ class Measure:
         kl = [(t.exp() * (t - x)).sum(-1) for t, x in zip(self.log_t, of_theta, strict=True)]
         return torch.cat(kl).double().mean().item()
 
+    def drawn(self, theta) -> dict[str, float]:
+        """`reverse_kl`, KL(π_θ'‖π_t) a token on texts of π_θ', and the share of those that are right."""
+        problems = held_out(self.problems)
+        drawn = answers(self.beside_t(theta), [p.question for p in problems], 0, RULES["on-policy"])
+        return {
+            "reverse_kl": float(np.mean(np.concatenate([s.fields["kl_t"] for s in drawn]))),
+            "sampled_accuracy": float(np.mean([right(s.text, p) for s, p in zip(drawn, problems, strict=True)])),
+        }
+
     def all(self, theta, kl: float | None = None) -> dict[str, float]:
-        """`kl`, where it is not known yet; `reverse_kl`, KL(π_θ'‖π_t) a token on texts of π_θ'; the shares of right
-        answers, drawn and greedy."""
-        pair, problems = self.beside_t(theta), held_out(self.problems)
+        """`kl`, where it is not known yet; what `drawn` gives; the share of greedy answers that are right."""
+        problems = held_out(self.problems)
         questions = [p.question for p in problems]
-        drawn = answers(pair, questions, 0, RULES["on-policy"])
         greedy = answers(self.beside_itself(theta), questions, 0, RULES["on-policy"] | {"temperature": 0.0})
         return {
             "kl": self.kl(theta) if kl is None else kl,
-            "reverse_kl": float(np.mean(np.concatenate([s.fields["kl_t"] for s in drawn]))),
-            "sampled_accuracy": float(np.mean([right(s.text, p) for s, p in zip(drawn, problems, strict=True)])),
+            **self.drawn(theta),
             "greedy_accuracy": float(np.mean([right(s.text, p) for s, p in zip(greedy, problems, strict=True)])),
         }
+
+    def moved(self, theta) -> float:
+        """KL(π_θ'‖π_θ) a token, to π_θ as it was before training, on texts of π_θ'."""
+        pair = Pair(theta, self.pair.theta, self.pair.tokenizer_theta, self.pair.tokenizer_theta)
+        drawn = answers(pair, [p.question for p in held_out(self.problems)], 0, RULES["on-policy"])
+        return float(np.mean(np.concatenate([s.fields["kl_t"] for s in drawn])))
 
     def beside_itself(self, theta) -> Pair:
         return Pair(theta, theta, self.pair.tokenizer_theta, self.pair.tokenizer_theta)
@@ -195,6 +211,10 @@ def settings() -> dict[str, float]:
         "answers_a_step": BATCH_SIZE,
         "learning_rate": LEARNING_RATE,
         "learning_rate_dpo": DPO_LEARNING_RATE,
+        "learning_rate_distillation": DISTILLATION_LEARNING_RATE,
+        "learning_rate_grpo": GRPO_LEARNING_RATE,
+        "prompts_a_step_grpo": PROMPTS,
+        "generations_grpo": GENERATIONS,
         "clip": CLIP,
         "gradient_batches": GRADIENT_BATCHES,
     }
@@ -253,37 +273,37 @@ def noise_to_signal(total: torch.Tensor, squares: float, count: int) -> float | 
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained policy and its held-out KL by the share of the data that was seen."""
+    """A trained policy, and what was seen of it on the way by the share of the data."""
 
     model: torch.nn.Module
-    curve: list[tuple[float, float]]
+    curve: list[tuple[float, Any]]
     gradient_variance: float | None
 
 
 def train(
-    model, make: Callable, measure: Measure | None = None, points: int | list[int] = 0, noise: bool = False
+    model, make: Callable, look: Callable | None = None, points: int | list[int] = 0, noise: bool = False
 ) -> Trained:
     """Train a copy of a model once over the data.
 
     Args:
-        make: what `sft` or `dpo` gave.
-        measure: gives the held-out KL on the way.
+        make: what `sft` or `dpo` gave, or anything that makes a trainer.
+        look: what is wanted of the model on the way.
         points: that many points of the curve, evenly, or the numbers of steps to look at.
         noise: measure the variance of the gradient before the first step.
     """
     with tempfile.TemporaryDirectory() as folder:
         trainer = make(copy.deepcopy(model), folder)
         variance = gradient_variance(trainer) if noise else None
-        steps = -(-len(trainer.train_dataset) // BATCH_SIZE)
+        steps = max(trainer.args.max_steps, -(-len(trainer.train_dataset) // BATCH_SIZE))
         at = {round(steps * i / points) for i in range(1, points + 1)} if isinstance(points, int) else set(points)
-        watch = At(at - {0}, measure and measure.kl)
+        watch = At(at - {0}, look)
         trainer.add_callback(watch)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         # The trainer wraps its model's forward so that a copy of it would go on computing with the old weights.
         trained = copy.deepcopy(model)
         trained.load_state_dict(trainer.model.state_dict())
-    return Trained(trained, [(step / steps, kl) for step, kl in sorted(watch.found.items())], variance)
+    return Trained(trained, [(step / steps, seen) for step, seen in sorted(watch.found.items())], variance)
 
 
 def ess_of(samples: list[Sample]) -> float:

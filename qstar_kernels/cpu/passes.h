@@ -1,33 +1,43 @@
 /* The passes of rows.c over one row of logits, in vectors. rows.c includes this file once for each instruction set that
- * it can choose from, with NAME(x) giving every function a name of its own.
+ * it can choose from, with NAME(x) giving every function a name of its own and WIDTH the doubles of a vector.
  *
  * A row goes by in tiles of 256 ids that stay in the L1 cache. All arithmetic is float64 but that of the outline, which
  * only guesses. Sums run in one fixed order, so a row's bits depend on the row alone.
  */
 
-typedef double NAME(d4) __attribute__((vector_size(32), may_alias));
-typedef int64_t NAME(l4) __attribute__((vector_size(32), may_alias));
-typedef float NAME(f8) __attribute__((vector_size(32), may_alias));
-typedef int32_t NAME(i8) __attribute__((vector_size(32), may_alias));
-#define d4 NAME(d4)
-#define l4 NAME(l4)
-#define f8 NAME(f8)
-#define i8 NAME(i8)
+typedef double NAME(vd) __attribute__((vector_size(8 * WIDTH), may_alias));
+typedef int64_t NAME(vl) __attribute__((vector_size(8 * WIDTH), may_alias));
+typedef float NAME(vf) __attribute__((vector_size(8 * WIDTH), may_alias));
+typedef int32_t NAME(vi) __attribute__((vector_size(8 * WIDTH), may_alias));
+#define vd NAME(vd)
+#define vl NAME(vl)
+#define vf NAME(vf)
+#define vi NAME(vi)
 #define AT(type, array, i) (*(type *)&(array)[i])
 
-static inline double NAME(total)(d4 v) { return (v[0] + v[1]) + (v[2] + v[3]); }
+static inline double NAME(total)(vd v) {
+    for (int n = WIDTH / 2; n > 0; n /= 2)
+        for (int i = 0; i < n; i++) v[i] = v[2 * i] + v[2 * i + 1];
+    return v[0];
+}
+
+static inline double NAME(total_f)(vf v) {
+    for (int n = WIDTH; n >= 4; n /= 2)
+        for (int i = 0; i < n; i++) v[i] += v[i + n];
+    return ((double)v[0] + v[1]) + (v[2] + v[3]);
+}
 
 /* exp(x) to 3e-16, 0 below -708; x must not be above 708. The polynomial interpolates exp on [-ln2/2, ln2/2] at the
  * Chebyshev nodes. */
-static inline d4 NAME(exp_d)(d4 x) {
+static inline vd NAME(exp_d)(vd x) {
     const double magic = 0x1.8p52; /* the sum's low bits are round(x / ln 2) */
-    l4 keep = x >= -708.0;
-    d4 n = x * 0x1.71547652b82fep0 + magic;
-    l4 exponent = (l4)n << 52;
+    vl keep = x >= -708.0;
+    vd n = x * 0x1.71547652b82fep0 + magic;
+    vl exponent = (vl)n << 52;
     n -= magic;
-    d4 r = x - n * 0x1.62e42fefa39efp-1;
+    vd r = x - n * 0x1.62e42fefa39efp-1;
     r -= n * 0x1.abc9e3b39803fp-56;
-    d4 p = r * 0x1.28a2ca617b969p-22 + 0x1.72fafebdaf273p-19;
+    vd p = r * 0x1.28a2ca617b969p-22 + 0x1.72fafebdaf273p-19;
     p = p * r + 0x1.a019a6611cad5p-16;
     p = p * r + 0x1.a01978b8b3d18p-13;
     p = p * r + 0x1.6c16c17f46982p-10;
@@ -37,25 +47,25 @@ static inline d4 NAME(exp_d)(d4 x) {
     p = p * r + 0x1.0000000000005p-1;
     p = p * r + 0x1.000000000001ep+0;
     p = p * r + 1.0;
-    return (d4)(((l4)p + exponent) & keep);
+    return (vd)(((vl)p + exponent) & keep);
 }
 
 /* The same in float32, to 1e-7, 0 below -87. */
-static inline f8 NAME(exp_f)(f8 x) {
+static inline vf NAME(exp_f)(vf x) {
     const float magic = 0x1.8p23f;
-    i8 keep = x >= -87.0f;
-    f8 n = x * 0x1.715476p0f + magic;
-    i8 exponent = (i8)n << 23;
+    vi keep = x >= -87.0f;
+    vf n = x * 0x1.715476p0f + magic;
+    vi exponent = (vi)n << 23;
     n -= magic;
-    f8 r = x - n * 0x1.62e4p-1f;
+    vf r = x - n * 0x1.62e4p-1f;
     r -= n * 0x1.7f7d1cp-20f;
-    f8 p = r * 0x1.6d7544p-10f + 0x1.126fb9p-7f;
+    vf p = r * 0x1.6d7544p-10f + 0x1.126fb9p-7f;
     p = p * r + 0x1.5554adp-5f;
     p = p * r + 0x1.555404p-3f;
     p = p * r + 0x1.000000p-1f;
     p = p * r + 0x1.000001p+0f;
     p = p * r + 1.0f;
-    return (f8)(((i8)p + exponent) & keep);
+    return (vf)(((vi)p + exponent) & keep);
 }
 
 static inline float NAME(from_half)(uint16_t h) {
@@ -102,8 +112,8 @@ LOAD(NAME(load_f), float)
  * there are; then a, b and d in float32, less the maxima so far, −inf and 0 where there is none. */
 #define SURVEY(survey, load, real, same, v, l)                                                                         \
     static void survey(const Row *row, int64_t start, Scan *scan, Near *near) {                                        \
-        enum { WIDTH = sizeof(v) / sizeof(real) };                                                                     \
-        _Alignas(32) real space[2][TILE];                                                                              \
+        enum { COUNT = sizeof(v) / sizeof(real) };                                                                     \
+        _Alignas(8 * WIDTH) real space[2][TILE];                                                                              \
         const real *raw[2];                                                                                            \
         for (int side = 0; side < 2; side++) {                                                                         \
             if (row->dtype[side] == same && row->stride[side] == 1 && start + TILE <= row->vocab_size) {               \
@@ -117,7 +127,7 @@ LOAD(NAME(load_f), float)
         v high[2], low[2];                                                                                             \
         l nan = {0};                                                                                                   \
         for (int side = 0; side < 2; side++) memcpy(&high[side], raw[side], sizeof(v)), low[side] = high[side];        \
-        for (int i = 0; i < TILE; i += WIDTH)                                                                          \
+        for (int i = 0; i < TILE; i += COUNT)                                                                          \
             for (int side = 0; side < 2; side++) {                                                                     \
                 v x;                                                                                                   \
                 memcpy(&x, raw[side] + i, sizeof x);                                                                   \
@@ -127,10 +137,10 @@ LOAD(NAME(load_f), float)
                 low[side] = (v)(((l)x & lower) | ((l)low[side] & ~lower));                                             \
             }                                                                                                          \
         double least[2];                                                                                               \
-        for (int i = 0; i < WIDTH; i++) scan->nan |= nan[i] != 0;                                                      \
+        for (int i = 0; i < COUNT; i++) scan->nan |= nan[i] != 0;                                                      \
         for (int side = 0; side < 2; side++) {                                                                         \
             least[side] = low[side][0];                                                                                \
-            for (int i = 0; i < WIDTH; i++) {                                                                          \
+            for (int i = 0; i < COUNT; i++) {                                                                          \
                 if (high[side][i] > scan->high[side]) scan->high[side] = high[side][i];                                \
                 if (low[side][i] < least[side]) least[side] = low[side][i];                                            \
             }                                                                                                          \
@@ -153,7 +163,7 @@ LOAD(NAME(load_f), float)
             if (mask[side] > row->mask[side]) mask[side] = (real)nextafterf((float)mask[side], -INFINITY);             \
             low[side] = (v){0} + INFINITY;                                                                             \
         }                                                                                                              \
-        for (int i = 0; i < TILE; i += WIDTH) {                                                                        \
+        for (int i = 0; i < TILE; i += COUNT) {                                                                        \
             l ok[2];                                                                                                   \
             for (int side = 0; side < 2; side++) {                                                                     \
                 v x;                                                                                                   \
@@ -167,7 +177,7 @@ LOAD(NAME(load_f), float)
             both -= ok[0] & ok[1];                                                                                     \
         }                                                                                                              \
         int64_t thetas = 0, ts = 0, boths = 0;                                                                         \
-        for (int i = 0; i < WIDTH; i++) {                                                                              \
+        for (int i = 0; i < COUNT; i++) {                                                                              \
             thetas += theta[i], ts += t[i], boths += both[i];                                                          \
             for (int side = 0; side < 2; side++)                                                                       \
                 if (low[side][i] < scan->low[side]) scan->low[side] = low[side][i];                                    \
@@ -183,8 +193,8 @@ LOAD(NAME(load_f), float)
             near->d[i] = has_theta & has_t ? near->d[i] : 0;                                                           \
         }                                                                                                              \
     }
-SURVEY(NAME(survey), NAME(load), double, FLOAT64, d4, l4)
-SURVEY(NAME(survey_f), NAME(load_f), float, FLOAT32, f8, i8)
+SURVEY(NAME(survey), NAME(load), double, FLOAT64, vd, vl)
+SURVEY(NAME(survey_f), NAME(load_f), float, FLOAT32, vf, vi)
 #undef SURVEY
 
 /* Take the sums of `scan` to maxima that have risen. */
@@ -218,26 +228,25 @@ static void NAME(scan)(const Row *row, Scan *scan, Outline *outline) {
         else NAME(survey_f)(row, start, scan, &near);
         if (!outline) continue;
         if (scan->high[0] > before[0] || scan->high[1] > before[1]) NAME(lower)(row, before, scan->high, sums);
-        f8 s[11] = {{0}};
-        for (int i = 0; i < TILE; i += 8) {
-            f8 d = AT(f8, near.d, i), theta = NAME(exp_f)(AT(f8, near.a, i)), t = NAME(exp_f)(AT(f8, near.b, i));
-            f8 e[3] = {t * t, theta * t, theta * theta}; /* the third exponential is for nothing */
+        vf s[11] = {{0}};
+        for (int i = 0; i < TILE; i += 2 * WIDTH) {
+            vf d = AT(vf, near.d, i), theta = NAME(exp_f)(AT(vf, near.a, i)), t = NAME(exp_f)(AT(vf, near.b, i));
+            vf e[3] = {t * t, theta * t, theta * theta}; /* the third exponential is for nothing */
             s[9] += e[2];
             s[10] += e[0];
             if (scan->masked) {
-                i8 common = (AT(f8, near.a, i) > -INFINITY) & (AT(f8, near.b, i) > -INFINITY);
-                e[2] = (f8)((i8)e[2] & common);
-                e[0] = (f8)((i8)e[0] & common);
+                vi common = (AT(vf, near.a, i) > -INFINITY) & (AT(vf, near.b, i) > -INFINITY);
+                e[2] = (vf)((vi)e[2] & common);
+                e[0] = (vf)((vi)e[0] & common);
             }
             for (int k = 0; k < 3; k++) {
-                f8 wd = e[k] * d;
+                vf wd = e[k] * d;
                 s[3 * k] += e[k];
                 s[3 * k + 1] += wd;
                 s[3 * k + 2] += wd * d;
             }
         }
-        for (int k = 0; k < 11; k++)
-            sums[k] += ((double)(s[k][0] + s[k][4]) + (s[k][1] + s[k][5])) + ((s[k][2] + s[k][6]) + (s[k][3] + s[k][7]));
+        for (int k = 0; k < 11; k++) sums[k] += NAME(total_f)(s[k]);
     }
     if (!outline) return;
     for (int k = 0; k < 3; k++) {
@@ -255,47 +264,47 @@ static __attribute__((noinline)) void NAME(tile)(const Row *row, int64_t start, 
     NAME(load)(row, 0, start, tile->a);
     NAME(load)(row, 1, start, tile->b);
     const int whole = !row->masked && start + TILE <= row->vocab_size;
-    for (int i = 0; i < TILE; i += 4) {
-        d4 a = (AT(d4, tile->a, i) - row->high[0]) * row->scale;
-        d4 b = (AT(d4, tile->b, i) - row->high[1]) * row->scale;
-        d4 d = a - b, x = b + alpha * d;
+    for (int i = 0; i < TILE; i += WIDTH) {
+        vd a = (AT(vd, tile->a, i) - row->high[0]) * row->scale;
+        vd b = (AT(vd, tile->b, i) - row->high[1]) * row->scale;
+        vd d = a - b, x = b + alpha * d;
         if (!whole) {
-            const d4 absent = (d4){0} + ABSENT;
-            l4 ok_theta = AT(d4, tile->a, i) > row->mask[0], ok_t = AT(d4, tile->b, i) > row->mask[1], ok = ok_theta & ok_t;
-            a = (d4)(((l4)a & ok_theta) | ((l4)absent & ~ok_theta));
-            b = (d4)(((l4)b & ok_t) | ((l4)absent & ~ok_t));
-            d = (d4)((l4)d & ok);
-            x = (d4)(((l4)x & ok) | ((l4)absent & ~ok));
+            const vd absent = (vd){0} + ABSENT;
+            vl ok_theta = AT(vd, tile->a, i) > row->mask[0], ok_t = AT(vd, tile->b, i) > row->mask[1], ok = ok_theta & ok_t;
+            a = (vd)(((vl)a & ok_theta) | ((vl)absent & ~ok_theta));
+            b = (vd)(((vl)b & ok_t) | ((vl)absent & ~ok_t));
+            d = (vd)((vl)d & ok);
+            x = (vd)(((vl)x & ok) | ((vl)absent & ~ok));
         }
-        AT(d4, tile->a, i) = a;
-        AT(d4, tile->b, i) = b;
-        AT(d4, tile->d, i) = d;
-        AT(d4, tile->x, i) = x;
+        AT(vd, tile->a, i) = a;
+        AT(vd, tile->b, i) = b;
+        AT(vd, tile->d, i) = d;
+        AT(vd, tile->x, i) = x;
     }
 }
 
 static inline void NAME(exp_all)(const double *x, double *out) {
-    for (int i = 0; i < TILE; i += 4) AT(d4, out, i) = NAME(exp_d)(AT(d4, x, i));
+    for (int i = 0; i < TILE; i += WIDTH) AT(vd, out, i) = NAME(exp_d)(AT(vd, x, i));
 }
 
 /* Normalisers, entropies and the slopes of F at both ends. Maxima are counted apart: on a nearly certain row the
  * normaliser's logarithm and the entropy are made of the others alone. */
 static void NAME(ends)(const Row *row, Ends *ends) {
     Tile tile;
-    d4 maxima[2] = {{0}}, others[2] = {{0}}, log_mean[2] = {{0}}, mass[2] = {{0}}, slope[2] = {{0}};
-    const d4 one = (d4){0} + 1.0;
+    vd maxima[2] = {{0}}, others[2] = {{0}}, log_mean[2] = {{0}}, mass[2] = {{0}}, slope[2] = {{0}};
+    const vd one = (vd){0} + 1.0;
     for (int64_t start = 0; start < row->vocab_size; start += TILE) {
         NAME(tile)(row, start, 0.5, &tile);
-        for (int i = 0; i < TILE; i += 4) {
-            l4 common = AT(d4, tile.x, i) > ABSENT;
+        for (int i = 0; i < TILE; i += WIDTH) {
+            vl common = AT(vd, tile.x, i) > ABSENT;
             for (int side = 0; side < 2; side++) {
-                d4 logit = side ? AT(d4, tile.b, i) : AT(d4, tile.a, i), e = NAME(exp_d)(logit);
-                l4 at_top = logit == 0;
-                maxima[side] += (d4)((l4)one & at_top);
-                others[side] += (d4)((l4)e & ~at_top);
+                vd logit = side ? AT(vd, tile.b, i) : AT(vd, tile.a, i), e = NAME(exp_d)(logit);
+                vl at_top = logit == 0;
+                maxima[side] += (vd)((vl)one & at_top);
+                others[side] += (vd)((vl)e & ~at_top);
                 log_mean[side] += e * logit;
-                mass[side] += (d4)((l4)e & common);
-                slope[side] += e * AT(d4, tile.d, i);
+                mass[side] += (vd)((vl)e & common);
+                slope[side] += e * AT(vd, tile.d, i);
             }
         }
     }
@@ -307,35 +316,39 @@ static void NAME(ends)(const Row *row, Ends *ends) {
     }
 }
 
+/* The greatest x, 2a − x and 2b − x over the common support. */
+static void NAME(maxima)(const Row *row, double alpha, double *top) {
+    Tile tile;
+    vd high[3];
+    for (int k = 0; k < 3; k++) high[k] = (vd){0} - INFINITY;
+    for (int64_t start = 0; start < row->vocab_size; start += TILE) {
+        NAME(tile)(row, start, alpha, &tile);
+        for (int i = 0; i < TILE; i += WIDTH) {
+            vd x = AT(vd, tile.x, i), v[3] = {x, 2 * AT(vd, tile.a, i) - x, 2 * AT(vd, tile.b, i) - x};
+            for (int k = 0; k < 3; k++) {
+                vl higher = (v[k] > high[k]) & (x > ABSENT);
+                high[k] = (vd)(((vl)v[k] & higher) | ((vl)high[k] & ~higher));
+            }
+        }
+    }
+    for (int k = 0; k < 3; k++) {
+        top[k] = high[k][0];
+        for (int i = 1; i < WIDTH; i++)
+            if (high[k][i] > top[k]) top[k] = high[k][i];
+    }
+}
+
 /* Second sweep, exact: the curve at α, 2 − α and −α, and of every group log Σ w, mean and variance of d. Moments are of
  * d − center: with the center near the root's slope neither the residual nor the variance there cancels. */
 static void NAME(sweep)(const Row *row, double alpha, Point *point, double *groups) {
     Tile tile;
     const double center = row->center;
     double top[3] = {0, 0, 0}; /* of x, 2a − x and 2b − x; where no exponential overflows they are not needed */
-    if (row->far) {
-        d4 high[3];
-        for (int k = 0; k < 3; k++) high[k] = (d4){0} - INFINITY;
-        for (int64_t start = 0; start < row->vocab_size; start += TILE) {
-            NAME(tile)(row, start, alpha, &tile);
-            for (int i = 0; i < TILE; i += 4) {
-                d4 x = AT(d4, tile.x, i), v[3] = {x, 2 * AT(d4, tile.a, i) - x, 2 * AT(d4, tile.b, i) - x};
-                for (int k = 0; k < 3; k++) {
-                    l4 higher = (v[k] > high[k]) & (x > ABSENT);
-                    high[k] = (d4)(((l4)v[k] & higher) | ((l4)high[k] & ~higher));
-                }
-            }
-        }
-        for (int k = 0; k < 3; k++) {
-            top[k] = high[k][0];
-            for (int i = 1; i < 4; i++)
-                if (high[k][i] > top[k]) top[k] = high[k][i];
-        }
-    }
+    if (row->far) NAME(maxima)(row, alpha, top);
     double sums[10] = {0};
-    _Alignas(32) double w[TILE], ea[TILE], eb[TILE], hi[TILE], lo[TILE];
+    _Alignas(8 * WIDTH) double w[TILE], ea[TILE], eb[TILE], hi[TILE], lo[TILE];
     for (int64_t group = 0; group < row->groups; group++) {
-        d4 s[10] = {{0}};
+        vd s[10] = {{0}};
         for (int64_t start = group * GROUP; start < (group + 1) * GROUP && start < row->vocab_size; start += TILE) {
             NAME(tile)(row, start, alpha, &tile);
             NAME(exp_all)(tile.a, ea);
@@ -351,15 +364,15 @@ static void NAME(sweep)(const Row *row, double alpha, Point *point, double *grou
                 NAME(exp_all)(lo, lo);
             }
             NAME(exp_all)(tile.x, w);
-            for (int i = 0; i < TILE; i += 4) {
-                d4 mass = AT(d4, w, i), d = AT(d4, tile.d, i) - center, first = mass * d, second = first * d;
-                d4 theta = AT(d4, ea, i), t = AT(d4, eb, i), high, low;
+            for (int i = 0; i < TILE; i += WIDTH) {
+                vd mass = AT(vd, w, i), d = AT(vd, tile.d, i) - center, first = mass * d, second = first * d;
+                vd theta = AT(vd, ea, i), t = AT(vd, eb, i), high, low;
                 if (row->far) {
-                    high = AT(d4, hi, i);
-                    low = AT(d4, lo, i);
+                    high = AT(vd, hi, i);
+                    low = AT(vd, lo, i);
                 } else { /* π_θ² / q and π_t² / q, the integrands of F(2 − α) and F(−α), by one division */
-                    l4 common = mass > 0;
-                    d4 inverse = (d4)((l4)(1.0 / mass) & common);
+                    vl common = mass > 0;
+                    vd inverse = (vd)((vl)(1.0 / mass) & common);
                     high = theta * theta * inverse;
                     low = t * t * inverse;
                 }
@@ -444,8 +457,8 @@ static const Passes NAME(passes) = {
     NAME(philox),
 };
 
-#undef d4
-#undef l4
-#undef f8
-#undef i8
+#undef vd
+#undef vl
+#undef vf
+#undef vi
 #undef AT

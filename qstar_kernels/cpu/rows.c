@@ -79,11 +79,11 @@ typedef struct {
 } Point;
 
 typedef struct {
-    _Alignas(32) double a[TILE], b[TILE], d[TILE], x[TILE];
+    _Alignas(64) double a[TILE], b[TILE], d[TILE], x[TILE];
 } Tile;
 
 typedef struct {
-    _Alignas(32) float a[TILE], b[TILE], d[TILE];
+    _Alignas(64) float a[TILE], b[TILE], d[TILE];
 } Near; /* a tile of the outline: half of a, half of b, and d */
 
 typedef struct {
@@ -113,29 +113,52 @@ typedef struct {
 #pragma GCC diagnostic ignored "-Wpsabi" /* vectors only pass between functions of this file */
 #endif
 
+/* How many of the three below there are at most; with the wider vectors come other orders of sums. */
+#ifndef INSTRUCTION_SETS
+#define INSTRUCTION_SETS 3
+#endif
+
+#define WIDTH 4
 #define NAME(x) x##_plain
 #include "passes.h"
 #undef NAME
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(ONLY_PLAIN)
-#define HAS_AVX2
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#define BEGIN(set) _Pragma(#set)
+#define AVX2 BEGIN(clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function))
+#define AVX512 BEGIN(clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw"))), apply_to = function))
+#define END _Pragma("clang attribute pop")
 #else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#define BEGIN(set) _Pragma("GCC push_options") _Pragma(#set)
+#define AVX2 BEGIN(GCC target("avx2,fma"))
+#define AVX512 BEGIN(GCC target("avx512f,avx512dq,avx512bw"))
+#define END _Pragma("GCC pop_options")
 #endif
+
+#if defined(__x86_64__) && defined(__GNUC__) && INSTRUCTION_SETS > 1
+#define HAS_AVX2
+AVX2
 #define NAME(x) x##_avx2
 #include "passes.h"
 #undef NAME
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
+END
+#if INSTRUCTION_SETS > 2
+#define HAS_AVX512
+AVX512
+#undef WIDTH
+#define WIDTH 8
+#define NAME(x) x##_avx512
+#include "passes.h"
+#undef NAME
+END
 #endif
 #endif
 
 static const Passes *best_passes(void) {
+#ifdef HAS_AVX512
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"))
+        return &passes_avx512;
+#endif
 #ifdef HAS_AVX2
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &passes_avx2;
 #endif
@@ -515,7 +538,7 @@ static int bucket_of(double greatest, double value) {
 static double threshold(const Row *row, const Passes *pass, const Mixture *q, double lowest, double greatest,
                         int64_t count, double share, double *v) {
     /* the mass by distance from the greatest value; only the bucket in which the target is crossed is sorted out */
-    _Alignas(32) double value[TILE], w[TILE];
+    _Alignas(64) double value[TILE], w[TILE];
     double bucket[BUCKETS] = {0}, total = 0;
     for (int64_t start = 0; start < row->vocab_size; start += TILE) {
         pass->log_q(row, start, q, value);
@@ -547,7 +570,7 @@ static double threshold(const Row *row, const Passes *pass, const Mixture *q, do
 /* The lowest value x − f of q that top-k and then top-p keep, +inf where there is none; `greatest` becomes the greatest. */
 static double lowest_kept(const Row *row, const Passes *pass, const Mixture *q, int64_t top_k, double top_p, double *v,
                           double *greatest) {
-    _Alignas(32) double value[TILE];
+    _Alignas(64) double value[TILE];
     *greatest = -INFINITY;
     for (int64_t start = 0; start < row->vocab_size; start += TILE) {
         pass->log_q(row, start, q, value);
@@ -562,7 +585,7 @@ static double lowest_kept(const Row *row, const Passes *pass, const Mixture *q, 
 
 /* Truncate q and renormalise it; 0 where nothing is left. `v` is scratch for all values of a row. */
 static int truncate_q(const Job *job, const Row *row, const Passes *pass, Solved *solved, double *v, double *groups) {
-    _Alignas(32) double log_q[TILE], w[TILE];
+    _Alignas(64) double log_q[TILE], w[TILE];
     Mixture *q = &solved->q;
     double greatest;
     if (job->target_top_k > 0 || job->target_top_p < 1) {
@@ -591,7 +614,7 @@ static int truncate_q(const Job *job, const Row *row, const Passes *pass, Solved
 
 /* The lowest id of the greatest log q. `close` is set where another comes within `doubt` of it. */
 static int64_t greatest_of(const Row *row, const Passes *pass, const Mixture *q, double doubt, int *close) {
-    _Alignas(32) double log_q[TILE];
+    _Alignas(64) double log_q[TILE];
     double best = -INFINITY, second = -INFINITY;
     int64_t id = -1;
     for (int64_t start = 0; start < row->vocab_size; start += TILE) {
@@ -612,7 +635,7 @@ static int64_t greatest_of(const Row *row, const Passes *pass, const Mixture *q,
 
 /* exp(v − max v) of n values, in place. */
 static void relative_weights(const Passes *pass, double *v, int64_t n) {
-    _Alignas(32) double part[TILE];
+    _Alignas(64) double part[TILE];
     double top = -INFINITY;
     for (int64_t i = 0; i < n; i++) top = v[i] > top ? v[i] : top;
     for (int64_t start = 0; start < n; start += TILE) {
@@ -628,7 +651,7 @@ static int64_t draw(const Row *row, const Passes *pass, const Mixture *q, const 
     relative_weights(pass, mass, row->groups);
     const int64_t group = race(pass, seed, position, 0, 0, row->groups, mass, doubt, close);
     if (group < 0) return -1;
-    _Alignas(32) double w[GROUP];
+    _Alignas(64) double w[GROUP];
     for (int start = 0; start < GROUP; start += TILE) pass->log_q(row, group * GROUP + start, q, w + start);
     relative_weights(pass, w, GROUP);
     const int64_t token = race(pass, seed, position, 1, group * GROUP, GROUP, w, doubt, close);
@@ -709,7 +732,7 @@ static void write_log_q(const Job *job, int64_t i, const Passes *pass, const Sol
 /* log q of a token, and log π_θ and log π_t at temperature 1, untruncated. */
 static void look_up(const Solved *solved, const Passes *pass, int64_t token, double *out) {
     const int64_t start = token / TILE * TILE;
-    _Alignas(32) double log_q[TILE];
+    _Alignas(64) double log_q[TILE];
     pass->log_q(&solved->row, start, &solved->q, log_q);
     out[0] = log_q[token - start] - solved->q.extra;
     for (int side = 0; side < 2; side++) {

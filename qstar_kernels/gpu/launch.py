@@ -3,24 +3,26 @@
 The same launches for one row and for thousands, without a host synchronisation or an allocation that changes with the
 data, so that a step can be captured in a CUDA graph:
 
-1. `sweep_kernel`, a warp some groups of 1024 ids: sums about α = ½ (about the α given, for the rule `fixed`).
+1. `sweep_kernel`, a warp some groups of 1024 ids: sums about α = ½.
 2. `settle_kernel`, a program a row: α, the diagnostics and the groups' masses by Taylor's formula, and a bound on what
    that leaves out, which says whether they are accepted.
-3. Both again about the α found, for rows that were not accepted; all others pass.
-4. `finish_kernel`, a program a row: solves in float64 what is still not accepted, draws, and reads the winning group
-   again. With truncation it comes twice, and `truncation` between the two.
+3. `sweep_kernel` about the α found, for rows that were not accepted; all others pass.
+4. `finish_kernel`, a program a row: does for those what `settle_kernel` does, solves in float64 what is still not
+   accepted, draws, and reads the winning group again. With truncation it comes twice, and `truncation` between the two.
+
+The rule `fixed` has its α: one sweep about that, and `finish_kernel`.
 
 A row is always cut into the same groups whatever the batch is, and they are merged in one fixed order: this is what
 makes a row's bits independent of its neighbours.
 """
 
-import ctypes
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import itemgetter
 from types import MappingProxyType
+from typing import Any
 
 import torch
 import triton
@@ -78,6 +80,12 @@ class Launch:
     grid: tuple[int, ...]
     threads: int
     arguments: dict
+
+    @classmethod
+    def of(cls, kernel: triton.runtime.KernelInterface, grid: tuple[int, ...], threads: int, step: dict, **own: Any):
+        """With those of a step's arguments that the kernel asks for, and some of its `own`."""
+        step = step | own
+        return cls(kernel, grid, threads, {name: step[name] for name in kernel.arg_names})
 
     def options(self) -> dict:
         """What Triton is told beside the arguments. Newer versions would not fuse products and sums unasked."""
@@ -158,12 +166,6 @@ def kept(*step) -> Kept:
     return Kept()
 
 
-def halves(name: str, value: float) -> dict[str, float]:
-    """A setting as two arguments of a kernel, where Python's numbers become float32 (`as_double`)."""
-    high = ctypes.c_float(value).value
-    return {name: high, f"{name}_low": value - high}
-
-
 def aligned(logits: Tensor) -> Tensor:
     """The same rows [B, V] where the kernels can read them 128 bits at a time: a copy where they do not lie so.
 
@@ -200,147 +202,130 @@ def plan(
     The logits are `aligned`, the rest is contiguous; `own`: what `own_of` makes of settings of the rows.
     """
     rows, vocab_size = theta.shape
-    tempering = settings.temperature if settings.temperature > 0 else 1.0
     groups = triton.cdiv(vocab_size, GROUP_SIZE)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=theta.device)
 
-    out = empty(len(FIELDS), rows)  # [8, B]
-    status = empty(rows, dtype=torch.int64)  # [B]
-    filled = {"out": out, "statuses": status}
+    filled = {"out": empty(len(FIELDS), rows), "statuses": empty(rows, dtype=torch.int64)}
     if want_log_q:
         filled["log_q"] = empty(rows, vocab_size)
-    draw = scratch.NO_TOKEN
+    draw = scratch.NO_TOKEN if tokens is None else scratch.GIVEN
     if seeds is not None:
         draw = scratch.SAMPLED if settings.temperature > 0 else scratch.GREEDY
-        tokens = torch.empty_like(status)  # [B]
-        filled["tokens"] = tokens
-    elif tokens is not None:
-        draw = scratch.GIVEN
-    # what asks only for the groups' masses need not be compiled twice
-    drawing = draw if draw is scratch.SAMPLED else scratch.NO_TOKEN
-
+        filled["tokens"] = empty(rows, dtype=torch.int64)
     first, second = (tile(8 * max(theta.element_size(), t.element_size()), again) for again in (False, True))
     most = second["GROUPS"] * second["TIMES"]
-    partial = empty(rows, triton.cdiv(groups, most) * most, scratch.GROUP_COLUMNS.value)  # [B, groups, 32]
-    masses = empty(rows, 2, groups, dtype=torch.float64)  # [B, 2, groups], logarithms and what they may be off by
-    row = empty(rows, scratch.ROW_COLUMNS.value, dtype=torch.float64)  # [B, 17]
+    partial = empty(rows, triton.cdiv(groups, most) * most, scratch.GROUP_COLUMNS.value)
     # a budget that is one α for all rows is no budget
     given = settings.known_alpha if own is None else None
     method = settings.method if given is None else "fixed"
-    logits = {
-        "theta": theta,
-        "t": t,
-        "vocab_size": vocab_size,
-        "s_theta": theta.stride(0),
-        "s_t": t.stride(0),
-    } | halves("inv_temperature", 1 / tempering)
     alpha = 0.5 if given is None else given
     low, high = (settings.alpha_min, settings.alpha_max) if given is None else (alpha, alpha)
-    rule = halves("alpha_min", low) | halves("alpha_max", high) | halves("kl_budget", settings.kl_budget)
-    rule |= {"own": own, "tol": settings.tol, "METHOD": method}
-    center = halves("center", alpha)["center"]
-    sums = {"row": row, "partial": partial, "s_partial": partial.stride(0), "center": center}
-    sweep = {k: v for k, v in logits.items() if k != "inv_temperature_low"} | sums
-    sweep |= {
-        "EXTRA": method if method in ("entropy", "reverse_kl_symmetry") else "",
-        "own": own if method in ("fixed", *BUDGETS) else None,
-        "METHOD": method if own is not None and method in ("fixed", *BUDGETS) else "",
-        "TEMPERED": tempering != 1,
-    }
-    settle = rule | halves("inv_temperature", 1 / tempering) | halves("fixed_alpha", alpha) | sums
-    settle |= {
-        "masses": masses,
-        "out": out,
+    temperature = settings.temperature or 1.0
+    step = {
+        "theta": theta,
+        "t": t,
+        "s_theta": theta.stride(0),
+        "s_t": t.stride(0),
         "rows": rows,
+        "vocab_size": vocab_size,
         "groups": groups,
-        "TEMPERED": tempering != 1,
+        "inv_temperature": 1 / temperature,
+        "TEMPERED": temperature != 1,
+        "own": own,
+        "METHOD": method,
+        "alpha": alpha,
+        "alpha_min": low,
+        "alpha_max": high,
+        "kl_budget": settings.kl_budget,
+        "tol": settings.tol,
+        "partial": partial,
+        "s_partial": partial.stride(0),
+        "masses": empty(rows, 2, groups, dtype=torch.float64),  # logarithms, and what they may be off by
+        "known": empty(rows, scratch.ROW_COLUMNS.value, dtype=torch.float64),
+        "seeds": seeds,
+        "positions": positions,
+        "tokens": tokens,
+        "DRAW": draw.value,
         "GROUPS": triton.next_power_of_2(groups),
-    }
-    finish = (
-        logits
-        | rule
-        | {
-            "row": row,
-            "partial": partial,
-            "masses": masses,
-            "seeds": seeds,
-            "positions": positions,
-            "tokens": tokens,
-            "out": out,
-            "statuses": status,
-            "rows": rows,
-            "groups": groups,
-            "s_partial": partial.stride(0),
-            "DRAW": draw.value,
-            "REFINE": True,
-            "CHOOSE": True,
-            "GROUPS": triton.next_power_of_2(groups),
-            "TILE_GROUPS": groups_of_a_row_program(),
-        }
-    )
-    # A program that has a row to itself has a thread a group, or as many as leave it the registers for float64.
-    width = min(max(triton.next_power_of_2(groups), 32), 128)
-    launches = []
-    for again, shape in enumerate((first,) if method == "fixed" else (first, second)):
-        blocks = triton.cdiv(groups, shape["GROUPS"] * shape["TIMES"])
-        launches += [
-            Launch(sweep_kernel, (rows, blocks), WARP, sweep | shape | {"SECOND": bool(again)}),
-            Launch(settle_kernel, (rows,), width, settle | {"SECOND": bool(again)}),
-        ]
-    if settings.truncates:
-        # each half is told of the other's choices nothing that would have it compiled once more
-        refine = {"CHOOSE": False, "DRAW": drawing.value, "GROUPS": 1, "seeds": None, "positions": None, "tokens": None}
-        choose = {"REFINE": False, "METHOD": "fixed", "own": None}
-        launches += [
-            Launch(finish_kernel, (rows,), 256, finish | refine),
-            *truncation(settings, logits, row, partial, masses),
-            Launch(finish_kernel, (rows,), 256, finish | choose),
-        ]
-    else:
-        launches.append(Launch(finish_kernel, (rows,), 256, finish))
+    } | filled
+    shapes = (first,) if method == "fixed" else (first, second)
+    launches = [*sweeps(step, shapes), *finish(step, settings, len(shapes) > 1)]
     if want_log_q:
-        whole = logits | {"row": row, "log_q": filled["log_q"], "s_log_q": vocab_size, "BLOCK": GROUP_SIZE}
-        launches.append(Launch(log_q_kernel, (rows, groups), 128, whole))
+        launches.append(Launch.of(log_q_kernel, (rows, groups), 128, step, s_log_q=vocab_size, BLOCK=GROUP_SIZE))
     return launches, filled
 
 
-def truncation(settings: Settings, logits: dict, row: Tensor, partial: Tensor, masses: Tensor) -> list[Launch]:
+def sweeps(step: dict, shapes: tuple[dict[str, int], ...]) -> list[Launch]:
+    """Those of a step, and what looks at the first of two."""
+    method = step["METHOD"]
+    about = step["own"] is not None and method in ("fixed", *BUDGETS)  # whether rows have centres of their own
+    constants = {"own": step["own"] if about else None, "METHOD": method if about else ""}
+    constants["EXTRA"] = method if method in ("entropy", "reverse_kl_symmetry") else ""
+    launches = []
+    for again, shape in enumerate(shapes):
+        if again:
+            # a thread a group, or as many as leave it the registers for float64
+            width = min(max(step["GROUPS"], 32), 128)
+            launches.append(Launch.of(settle_kernel, (step["rows"],), width, step))
+        grid = step["rows"], triton.cdiv(step["groups"], shape["GROUPS"] * shape["TIMES"])
+        launches.append(Launch.of(sweep_kernel, grid, WARP, step, **shape, **constants, SECOND=bool(again)))
+    return launches
+
+
+def finish(step: dict, settings: Settings, second: bool) -> list[Launch]:
+    """From the last sweep, the `second` or the only one, to the token."""
+    grid = (step["rows"],)
+    step = step | {"SOLVE": True, "SECOND": second, "CHOOSE": True, "TILE_GROUPS": groups_of_a_row_program()}
+    if not settings.truncates:
+        return [Launch.of(finish_kernel, grid, 256, step)]
+    # each half is told of the other's choices nothing that would have it compiled once more
+    drawing = step["DRAW"] if step["DRAW"] == scratch.SAMPLED.value else scratch.NO_TOKEN.value
+    solve = {"CHOOSE": False, "DRAW": drawing, "seeds": None, "positions": None, "tokens": None}
+    choose = {"SOLVE": False, "SECOND": False, "METHOD": "fixed", "own": None, "TEMPERED": False}
+    return [
+        Launch.of(finish_kernel, grid, 256, step, **solve),
+        *truncation(step, settings),
+        Launch.of(finish_kernel, grid, 256, step, **choose),
+    ]
+
+
+def truncation(step: dict, settings: Settings) -> list[Launch]:
     """What comes between the solve and the draw: floors that say what is kept, and the groups' masses among it."""
-    rows, groups, vocab_size = len(row), masses.shape[2], logits["vocab_size"]
+    rows, groups = step["rows"], step["groups"]
     times = groups if triton.knobs.runtime.interpret else max(1, rows * groups // ENOUGH_PROGRAMS)
     grid = rows, triton.cdiv(groups, times)
-    common = logits | {"row": row, "groups": groups}
-    # [2, B, 4] and [2, B, groups, 16]: a pass reads what the last one wrote
-    brackets = row.new_empty(2, rows, BRACKET_COLUMNS.value)
-    divide = common | {"brackets": brackets, "sums": partial.new_empty(2, rows, groups, PARTS.value)}
-    divide |= {"rows": rows, "times": times}
+    # a pass reads what the last one wrote
+    brackets = step["known"].new_empty(2, rows, BRACKET_COLUMNS.value)
+    sums = step["partial"].new_empty(2, rows, groups, PARTS.value)
+    log_min_p = math.log(settings.min_p) if settings.min_p > 0 else 0.0
+    step = step | {"brackets": brackets, "sums": sums, "times": times, "log_min_p": log_min_p}
 
     def passes(which: tl.constexpr, k: int, p: float) -> list[Launch]:
-        # exact; an integer would be compiled apart when it is 1, and when it is a multiple of 16
-        amounts = [(True, halves("amount", float(k)))] if 0 < k < vocab_size else []
+        amounts = [(True, float(k))] if 0 < k < step["vocab_size"] else []
         if p < 1:
-            amounts.append((False, halves("amount", 1 - p)))
+            amounts.append((False, 1 - p))
         return [
-            Launch(
+            Launch.of(
                 divide_kernel,
                 grid if i < PASSES.value else (rows, 1),
                 WARP,
-                divide | amount | {"COUNT": count, "WHICH": which.value, "i_pass": i},
+                step,
+                amount=amount,
+                COUNT=count,
+                WHICH=which.value,
+                i_pass=i,
             )
             for count, amount in amounts
             for i in range(PASSES.value + 1)
         ]
 
-    top = common | {"partial": partial, "s_partial": partial.stride(0), "GROUPS": triton.next_power_of_2(groups)}
-    log_min_p = math.log(settings.min_p) if settings.min_p > 0 else 0.0
-    sum_up = common | {"masses": masses, "times": times, "log_min_p": log_min_p, "HAS_MIN_P": settings.min_p > 0}
     return [
         *passes(OF_T, settings.target_top_k, settings.target_top_p),
-        Launch(top_kernel, (rows,), 128, top),
+        Launch.of(top_kernel, (rows,), 128, step),
         *passes(OF_Q, settings.top_k, settings.top_p),
-        Launch(masses_kernel, grid, WARP, sum_up),
+        Launch.of(masses_kernel, grid, WARP, step, HAS_MIN_P=settings.min_p > 0),
     ]
 
 

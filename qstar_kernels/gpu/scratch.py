@@ -2,6 +2,8 @@
 
 # ruff: noqa: RUF005 - Triton knows no starred tuples
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -126,58 +128,85 @@ def zeros_of(like, COUNT: tl.constexpr):
     return out
 
 
-@triton.jit
-def as_double(high, low):
-    """A number of the settings, which comes as the sum of two float32: float64."""
-    return tl.full([], 0.0, tl.float64) + high + low
+class Row(NamedTuple):
+    """A row's logits of both models, and what is known of it."""
+
+    theta: tl.tensor  # pointers
+    t: tl.tensor
+    known: tl.tensor  # to the columns above
+    vocab_size: tl.tensor
+    inv_temperature: tl.tensor  # float64, and all below
+    top_theta: tl.tensor  # the greatest logits, where they have been found
+    top_t: tl.tensor
 
 
 @triton.jit
-def halved(x):
-    """What two float32 hold of a float64: a setting of one row is the number that it is for all rows."""
-    high = x.to(tl.float32)
-    return as_double(high, (x - high).to(tl.float32))
+def row_of(theta, t, known, i_row, s_theta, s_t, vocab_size, inv_temperature):
+    known += i_row * ROW_COLUMNS
+    inv_temperature = tl.full([], inv_temperature, tl.float64)
+    tops = tl.load(known + TOP_THETA), tl.load(known + TOP_T)
+    return Row(theta + i_row * s_theta, t + i_row * s_t, known, vocab_size, inv_temperature, tops[0], tops[1])
 
 
 @triton.jit
-def own_settings(own, METHOD: tl.constexpr):
-    """Of a row with settings of its `own` (at this address): α if it is given, the range it lies in, the budget, and
-    whether they are good; `row_settings` of reference.py.
+def logits_of(row, o):
+    """Logits of the ids o [N] in float32, −inf beyond the row."""
+    a = as_logits(tl.load(row.theta + o, mask=o < row.vocab_size, other=-INF))
+    return a, as_logits(tl.load(row.t + o, mask=o < row.vocab_size, other=-INF))
+
+
+class Rule(NamedTuple):
+    """The settings that one row may have of its own, float64."""
+
+    alpha: tl.tensor  # if it is given; ½ else, where the first sweep is about
+    low: tl.tensor  # the range it lies in
+    high: tl.tensor
+    budget: tl.tensor
+    tol: tl.tensor
+
+
+@triton.jit
+def rule_of(own, i_row, alpha, low, high, budget, tol, METHOD: tl.constexpr):
+    """The rule of a row, by its settings of its `own` if there are any; and whether those are good (`row_settings` of
+    reference.py).
 
     A range of one point has its α given under the budget rules, too.
     """
-    alpha, low, high, budget = tl.load(own), tl.load(own + 1), tl.load(own + 2), tl.load(own + 3)
-    good = (alpha >= LEAST_ALPHA) & (alpha <= GREATEST_ALPHA) & (budget >= 0) & (budget <= MOST_BUDGET)
-    good = good & (low >= 0) & (low <= high) & (high <= 1)
-    alpha, budget = tl.where(good, alpha, 0.5), tl.where(good, budget, 0.0)
-    low, high = tl.where(good, low, 0.0), tl.where(good, high, 1.0)
-    if METHOD == "fixed":
-        alpha = tl.where((low > 0) & (alpha < low), low, alpha)
-        alpha = tl.where((high < 1) & (alpha > high), high, alpha)
-        low, high = alpha, alpha
-    elif METHOD == "kl_budget":
-        low = tl.where(budget <= LEAST_BUDGET, high, low)
-        alpha = tl.where(low == high, low, 0.5)
-    elif METHOD == "kl_budget_t":
-        high = tl.where(budget <= LEAST_BUDGET, low, high)
-        alpha = tl.where(low == high, low, 0.5)
-    return halved(alpha), halved(low), halved(high), halved(budget), good
+    rule = Rule(
+        tl.full([], alpha, tl.float64),
+        tl.full([], low, tl.float64),
+        tl.full([], high, tl.float64),
+        tl.full([], budget, tl.float64),
+        tl.full([], tol, tl.float64),
+    )
+    good = tl.full([], True, tl.int1)
+    if own is not None:
+        own += i_row * OWN_COLUMNS
+        alpha, low, high, budget = tl.load(own), tl.load(own + 1), tl.load(own + 2), tl.load(own + 3)
+        good = (alpha >= LEAST_ALPHA) & (alpha <= GREATEST_ALPHA) & (budget >= 0) & (budget <= MOST_BUDGET)
+        good = good & (low >= 0) & (low <= high) & (high <= 1)
+        alpha, budget = tl.where(good, alpha, 0.5), tl.where(good, budget, 0.0)
+        low, high = tl.where(good, low, 0.0), tl.where(good, high, 1.0)
+        if METHOD == "fixed":
+            alpha = tl.where((low > 0) & (alpha < low), low, alpha)
+            alpha = tl.where((high < 1) & (alpha > high), high, alpha)
+            low, high = alpha, alpha
+        elif METHOD == "kl_budget":
+            low = tl.where(budget <= LEAST_BUDGET, high, low)
+            alpha = tl.where(low == high, low, 0.5)
+        elif METHOD == "kl_budget_t":
+            high = tl.where(budget <= LEAST_BUDGET, low, high)
+            alpha = tl.where(low == high, low, 0.5)
+        else:
+            alpha = rule.alpha
+        rule = Rule(alpha, low, high, budget, rule.tol)
+    return rule, good
 
 
 @triton.jit
 def outside(alpha):
     """How far α lies outside [0, 1]."""
     return tl.maximum(tl.maximum(alpha - 1, -alpha), 0.0)
-
-
-@triton.jit
-def more_than_maxima(sums, alpha, inv_temperature, groups, GROUPS: tl.constexpr):
-    """By how much a token of a group may have more of log q's mass than the group's two maxima mixed, [GROUPS].
-
-    It is 0 at α in [0, 1]. `sums`: those of the groups."""
-    beyond, o_group = outside(alpha), tl.arange(0, GROUPS)
-    reach = tl.load(sums + o_group * GROUP_COLUMNS + REACH, mask=o_group < groups, other=0.0).to(tl.float64)
-    return tl.where(beyond > 0, beyond * reach * inv_temperature * (1 + 1e-6), 0.0)
 
 
 @triton.jit
@@ -191,19 +220,20 @@ def budget_of(alpha, slope, f, norm_theta, norm_t, width, budget, METHOD: tl.con
 
 
 @triton.jit
-def budget_step(kl, away, width, budget):
-    """What the way to the end is to be longer by: Newton's step for the root of KL, all but straight in it."""
+def budget_step(kl, away, width, budget, METHOD: tl.constexpr):
+    """Newton's step of α for the root of KL, all but straight in it."""
     root = tl.sqrt(tl.maximum(kl, 0.0))
     steep = tl.where(root > 0, away * width / (2 * tl.where(root > 0, root, 1.0)), tl.sqrt(width / 2))
-    return (tl.sqrt(budget) - root) / tl.maximum(steep, 1e-30)
+    longer = (tl.sqrt(budget) - root) / tl.maximum(steep, 1e-30)  # the way to the end that the KL is of
+    return -longer if METHOD == "kl_budget" else longer
 
 
 @triton.jit
-def exact_logits(a, b, tops, inv_temperature):
+def exact_logits(row, a, b):
     """Logits less their maxima, over the temperature, in float64, and whether both models allow the token: [N] each."""
     allow_theta, allow_t = a > MASK, b > MASK
-    a = (tl.where(allow_theta, a, 0.0).to(tl.float64) - tops[0]) * inv_temperature
-    b = (tl.where(allow_t, b, 0.0).to(tl.float64) - tops[1]) * inv_temperature
+    a = (tl.where(allow_theta, a, 0.0).to(tl.float64) - row.top_theta) * row.inv_temperature
+    b = (tl.where(allow_t, b, 0.0).to(tl.float64) - row.top_t) * row.inv_temperature
     return a, b, allow_theta, allow_t
 
 
@@ -224,9 +254,26 @@ def value_of(x, top):
 
 
 @triton.jit
-def relative_logit(b, top):
+def relative_logit(row, b):
     """What truncation by π_t compares: a logit less the maximum, float32."""
-    return tl.maximum(b - top.to(tl.float32), FLOOR)
+    return tl.maximum(b - row.top_t.to(tl.float32), FLOOR)
+
+
+@triton.jit
+def most_of(row, partial, o, groups):
+    """Of the groups o: a bound of log q's mass, not normalised, of a token; the greatest logit of π_t; the d of both
+    greatest.
+
+    The bound is the two maxima mixed, and at α outside [0, 1] what |d| of the group adds.
+    """
+    at = partial + o * GROUP_COLUMNS
+    most_theta = tl.load(at + MAX_THETA, mask=o < groups, other=-INF)
+    most_t = tl.load(at + MAX_T, mask=o < groups, other=-INF)
+    a, b, allow_theta, allow_t = exact_logits(row, most_theta, most_t)
+    alpha = tl.load(row.known + ALPHA)
+    beyond, reach = outside(alpha), tl.load(at + REACH, mask=o < groups, other=0.0).to(tl.float64)
+    most = exact_mix(a, b, alpha) + tl.where(beyond > 0, beyond * reach * row.inv_temperature * (1 + 1e-6), 0.0)
+    return tl.where(allow_theta & allow_t, most, -INF), most_t, a - b
 
 
 @triton.jit
@@ -250,6 +297,18 @@ def is_sound(alpha, slope, f, f_high, f_low, norm_theta, norm_t, alpha_min, alph
     kl_theta, kl_t, size = kls_of(alpha, slope, f, norm_theta, norm_t)
     sound = (alpha >= alpha_min) & (alpha <= alpha_max) & (tl.minimum(kl_theta, kl_t) >= -rounding * size)
     return sound & (size < INF) & (tl.abs(f) < INF) & (tl.abs(f_high) < INF) & (tl.abs(f_low) < INF)
+
+
+@triton.jit
+def store_solved(known, norm, doubt, slope, deviation):
+    """What the draw needs of a row that is solved; nothing is cut yet."""
+    tl.store(known + LOG_NORM, norm)
+    tl.store(known + TOP_X, norm)
+    tl.store(known + FLOOR_X, -INF)
+    tl.store(known + FLOOR_T, -INF)
+    tl.store(known + DOUBT, doubt)
+    tl.store(known + SLOPE, slope)
+    tl.store(known + DEVIATION, deviation)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from qstar_kernels.gpu import scratch
-from qstar_kernels.gpu.scratch import GROUP, INF, as_logits, own_settings, zeros_of
+from qstar_kernels.gpu.scratch import GROUP, INF, as_logits, rule_of, zeros_of
 
 SUMS = tl.constexpr(19)  # in consecutive columns, and one more
 
@@ -221,11 +221,11 @@ def sweep_groups(
     return tl.min(plain.to(tl.int32))
 
 
-@triton.jit(do_not_specialize=["s_partial", "center"])
+@triton.jit(do_not_specialize=["s_partial"])
 def sweep_kernel(
     theta,
     t,
-    row,
+    known,
     own,
     partial,
     vocab_size,
@@ -233,7 +233,7 @@ def sweep_kernel(
     s_t,
     s_partial,
     inv_temperature,
-    center,
+    alpha: tl.float64,
     EXTRA: tl.constexpr,
     TEMPERED: tl.constexpr,
     SECOND: tl.constexpr,
@@ -245,20 +245,19 @@ def sweep_kernel(
     THREADS: tl.constexpr,
     SUB: tl.constexpr,
 ):
-    """Some groups of a row, about `center`, or (`SECOND`) about the row's α where that is not settled.
+    """Some groups of a row, about the α given, or (`SECOND`) about the row's α where that is not settled.
 
     `METHOD`: the rule, where a row may have its `own` α given.
     """
     # rows × vocabulary passes 2³¹ when whole prompts are scored
     i_row, i_block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    wanted = i_row >= 0
+    rule, _good = rule_of(own, i_row, alpha, 0.0, 1.0, 0.0, 0.0, METHOD)
+    center, wanted = rule.alpha, tl.full([], True, tl.int1)
     if SECOND:
-        row += i_row * scratch.ROW_COLUMNS
-        wanted = (tl.load(row + scratch.STATUS) == 0) & (tl.load(row + scratch.SETTLED) == 0)
-        center = tl.load(row + scratch.ALPHA).to(tl.float32)
-    elif own is not None:
-        alpha, _low, _high, _budget, _good = own_settings(own + i_row * scratch.OWN_COLUMNS, METHOD)
-        center = alpha.to(tl.float32)
+        known += i_row * scratch.ROW_COLUMNS
+        wanted = (tl.load(known + scratch.STATUS) == 0) & (tl.load(known + scratch.SETTLED) == 0)
+        center = tl.load(known + scratch.ALPHA)
+    center, inv_temperature = center.to(tl.float32), tl.full([], inv_temperature, tl.float32)
     if wanted:
         theta += i_row * s_theta
         t += i_row * s_t

@@ -5,8 +5,9 @@ v are kept, ties of the last one included. float32 orders like its bits read as 
 so v is found in a bracket of such integers that is cut into 16 parts again and again: octaves first, where the values
 of a row lie; equal parts then. A program weighs some groups of ids below each cut; the next launch adds the groups'
 numbers in one order, and goes on in the part in which the target is crossed. Groups without a token there are not read
-again. That is exact whatever k, p and the row are, ties and values of all sizes included. Values are relative to the
-greatest that is left, subtracted in float64, whatever mass q has there.
+again, and those whose greatest logits say that nothing of them is left, not at all. That is exact whatever k, p and
+the row are, ties and values of all sizes included. Values are relative to the greatest that is left, subtracted in
+float64, whatever mass q has there.
 """
 
 import triton
@@ -16,12 +17,13 @@ from qstar_kernels.gpu import scratch
 from qstar_kernels.gpu.scratch import (
     GROUP,
     INF,
-    as_double,
     as_logits,
     exact_logits,
     exact_mix,
-    more_than_maxima,
+    logits_of,
+    most_of,
     relative_logit,
+    row_of,
     value_of,
 )
 
@@ -44,20 +46,19 @@ BRACKET_COLUMNS = tl.constexpr(4)
 
 
 @triton.jit
-def values_of(theta, t, group, vocab_size, row, tops, top_x, floor_t, inv_temperature, WHICH: tl.constexpr):
+def values_of(row, group, top_x, floor_t, WHICH: tl.constexpr):
     """Value and mass of a group's tokens [GROUP], relative to the greatest, and whether they take part."""
     o = group * GROUP + tl.arange(0, GROUP)  # [GROUP]
     # a mask of a length that is no multiple of 16 makes all loads narrow
-    if (group + 1) * GROUP <= vocab_size:
-        a, b = tl.load(theta + o), tl.load(t + o)
+    if (group + 1) * GROUP <= row.vocab_size:
+        a, b = as_logits(tl.load(row.theta + o)), as_logits(tl.load(row.t + o))  # [GROUP] each
     else:
-        a, b = tl.load(theta + o, mask=o < vocab_size, other=-INF), tl.load(t + o, mask=o < vocab_size, other=-INF)
-    a, b = as_logits(a), as_logits(b)  # [GROUP] each
+        a, b = logits_of(row, o)
     if WHICH == OF_T:
-        value, part = relative_logit(b, tops[1]), b > scratch.MASK  # [GROUP]
-        mass = tl.exp(value * inv_temperature.to(tl.float32))  # [GROUP]
+        value, part = relative_logit(row, b), b > scratch.MASK  # [GROUP]
+        mass = tl.exp(value * row.inv_temperature.to(tl.float32))  # [GROUP]
     else:
-        x, part = left_of(a, b, row, tops, floor_t, inv_temperature)  # [GROUP]
+        x, part = left_of(row, a, b, floor_t)  # [GROUP]
         value = value_of(x, top_x)  # [GROUP]
         mass = tl.exp(value)  # [GROUP]
     # −0 and 0 are one value: the sum has the sign of 0
@@ -65,11 +66,23 @@ def values_of(theta, t, group, vocab_size, row, tops, top_x, floor_t, inv_temper
 
 
 @triton.jit
-def left_of(a, b, row, tops, floor_t, inv_temperature):
+def left_of(row, a, b, floor_t):
     """`exact_mix` of raw logits [N], and whether both models and π_t's support allow the token."""
-    low_a, low_b, allow_theta, allow_t = exact_logits(a, b, tops, inv_temperature)
-    x = exact_mix(low_a, low_b, tl.load(row + scratch.ALPHA))
-    return x, allow_theta & allow_t & (relative_logit(b, tops[1]) >= floor_t)
+    low_a, low_b, allow_theta, allow_t = exact_logits(row, a, b)
+    x = exact_mix(low_a, low_b, tl.load(row.known + scratch.ALPHA))
+    return x, allow_theta & allow_t & (relative_logit(row, b) >= floor_t)
+
+
+@triton.jit
+def reaches(row, partial, group, groups, floor, WHICH: tl.constexpr):
+    """Whether a token of the group may be among those that are left, by the greatest logits of both models."""
+    most, most_t, _d = most_of(row, partial, group, groups)
+    relative = relative_logit(row, most_t)
+    if WHICH == OF_T:
+        return relative >= floor
+    else:
+        left = (most > -INF) & (relative >= tl.load(row.known + scratch.FLOOR_T).to(tl.float32))
+        return left & (value_of(most, tl.load(row.known + scratch.TOP_X)) >= floor)
 
 
 @triton.jit
@@ -118,11 +131,12 @@ def narrowed(bracket, sums, groups, first, amount, COUNT: tl.constexpr):
     return low, high, below, target, part
 
 
-@triton.jit(do_not_specialize=["rows", "groups", "times", "i_pass"])
+@triton.jit(do_not_specialize=["rows", "groups", "s_partial", "times", "i_pass"])
 def divide_kernel(
     theta,
     t,
-    row,
+    known,
+    partial,
     brackets,
     sums,
     rows,
@@ -132,10 +146,9 @@ def divide_kernel(
     i_pass,
     s_theta,
     s_t,
-    inv_temperature,
-    inv_temperature_low,
-    amount,
-    amount_low,
+    s_partial,
+    inv_temperature: tl.float64,
+    amount: tl.float64,
     WHICH: tl.constexpr,
     COUNT: tl.constexpr,
 ):
@@ -145,11 +158,9 @@ def divide_kernel(
     of a top-p near 1 is then a sum of small numbers, without loss of digits.
     """
     i_row, i_block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    row += i_row * scratch.ROW_COLUMNS
-    inv_temperature = as_double(inv_temperature, inv_temperature_low)
-    if tl.load(row + scratch.STATUS) == 0:
-        floor_t = tl.load(row + scratch.FLOOR_T).to(tl.float32)
-        floor = floor_t if WHICH == OF_T else tl.load(row + scratch.FLOOR_X).to(tl.float32)
+    row = row_of(theta, t, known, i_row, s_theta, s_t, vocab_size, inv_temperature)
+    if tl.load(row.known + scratch.STATUS) == 0:
+        floor = tl.load(row.known + (scratch.FLOOR_T if WHICH == OF_T else scratch.FLOOR_X)).to(tl.float32)
         # what the last pass wrote is read while this one writes
         before, now = ((i_pass + 1) % 2) * rows + i_row, (i_pass % 2) * rows + i_row
         sums_before, sums = sums + before * groups * PARTS, sums + now * groups * PARTS
@@ -158,14 +169,12 @@ def divide_kernel(
         below, target = tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64)
         part = tl.full([], 0, tl.int64)
         if i_pass > 0:
-            low, high, below, target, part = narrowed(
-                bracket_before, sums_before, groups, i_pass == 1, as_double(amount, amount_low), COUNT
-            )
+            low, high, below, target, part = narrowed(bracket_before, sums_before, groups, i_pass == 1, amount, COUNT)
         if i_pass == PASSES:
             # where not even all of them are enough nothing is cut; and never the greatest, whose value is 0
             found = tl.minimum(unordered(low.to(tl.int32)), 0.0)
             found = tl.maximum(floor, tl.where(low == LEAST, -INF, found)).to(tl.float64)
-            tl.store(row + (scratch.FLOOR_T if WHICH == OF_T else scratch.FLOOR_X), found)
+            tl.store(row.known + (scratch.FLOOR_T if WHICH == OF_T else scratch.FLOOR_X), found)
         else:
             if i_block == 0:
                 tl.store(bracket + LOW, low.to(tl.float64))
@@ -173,62 +182,24 @@ def divide_kernel(
                 tl.store(bracket + BELOW, below)
                 tl.store(bracket + TARGET, target)
             if high - low > 1:
-                theta += i_row * s_theta
-                t += i_row * s_t
-                tops = (tl.load(row + scratch.TOP_THETA), tl.load(row + scratch.TOP_T))
                 for group in range(i_block * times, tl.minimum(i_block * times + times, groups)):
-                    add_up(
-                        theta,
-                        t,
-                        group,
-                        vocab_size,
-                        row,
-                        tops,
-                        floor_t,
-                        floor,
-                        inv_temperature,
-                        sums_before,
-                        sums,
-                        low,
-                        high,
-                        part,
-                        i_pass == 0,
-                        WHICH,
-                        COUNT,
-                    )
+                    if i_pass == 0:
+                        wanted = reaches(row, partial + i_row * s_partial, group, groups, floor, WHICH)
+                    else:
+                        here = sums_before + group * PARTS + part
+                        wanted = tl.load(here) > tl.load(here - 1, mask=part > 0, other=0.0)
+                    add_up(row, group, floor, sums + group * PARTS, low, high, wanted, i_pass == 0, WHICH, COUNT)
 
 
 @triton.jit
-def add_up(
-    theta,
-    t,
-    group,
-    vocab_size,
-    row,
-    tops,
-    floor_t,
-    floor,
-    inv_temperature,
-    sums_before,
-    sums,
-    low,
-    high,
-    part,
-    first,
-    WHICH: tl.constexpr,
-    COUNT: tl.constexpr,
-):
-    """Store what a group's tokens from `low` on weigh below each cut, and in the last column below `high`."""
-    wanted = first
-    if first == 0:
-        here = sums_before + group * PARTS + part
-        begins = tl.load(here - 1, mask=part > 0, other=0.0)
-        wanted = tl.load(here) > begins
-    sums += group * PARTS
+def add_up(row, group, floor, sums, low, high, wanted, first, WHICH: tl.constexpr, COUNT: tl.constexpr):
+    """Store what a group's tokens from `low` on weigh below each cut, and in the last column below `high`.
+
+    There are none where it is not `wanted`.
+    """
     if wanted:
-        value, mass, takes_part = values_of(
-            theta, t, group, vocab_size, row, tops, tl.load(row + scratch.TOP_X), floor_t, inv_temperature, WHICH
-        )  # [GROUP] each
+        top_x, floor_t = tl.load(row.known + scratch.TOP_X), tl.load(row.known + scratch.FLOOR_T).to(tl.float32)
+        value, mass, takes_part = values_of(row, group, top_x, floor_t, WHICH)  # [GROUP] each
         if COUNT:
             mass = tl.where(takes_part, 1.0, 0.0)
         index = ordered(value)  # [GROUP]
@@ -249,88 +220,73 @@ def add_up(
 def top_kernel(
     theta,
     t,
-    row,
+    known,
     partial,
     vocab_size,
     groups,
     s_theta,
     s_t,
     s_partial,
-    inv_temperature,
-    inv_temperature_low,
+    inv_temperature: tl.float64,
     GROUPS: tl.constexpr,
 ):
     """The greatest mass of the tokens that π_t's truncation leaves: what is left may have no mass that float32 has.
 
-    Groups are read in the order of a bound, their two maxima mixed, until none can have a greater one.
+    Groups are read in the order of a bound, until none can have a greater one.
     """
     i_row = tl.program_id(0).to(tl.int64)
-    theta += i_row * s_theta
-    t += i_row * s_t
-    row += i_row * scratch.ROW_COLUMNS
-    inv_temperature = as_double(inv_temperature, inv_temperature_low)
-    if tl.load(row + scratch.STATUS) == 0:
-        tops = (tl.load(row + scratch.TOP_THETA), tl.load(row + scratch.TOP_T))
-        floor_t = tl.load(row + scratch.FLOOR_T).to(tl.float32)
+    row = row_of(theta, t, known, i_row, s_theta, s_t, vocab_size, inv_temperature)
+    if tl.load(row.known + scratch.STATUS) == 0:
+        floor_t = tl.load(row.known + scratch.FLOOR_T).to(tl.float32)
         o_group = tl.arange(0, GROUPS)  # [GROUPS]
-        partial += i_row * s_partial
-        maxima = partial + o_group * scratch.GROUP_COLUMNS  # [GROUPS]
-        most_a = tl.load(maxima + scratch.MAX_THETA, mask=o_group < groups, other=-INF)  # [GROUPS]
-        most_b = tl.load(maxima + scratch.MAX_T, mask=o_group < groups, other=-INF)  # [GROUPS]
-        most, some = left_of(most_a, most_b, row, tops, floor_t, inv_temperature)  # [GROUPS]
-        most += more_than_maxima(partial, tl.load(row + scratch.ALPHA), inv_temperature, groups, GROUPS)
-        most = tl.where(some, most, -INF)  # [GROUPS]
+        most, most_t, _d = most_of(row, partial + i_row * s_partial, o_group, groups)  # [GROUPS] each
+        most = tl.where(relative_logit(row, most_t) >= floor_t, most, -INF)
         greatest = tl.full([], -INF, tl.float64)
         while tl.max(most) > greatest:
             group = tl.argmax(most, axis=0).to(tl.int32)
             most = tl.where(o_group == group, -INF, most)
-            o = group * GROUP + tl.arange(0, GROUP)  # [GROUP]
-            a = as_logits(tl.load(theta + o, mask=o < vocab_size, other=-INF))  # [GROUP]
-            b = as_logits(tl.load(t + o, mask=o < vocab_size, other=-INF))  # [GROUP]
-            x, part = left_of(a, b, row, tops, floor_t, inv_temperature)  # [GROUP]
+            a, b = logits_of(row, group * GROUP + tl.arange(0, GROUP))  # [GROUP] each
+            x, part = left_of(row, a, b, floor_t)  # [GROUP]
             greatest = tl.maximum(greatest, tl.max(tl.where(part, x, -INF)))
         if greatest == -INF:
-            tl.store(row + scratch.STATUS, scratch.STATUS_EMPTY * 1.0)
+            tl.store(row.known + scratch.STATUS, scratch.STATUS_EMPTY * 1.0)
         else:
-            tl.store(row + scratch.TOP_X, greatest)
+            tl.store(row.known + scratch.TOP_X, greatest)
 
 
-@triton.jit(do_not_specialize=["groups", "times"])
+@triton.jit(do_not_specialize=["groups", "s_partial", "times"])
 def masses_kernel(
     theta,
     t,
-    row,
+    known,
+    partial,
     masses,
     vocab_size,
     groups,
     times,
     s_theta,
     s_t,
-    inv_temperature,
-    inv_temperature_low,
+    s_partial,
+    inv_temperature: tl.float64,
     log_min_p,
     HAS_MIN_P: tl.constexpr,
 ):
     """The logarithms of what is kept of the mass of each group."""
     i_row, i_block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    row += i_row * scratch.ROW_COLUMNS
-    inv_temperature = as_double(inv_temperature, inv_temperature_low)
-    if tl.load(row + scratch.STATUS) == 0:
-        theta += i_row * s_theta
-        t += i_row * s_t
+    row = row_of(theta, t, known, i_row, s_theta, s_t, vocab_size, inv_temperature)
+    if tl.load(row.known + scratch.STATUS) == 0:
         masses += i_row * 2 * groups
-        tops, top_x = (tl.load(row + scratch.TOP_THETA), tl.load(row + scratch.TOP_T)), tl.load(row + scratch.TOP_X)
-        floor_t = tl.load(row + scratch.FLOOR_T).to(tl.float32)
-        floor_x = tl.load(row + scratch.FLOOR_X).to(tl.float32)
+        top_x, floor_t = tl.load(row.known + scratch.TOP_X), tl.load(row.known + scratch.FLOOR_T).to(tl.float32)
+        floor_x = tl.load(row.known + scratch.FLOOR_X).to(tl.float32)
         if HAS_MIN_P:
             # other programs of the row may read it before or after: the greater of the two is the same
             floor_x = tl.maximum(floor_x, log_min_p)
             if i_block == 0:
-                tl.store(row + scratch.FLOOR_X, floor_x.to(tl.float64))
+                tl.store(row.known + scratch.FLOOR_X, floor_x.to(tl.float64))
         for group in range(i_block * times, tl.minimum(i_block * times + times, groups)):
-            value, mass, part = values_of(
-                theta, t, group, vocab_size, row, tops, top_x, floor_t, inv_temperature, OF_Q
-            )  # [GROUP] each
-            kept = tl.sum(tl.where(part & (value >= floor_x), mass, 0.0))
+            kept = tl.full([], 0.0, tl.float32)
+            if reaches(row, partial + i_row * s_partial, group, groups, floor_x, OF_Q):
+                value, mass, part = values_of(row, group, top_x, floor_t, OF_Q)  # [GROUP] each
+                kept = tl.sum(tl.where(part & (value >= floor_x), mass, 0.0))
             log_mass = tl.where(kept > 0, tl.log(tl.where(kept > 0, kept, 1.0).to(tl.float64)), -INF)
             tl.store(masses + group, log_mass)
