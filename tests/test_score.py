@@ -311,6 +311,7 @@ def test_a_short_answer_at_the_end_of_the_context(demo_pair):
         np.testing.assert_allclose(together.fields["logp_theta"], single.fields["logp_theta"], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_memory_does_not_follow_the_length(tmp_path):
     """4 times the tokens take hardly more memory, for their keys and values: far less than their logits would. In
     processes of their own, for their peaks."""
