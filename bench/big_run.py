@@ -4,8 +4,9 @@
     python -m bench.big_run measure FOLDER
 
 `make` writes what `qstar.generate` would have written with the demo pair: the same files, settings and fields, with
-random numbers. `measure` resumes the run to its first new sample, analyzes it and makes its report, each in a process
-of its own, and prints seconds and peak memory.
+random numbers; diagnostics in Parquet are those of a run that came to its end. `measure` resumes the run to its first
+new sample, with a run from the beginning beside it, analyzes it and makes its report, each in a process of its own, and
+prints seconds and peak memory.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import psutil
 from qstar.generate import prepare
 from qstar.run.formats import diagnostics_line, sample_line
 from qstar.run.generating import Finished, Todo
+from qstar.run.options import DIAGNOSTICS_FORMATS
 from qstar.run.output import json_line
 from qstar.sample import Request, Sample
 from qstar_kernels.types import FIELDS
@@ -32,12 +34,14 @@ BLOCK = 256  # samples that a resumed run does together
 DISTINCT = 2000  # samples with numbers of their own; the others repeat them under other ids
 
 
-def arguments(folder: Path, samples: int) -> list[str]:
-    """Those of the run, which has one block to go."""
+def arguments(folder: Path, samples: int, diagnostics_format: str | None = None) -> list[str]:
+    """Those of the run, which has one block to go; the format where it has not begun."""
     data = ["--dataset", str(folder / "prompts.jsonl"), "--num-samples", str(samples + BLOCK)]
     if (started := folder / "x.run.json").exists():  # maybe from another checkout
         settings = json.loads(started.read_text())
         data += [part for name in ("--model-theta", "--model-t") for part in (name, settings[name])]
+        diagnostics_format = settings["--diagnostics-format"]
+    data += ["--diagnostics-format", diagnostics_format] if diagnostics_format else []
     return [*data, "--max-new-tokens", "100", "--save-diagnostics", "--output", str(folder / "x.jsonl")]
 
 
@@ -56,7 +60,7 @@ def random_sample(rng: np.random.Generator, tokens: int) -> Sample:
     )
 
 
-def make(folder: Path, samples: int, tokens: int) -> None:
+def make(folder: Path, samples: int, tokens: int, diagnostics_format: str | None) -> None:
     """Write the run, without its last block."""
     folder.mkdir(parents=True)
     with (folder / "prompts.jsonl").open("w") as file:
@@ -64,11 +68,11 @@ def make(folder: Path, samples: int, tokens: int) -> None:
             file.write(
                 json.dumps({"prompt": f"How many eggs are {i} and {i % 7} eggs?", "answer": str(i + i % 7)}) + "\n"
             )
-    job = prepare(arguments(folder, samples))
+    job = prepare(arguments(folder, samples, diagnostics_format))
     with job.output:  # x.run.json
         pass
     rng, known = np.random.default_rng(0), []
-    with job.output.path.open("wb") as lines, job.output.diagnostics_file.open("wb") as diagnostics:
+    with job.output.path.open("wb") as lines, job.output.diagnostics_lines.open("wb") as diagnostics:
         for prompt in itertools.islice(job.prompts, samples):
             if len(known) < DISTINCT:
                 sample = random_sample(rng, tokens)
@@ -80,6 +84,7 @@ def make(folder: Path, samples: int, tokens: int) -> None:
             lines.write(json_line(sample_line(done)))
             head = json.dumps({"id": done.id, "prompt_index": prompt.index, "sample_index": 0})
             diagnostics.write(head[:-1].encode() + numbers)
+    job.output._finish_diagnostics()
 
 
 def watched(argv: list[str], until=None) -> tuple[str, str]:
@@ -110,10 +115,17 @@ def measure(folder: Path) -> None:
     samples = sum(1 for _ in output.open("rb"))
     sizes = ", ".join(f"{path.name} {path.stat().st_size / 1e6:,.0f} MB" for path in sorted(folder.glob("x*")))
     print(f"{samples:,} samples: {sizes}")
+    first = folder / "first.jsonl"
+    argv = arguments(folder, samples)
+    argv[argv.index("--output") + 1] = str(first)
+    new = watched(["qstar.generate", *argv], lambda: first.exists() and first.stat().st_size)
+    print(f"from the beginning, to the first sample: {new[0]}", flush=True)
+    for path in folder.glob("first.*"):
+        path.unlink()
     before = {path: path.stat().st_size for path in folder.glob("x*.jsonl")}
     new = watched(["qstar.generate", *arguments(folder, samples)], lambda: output.stat().st_size > before[output])
-    for path, size in before.items():
-        os.truncate(path, size)
+    for path in folder.glob("x*.jsonl"):
+        os.truncate(path, before.get(path, 0))
     print(f"resume, to the first new sample: {new[0]}", flush=True)
     for command, *argv in (("analyze", "--json"), ("report", "--output", str(folder / "report.html"))):
         took, said = watched([f"qstar.{command}", str(output), *argv])
@@ -129,9 +141,10 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument("folder", type=Path)
     commands.choices["make"].add_argument("--samples", type=int, default=20_000 // BLOCK * BLOCK)
     commands.choices["make"].add_argument("--tokens", type=int, default=100)
+    commands.choices["make"].add_argument("--diagnostics-format", choices=DIAGNOSTICS_FORMATS)
     args = parser.parse_args(argv)
     if args.command == "make":
-        make(args.folder, args.samples, args.tokens)
+        make(args.folder, args.samples, args.tokens, args.diagnostics_format)
     else:
         measure(args.folder)
     return 0

@@ -1,7 +1,10 @@
 """q* sampling from pairs of Hugging Face language models."""
 
 import os
+import signal
+import sys
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # Threads that spin while they wait make a busy machine several times slower; read when torch is first imported.
@@ -15,6 +18,20 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["GenerateOutput", "Pair", "PromptError", "PromptFormat", "Sample"]
 HOMES = {"GenerateOutput": "pair", "Pair": "pair", "PromptError": "prompting", "PromptFormat": "prompting"}
+
+
+def _interrupted(*_: Any) -> None:
+    os.write(2, b"interrupted\n")
+    os._exit(130)
+
+
+# Of a command the package is what is imported first: from here until `qstar.run.command.guarded` there is nothing to
+# tidy up. (`sys.argv` has the module's name later than this, and child processes have it too.)
+_said = [sys.orig_argv[i + 1] for i, word in enumerate(sys.orig_argv[:-1]) if word == "-m"][:1] or sys.orig_argv[1:2]
+if _said and Path(_said[0]).name.partition("-")[0].partition(".")[0] == "qstar":
+    for _number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(_number) != signal.SIG_IGN:  # as of what runs in the background
+            signal.signal(_number, _interrupted)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,6 @@
 """What an adapter says of itself, for a command line too, which does without torch."""
 
+import functools
 import json
 from contextlib import suppress
 from pathlib import Path
@@ -16,14 +17,20 @@ def base_of(name: str | Path) -> str | None:
     folder = Path(name).expanduser()
     found = folder / ADAPTER_CONFIG
     if not folder.is_dir():
-        from transformers.utils import find_adapter_config_file
-
-        found = None
-        with suppress(OSError):  # no such model either: said where it is loaded
-            found = find_adapter_config_file(str(name))
+        found = config_of_hub(str(name))
     if found is None or not Path(found).is_file():
         return None
     base = json.loads(Path(found).read_bytes()).get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{name} is an adapter that does not name its base; give the base, and this as its adapter")
     return base
+
+
+@functools.cache  # the hub is asked once: a command looks at a name, takes its fingerprint and loads it
+def config_of_hub(name: str) -> str | None:
+    """The file that an adapter on the hub is described by; None where there is none, which loading says more of."""
+    from transformers.utils import find_adapter_config_file
+
+    with suppress(OSError, ValueError):
+        return find_adapter_config_file(name)
+    return None

@@ -8,43 +8,61 @@ figures that is a bound that no run reaches, and not a measurement; `--step-ms` 
 import argparse
 import math
 import sys
+from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qstar.run.command import Parser, guarded, number
-from qstar.run.options import BLOCK_BATCHES, COUNT
+from qstar.run.options import BLOCK_BATCHES, COUNT, add_model_names, check_models
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 USABLE = 0.9  # of a GPU's memory; the rest is for activations, fragments and the driver
 FLEETS = (1, 8, 64, 1000)
-# What one run on Ray was measured to take on one core each (python -m bench.feeding, stub workers, a shared 2-core
-# x86-64 machine): the driver's loop, in parts a second, and the reader, in samples a second
-DRIVER_PARTS, READER_SAMPLES = 90, 29_000
+# What one run on Ray was measured to take on one core each (python -m bench.feeding, 64 stub workers, a shared
+# 2-core x86-64 machine): the driver's loop, in parts a second, and the reader, in samples a second
+DRIVER_PARTS, READER_SAMPLES = 70, 29_000
+
+
+Shape = tuple[int, int]  # heads, and numbers of one of them
 
 
 @dataclass(frozen=True)
 class ModelNeeds:
-    """What of a model takes memory and time; `in_layers` are the parameters outside the embeddings."""
+    """What of a model takes memory and time.
+
+    Attributes:
+        parameters: all of the base.
+        adapter: those that an adapter adds.
+        in_layers: those of both outside the embeddings.
+        columns: what is kept of a token: layers by the shapes of their keys and of their values.
+        states: numbers that are kept of a row whatever its length, by their bytes, of a model of 2 bytes a number.
+        vocab_size: logits of a row.
+    """
 
     parameters: int
+    adapter: int
     in_layers: int
-    layers: int
-    kv_heads: int
-    head_size: int
+    columns: Counter[tuple[Shape, Shape]]
+    states: Counter[int]
     vocab_size: int
 
     def kv(self, size: int) -> int:
         """Bytes of the keys and values of one token, with numbers of `size` bytes."""
-        return 2 * self.layers * self.kv_heads * self.head_size * size
+        return sum(n * (math.prod(keys) + math.prod(values)) for (keys, values), n in self.columns.items()) * size
+
+    def of_row(self, size: int) -> int:
+        """Bytes of the states of one row; numbers of more than 2 bytes are so in a model of any size."""
+        return sum(n * (size if own == 2 else own) for own, n in self.states.items())
 
 
-def model_needs(name: str) -> ModelNeeds:
-    """Read off a model's configuration; no weights are loaded.
+def model_needs(name: str, adapter: str | None) -> ModelNeeds:
+    """Read off the configurations of a model and of its adapter; no weights are loaded.
 
     Raises:
-        OSError, ValueError: there is no such model, or it is not a causal language model.
+        OSError, ValueError: there is no such model, it is not a causal language model, or it cannot be run without its
+            weights, by which what its cache keeps is found.
     """
     import torch  # these take seconds, which help and errors do without
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -53,15 +71,53 @@ def model_needs(name: str) -> ModelNeeds:
 
     with naming(name):
         config = AutoConfig.from_pretrained(name)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
     text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    text.pad_token_id = None  # transformers would look for it among the tokens
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="eager").eval()
+    columns, states = kept_by(model, name)
     parameters = sum(p.numel() for p in model.parameters())
     embeddings = {e.weight for e in (model.get_input_embeddings(), model.get_output_embeddings()) if e is not None}
-    in_layers = parameters - sum(p.numel() for p in embeddings)
-    return ModelNeeds(parameters, in_layers, text.num_hidden_layers, heads, head_size, text.vocab_size)
+    in_embeddings = sum(p.numel() for p in embeddings)
+    if adapter is not None:
+        from peft import PeftConfig, get_peft_model
+
+        with naming(adapter):
+            config = PeftConfig.from_pretrained(adapter)
+        with torch.device("meta"):
+            model = get_peft_model(model, config)
+    both = sum(p.numel() for p in model.parameters())
+    return ModelNeeds(parameters, both - parameters, both - in_embeddings, columns, states, text.vocab_size)
+
+
+def kept_by(model: Any, name: str) -> tuple[Counter[tuple[Shape, Shape]], Counter[int]]:
+    """`ModelNeeds.columns` and `ModelNeeds.states` of a model without weights: of a pass that computes nothing, in the
+    cache that decoding has.
+
+    Raises:
+        ValueError: it looks at numbers in its forward pass.
+    """
+    import torch
+
+    from qstar.cache import cache_argument, new_cache, places_of
+    from qstar.slots import IDS, Slots
+
+    slots, ids = Slots(), torch.zeros(1, 4, dtype=torch.int64, device="meta")
+    slots.move(1, 0, ids.shape[1])
+    slots.begin(1)
+    try:
+        cache = new_cache(model, slots)
+        with torch.inference_mode():
+            model(input_ids=ids, use_cache=True, **{cache_argument(model): cache})
+    except Exception as error:  # whatever a model may do with a number that is not there
+        raise ValueError(f"what the cache of {name} keeps cannot be told without its weights: {error}") from error
+    shapes = {place: (x.shape[1], x.shape[3]) for place, x in slots.memory.items() if place != IDS}
+    layers = dict.fromkeys(layer for layer, _ in shapes)
+    columns = Counter((shapes[layer, "keys"], shapes[layer, "values"]) for layer in layers)
+    states: Counter[int] = Counter()
+    for holder, key in places_of(cache):
+        states[holder[key].element_size()] += holder[key].numel()
+    return columns, states
 
 
 @dataclass(frozen=True)
@@ -88,13 +144,14 @@ class Plan:
 
 
 def plan(
-    needs: list[ModelNeeds], *, memory: float, bandwidth: float, operations: float, prompt_tokens: int,
-    new_tokens: int, size: int = 2, rows: int | None = None, step: float | None = None,
+    theta: ModelNeeds, t: ModelNeeds, weights: list[int], *, memory: float, bandwidth: float, operations: float,
+    prompt_tokens: int, new_tokens: int, size: int = 2, rows: int | None = None, step: float | None = None,
 ) -> Plan:  # fmt: skip
     """Place a pair.
 
     Args:
-        needs: of π_θ and π_t; of one alone where both are the same model, whose weights then count once.
+        theta, t: what each side needs.
+        weights: parameters of what is loaded; a model or an adapter that both sides have counts once.
         memory, bandwidth, operations: bytes, bytes a second and operations a second of a GPU.
         prompt_tokens, new_tokens: of a row.
         size: bytes of a number.
@@ -104,41 +161,38 @@ def plan(
     Raises:
         ValueError: the rows that are asked for do not fit.
     """
-    theta, t = sides = needs * (2 // len(needs))
-    weights = sum(n.parameters for n in needs) * size
+    sides = theta, t
+    loaded = sum(weights) * size
     kv, logits = sum(n.kv(size) for n in sides), sum(n.vocab_size for n in sides) * size
-    row = kv * (prompt_tokens + new_tokens) + logits
+    fixed = logits + sum(n.of_row(size) for n in sides)  # of a row, whatever its length
+    row = kv * (prompt_tokens + new_tokens) + fixed
     usable = USABLE * memory
-    gpus = math.ceil((weights + row) / usable)
-    fit = int((gpus * usable - weights) // row)
+    gpus = math.ceil((loaded + row) / usable)
+    fit = int((gpus * usable - loaded) // row)
     if rows is not None and rows > fit:
         raise ValueError(f"{rows} rows do not fit: {gpus} GPU(s) a worker hold the weights and {fit} rows")
     given, rows = rows is not None, rows or fit
     live = prompt_tokens + new_tokens / 2
-    read = weights + rows * (kv * live + logits)
+    read = loaded + rows * (kv * live + fixed)
     a_token = 2 * sum(n.in_layers for n in sides)
     read_time, compute_time = read / (gpus * bandwidth), a_token * rows / (gpus * operations)
     step_time = step or max(read_time, compute_time)
     prefill = a_token * prompt_tokens / (gpus * operations)
     sample = step_time * new_tokens / rows + (0 if step else prefill)
 
-    def kv_line(name: str, n: ModelNeeds) -> tuple[str, str, str]:
-        how = f"2 · {n.layers} layers · {n.kv_heads} heads · {n.head_size} · {size} bytes"
-        return f"keys and values of a token, {name}", how, f"{n.kv(size):,} bytes"
-
-    parameters = " + ".join(f"{n.parameters:,}" for n in needs)
+    parameters = " + ".join(f"{count:,}" for count in weights)
     speed = f"({gpus} · {figures(operations / 1e12)} TFLOP/s)"
     lines = [
-        ("weights", f"({parameters}) parameters · {size} bytes", gigabytes(weights)),
-        kv_line("π_θ", theta),
-        kv_line("π_t", t),
+        ("weights", f"({parameters}) parameters · {size} bytes", gigabytes(loaded)),
+        *cache_lines("π_θ", theta, size),
+        *cache_lines("π_t", t, size),
         ("logits of a row", f"({theta.vocab_size:,} + {t.vocab_size:,}) · {size} bytes", f"{logits:,} bytes"),
-        ("a row", f"{kv:,} bytes · ({prompt_tokens} + {new_tokens}) tokens + {logits:,} bytes", gigabytes(row)),
+        ("a row", f"{kv:,} bytes · ({prompt_tokens} + {new_tokens}) tokens + {fixed:,} bytes", gigabytes(row)),
         ("GPUs of a worker", f"the fewest whose {USABLE:.0%} of {gigabytes(memory)} hold weights and a row", f"{gpus}"),
         ("rows that fit", f"({gpus} · {gigabytes(usable)} − weights) / a row", f"{fit:,}"),
         ("rows", "--batch-size" if given else "as many as fit", f"{rows:,}"),
         ("tokens of a row on average", f"{prompt_tokens} + {new_tokens} / 2", f"{live:g}"),
-        ("read in a step", f"weights + {rows:,} · ({kv:,} · {live:g} + {logits:,}) bytes", gigabytes(read)),
+        ("read in a step", f"weights + {rows:,} · ({kv:,} · {live:g} + {fixed:,}) bytes", gigabytes(read)),
         ("time to read that", f"it / ({gpus} · {figures(bandwidth / 1e9)} GB/s)", milliseconds(read_time)),
         ("operations for a token", f"2 · ({theta.in_layers:,} + {t.in_layers:,}) parameters in layers", f"{a_token:,}"),
         ("time to compute a step", f"{a_token:,} · {rows:,} rows / {speed}", milliseconds(compute_time)),
@@ -151,6 +205,22 @@ def plan(
     how = f"a step · {new_tokens} / {rows:,}{'' if step else ' + a prompt'}"
     lines.append(("a sample", how, milliseconds(sample)))
     return Plan(gpus, rows, step_time, sample, lines)
+
+
+def cache_lines(name: str, needs: ModelNeeds, size: int) -> list[tuple[str, str, str]]:
+    """The lines of what a side keeps of a token and of a row."""
+    terms, lines = [], []
+    for (keys, values), layers in needs.columns.items():
+        shapes = [f"{heads} heads · {numbers}" for heads, numbers in (keys, values)]
+        same = f"2 · {layers} layers · {shapes[0]}"
+        terms.append(same if keys == values else f"{layers} layers · ({shapes[0]} + {shapes[1]})")
+    how = f"({' + '.join(terms)})" if len(terms) > 1 else "".join(terms)
+    if terms:
+        lines.append((f"keys and values of a token, {name}", f"{how} · {size} bytes", f"{needs.kv(size):,} bytes"))
+    if needs.states:
+        states = [f"{n:,} · {size if own == 2 else own} bytes" for own, n in needs.states.items()]
+        lines.append((f"states of a row, {name}", " + ".join(states), f"{needs.of_row(size):,} bytes"))
+    return lines
 
 
 def figures(x: float) -> str:
@@ -205,8 +275,7 @@ def make_parser() -> Parser:
         description="What a pair needs of a GPU and what many GPUs give, as arithmetic; no weights are loaded. "
         "The defaults for the GPU are the data sheet's of an NVIDIA H100 SXM.",
     )
-    parser.add_argument("--model-theta", required=True, help="π_θ: hub name or folder")
-    parser.add_argument("--model-t", required=True, help="π_t; the same name shares the weights")
+    add_model_names(parser)
     parser.add_argument("--gpus", type=COUNT, nargs="+", default=[], help=f"fleets to show beside {FLEETS}")
     parser.add_argument("--gpu-memory", type=positive, default=80.0, help="GB of a GPU")
     parser.add_argument("--bandwidth", type=positive, default=3350.0, help="GB/s of a GPU's memory")
@@ -225,11 +294,17 @@ def run(argv: list[str] | None) -> int:
     args = parser.parse_args(argv)
     if args.step_ms and not args.batch_size:
         parser.error("--step-ms is of a number of rows: give --batch-size, too")
+    with parser.refusing():
+        check_models(args)
     from rich.console import Console
 
-    needs = [model_needs(name) for name in dict.fromkeys((args.model_theta, args.model_t))]
+    sides = (args.model_theta, args.adapter_theta), (args.model_t, args.adapter_t)
+    needs = {side: model_needs(*side) for side in dict.fromkeys(sides)}
+    weights = list({base: n.parameters for (base, _), n in needs.items()}.values())
+    weights += [n.adapter for (_, adapter), n in needs.items() if adapter is not None]
     placed = plan(
-        needs,
+        *(needs[side] for side in sides),
+        weights,
         memory=args.gpu_memory * 1e9,
         bandwidth=args.bandwidth * 1e9,
         operations=args.tflops * 1e12,

@@ -64,8 +64,9 @@ def prepare(argv: list[str] | None) -> "Job":
         if args.dataset is None:
             raise ValueError("--dataset is missing: the file with the prompts and answers to score")
         name = args.dataset[0]
-        may_be_run = "://" in name or Path(name).is_file() or Path(name, "manifest.json").is_file()
-        may_be_run = may_be_run and len(args.dataset) == 1
+        # a table is there when its run is complete, and what makes it before
+        there = (Path(name), Path(name, "manifest.json"), Path(f"{name.removesuffix('.parquet')}.run.json"))
+        may_be_run = len(args.dataset) == 1 and ("://" in name or any(path.is_file() for path in there))
         if may_be_run:  # whose other options are defaults here
             options.settings_of(args)
             options.check_output(args)

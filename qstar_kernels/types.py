@@ -1,6 +1,6 @@
 """What goes into and comes out of the sampler."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from numbers import Integral, Real
@@ -180,6 +180,7 @@ class Settings:
 
 SETTINGS = tuple(f.name for f in fields(Settings))
 PER_ROW: dict[str, Range] = {f.name: f.metadata["range"] for f in fields(Settings) if f.metadata["per_row"]}
+READ_BY: dict[str, Sequence[str]] = {f.name: f.metadata["methods"] for f in fields(Settings)}  # the methods of each
 # By their defaults they keep all tokens
 TRUNCATIONS = [
     (f.name, f.default) for f in fields(Settings) if f.metadata["group"] == SAMPLING and f.name != "temperature"
@@ -187,6 +188,22 @@ TRUNCATIONS = [
 NUMBERS, COUNTS = (
     [(f.name, *f.metadata["range"]) for f in fields(Settings) if f.type is kind] for kind in (float, int)
 )
+
+
+def check_read(said: Iterable[str], method: str, called: Callable[[str], str] = str) -> None:
+    """Refuse what would be ignored: a setting that was said, and that the rule for α does not read.
+
+    Args:
+        said: names of settings; others are passed over.
+        called: what a message calls them.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for name in said:
+        methods = READ_BY.get(name, METHODS)
+        if method not in methods:
+            raise ValueError(f"{called(name)} goes with {called('method')} {' or '.join(methods)}, and it is {method}")
 
 
 @dataclass

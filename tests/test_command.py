@@ -193,6 +193,22 @@ def test_an_interruption_during_the_start_is_one_line(number, tmp_path):
     assert error == "interrupted; start the same command again to go on\n"
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("start", [["-m", "qstar.generate"], ["-m", "qstar", "generate"], ["qstar-generate"]])
+def test_an_interruption_before_a_command_has_begun_is_one_line(number, start, tmp_path):
+    """What a command imports first waits here for the signal."""
+    (tmp_path / "qstar_kernels.py").write_text("import time\nprint('here', flush=True)\ntime.sleep(60)")
+    (tmp_path / "qstar-generate").write_text("import sys\nfrom qstar.generate import main\nsys.exit(main())")
+    process = subprocess.Popen(
+        [sys.executable, *start], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (130, "interrupted\n")
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [

@@ -3,9 +3,16 @@
 import re
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
+from qstar.cache import Side, places_of
 from qstar.demo import THETA, T
 from qstar.plan import main as plan
+from qstar.plan import model_needs
+from qstar.slots import IDS
+from tests import zoo
 
 
 def test_plan(capsys):
@@ -29,7 +36,7 @@ def test_plan(capsys):
         "a sample: a step · 100 / 50 + a prompt = 39.84 ms",
         "│     3 │       3 │      75.3 │     7,530 │               3.689 │",
         "│ 1,000 │   1,000 │    25,101 │ 2,510,092 │             0.01107 │",
-        "one run feeds 1,155 workers: min(90 parts/s of the driver · 16 batches · 50 rows = 72,000, 29,000 of the",
+        "one run feeds 1,155 workers: min(70 parts/s of the driver · 16 batches · 50 rows = 56,000, 29,000 of the",
         "An estimate from a data sheet, and a bound",
     ):
         assert line in out, line
@@ -56,8 +63,59 @@ def test_plan_of_one_model_and_of_too_little_memory(capsys):
     assert "uses one of them at a time, and takes 2 times as long" in out
     assert plan([*argv, "--batch-size", "100000000"]) == 1
     assert "100000000 rows do not fit" in capsys.readouterr().err
-    assert plan(["--model-theta", "/nowhere/x", "--model-t", str(T)]) == 1
+    with pytest.raises(SystemExit):
+        plan(["--model-theta", "/nowhere/x", "--model-t", str(T)])
     assert capsys.readouterr().err.count("\n") == 1
     with pytest.raises(SystemExit):
         plan([*argv, "--step-ms", "10"])
     assert "give --batch-size, too" in capsys.readouterr().err
+
+
+# dense, multi-query, latent attention with experts, shared keys, experts, and layers with states in place of keys or
+# beside them
+KINDS = (
+    "gpt2",
+    "gpt_bigcode",
+    "deepseek_v3",
+    "gemma3n_text",
+    "mixtral",
+    "lfm2",
+    "qwen3_5_text",
+    "mamba",
+    "zamba",
+    "bamba",
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_kept_without_weights_is_what_decoding_keeps(kind, tmp_path):
+    config = zoo.config(kind)
+    config.save_pretrained(tmp_path)
+    needs = model_needs(str(tmp_path), None)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    side = Side(model, 0, ("theta",))
+    side.prefill([[3, 4, 5, 6]])
+    kept = [x.shape[1] * x.shape[3] for name, x in side.slots.memory.items() if name != IDS]
+    assert needs.kv(4) == 4 * sum(kept)
+    assert needs.of_row(4) == 4 * sum(holder[key].numel() for holder, key in places_of(side.cache))
+    assert needs.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_plan_of_a_hybrid_and_of_an_adapter(tmp_path, capsys):
+    """By hand: of four layers two have 2 heads of 8 for keys and values, and the others a convolution of 32 channels
+    over 3 tokens. A LoRA of rank 4 on the query and value projections of the demo pair's 4 layers (128 to 128, and 128
+    to 64) has 4 · (4 · (128 + 128) + 4 · (128 + 64)) = 7,168 parameters."""
+    zoo.config("lfm2").save_pretrained(tmp_path / "hybrid")
+    hybrid = str(tmp_path / "hybrid")
+    assert plan(["--model-theta", hybrid, "--model-t", hybrid]) == 0
+    out = capsys.readouterr().out
+    assert "keys and values of a token, π_θ: 2 · 2 layers · 2 heads · 8 · 2 bytes = 128 bytes" in out
+    assert "states of a row, π_t: 192 · 2 bytes = 384 bytes" in out
+    assert "a row: 256 bytes · (512 + 512) tokens + 8,960 bytes" in out
+    model = AutoModelForCausalLM.from_pretrained(str(THETA))
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    get_peft_model(model, config).save_pretrained(tmp_path / "lora")
+    assert plan(["--model-theta", str(tmp_path / "lora"), "--model-t", str(THETA)]) == 0
+    out = capsys.readouterr().out
+    assert "weights: (1,000,576 + 7,168) parameters · 2 bytes" in out
+    assert "operations for a token: 2 · (745,600 + 738,432) parameters in layers" in out

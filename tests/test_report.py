@@ -480,6 +480,7 @@ def test_numbers_that_json_has_not(opened, tmp_path, tokenizer):
     assert ids_shown(page) == ["1-0", "0-0"]  # none comes last
 
 
+@pytest.mark.slow
 def test_ten_thousand_samples(opened, tmp_path, tokenizer):
     words = "the quick brown fox jumps over a lazy dog and so on until there are some forty tokens in it".split()
     rng = np.random.default_rng(7)

@@ -106,6 +106,19 @@ def test_every_format_is_scored_and_analyzed(form, numbers, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)[0]["samples"] == 10
 
 
+@pytest.mark.parametrize("form", ["parquet", "verl"])
+def test_a_table_that_is_not_there_yet_is_scored_by_its_journal(form, tmp_path):
+    """As analyze and report read it; where there is no run of that name the file is missing."""
+    output = tmp_path / "x.parquet"
+    argv = ["--num-samples", "4", "--max-new-tokens", "8", "--save-diagnostics", "--output-format", form]
+    assert generate([*argv, "--output", str(output)]) == 0
+    output.unlink()
+    assert score(["--dataset", str(output), "--output", str(tmp_path / "scored.jsonl")]) == 0
+    assert len(lines(tmp_path / "scored.weights.jsonl")) == 4
+    with pytest.raises(SystemExit):
+        score(["--dataset", str(tmp_path / "y.parquet"), "--output", str(tmp_path / "z.jsonl")])
+
+
 def test_answers_of_others_have_no_weights(tmp_path, capsys):
     """Those of a dataset, and those that another q* drew."""
     data = write_lines(tmp_path / "data.jsonl", lines(PROMPTS)[:6])
@@ -298,6 +311,7 @@ def test_a_short_answer_at_the_end_of_the_context(demo_pair):
         np.testing.assert_allclose(together.fields["logp_theta"], single.fields["logp_theta"], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_memory_does_not_follow_the_length(tmp_path):
     """4 times the tokens take hardly more memory, for their keys and values: far less than their logits would. In
     processes of their own, for their peaks."""

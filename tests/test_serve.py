@@ -316,6 +316,11 @@ def test_a_wrong_update_changes_nothing(tmp_path, demo_pair):
         ({"messages": []}, "empty conversation"),
         ({"messages": messages("x " * 2000)}, "512"),
         ({"extra_body": {"qstar": {"beta": 1}}}, "qstar_beta is unknown"),
+        ({"extra_body": {"qstar": {"alpha": 0.3}}}, "alpha goes with method fixed, and it is kl_symmetry"),
+        (
+            {"extra_body": {"qstar": {"method": "fixed", "kl_budget": 1}}},
+            "kl_budget goes with method kl_budget",
+        ),
         ({"extra_body": {"qstar": {"alpha": 300}}}, "alpha is 300; it must be in [-100, 100]"),
         ({"extra_body": {"qstar": {"method": "best"}}}, "method is 'best'"),
         ({"extra_body": {"qstar": {"seed": 1}}, "n": 2}, "qstar_seed is that of one sample"),

@@ -58,7 +58,7 @@ def check_same(pair: Pair, prompts, speculate=(1, 2, 4, 8), drafts=("theta", "t"
 @pytest.mark.parametrize(
     ("count", "options"),
     [
-        (40, ["--samples-per-prompt", "2"]),
+        (20, ["--samples-per-prompt", "2"]),
         pytest.param(200, ["--samples-per-prompt", "2"], marks=pytest.mark.slow),
         (20, ["--samples-per-prompt", "1", "--temperature", "0"]),
     ],
@@ -121,7 +121,7 @@ def test_architectures(name, tokenizer):
 
 
 def test_a_third_model_drafts(demo_pair, unequal):
-    check_same(demo_pair, MIXED, speculate=(1, 4, "auto"), drafts=(unequal.theta, demo_pair.t), max_new_tokens=30)
+    check_same(demo_pair, MIXED, speculate=(1, 4, "auto"), drafts=(unequal.theta, demo_pair.t), max_new_tokens=16)
 
 
 def test_one_model_with_two_prompts(demo_pair, monkeypatch):

@@ -16,11 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
-import datasets
 import huggingface_hub
 import pyarrow
-from datasets.data_files import FILES_TO_IGNORE, SPLIT_KEYWORDS, DataFilesDict, get_data_patterns
-from datasets.utils.logging import disable_progress_bar
 
 # What a file of rows may be called, and what may follow it where it is packed; an archive holds one or more of them.
 TEXT_EXTENSIONS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt")
@@ -179,7 +176,10 @@ def _of_file(path: Path) -> Found:
 
 
 def _of_folder(dataset: str, path: Path, split: str | None, config: str | None) -> Found:
-    disable_progress_bar()
+    import datasets  # takes most of a second, which files do without
+    from datasets.data_files import FILES_TO_IGNORE
+
+    datasets.disable_progress_bars()
     chose, ignored = set(), []
     if _has_configurations(path):
         try:
@@ -260,6 +260,8 @@ def _has_configurations(path: Path) -> bool:
 
 def _splits(path: Path, files: list[Path]) -> dict[str, list[Path]]:
     """The files of each split, where the names of all tell one as `datasets` reads names, and not all the same."""
+    from datasets.data_files import SPLIT_KEYWORDS, DataFilesDict, get_data_patterns
+
     # The patterns go through the folder fifty times, which many files take seconds for.
     marks = re.compile("|".join(["-of-", *itertools.chain(*SPLIT_KEYWORDS.values())]))
     if not any(marks.search(str(file.relative_to(path))) for file in files):

@@ -41,7 +41,7 @@ from qstar.data.batch import (
     text_prompt,
 )
 from qstar.data.files import DataError
-from qstar.data.rows import BadRow, Row, Rows, open_rows
+from qstar.data.rows import BadRow, Row, Rows, as_row, open_rows
 
 # How many rows to look at for the columns: more than one, since the first may lack an optional column or be broken.
 PEEK_ROWS = 32
@@ -160,13 +160,13 @@ class PromptSource:
         """The prompts from that index on; of rows before it no more is looked at than others' ids depend on."""
         ids, index = _Ids(), 0
         for rows in self._rows.by_part():
-            first = list(itertools.islice(rows, PEEK_ROWS))
+            first = list(map(as_row, itertools.islice(rows, PEEK_ROWS)))
             schema, start = self._schema_of(first), index
             for row in itertools.chain(first, rows):
                 if index >= begin:
-                    yield self._prompt(index, row, schema, ids)
+                    yield self._prompt(index, as_row(row), schema, ids)
                 elif schema.by_custom_id or ids.named:
-                    self._prompt(index, row, schema, ids)
+                    self._prompt(index, as_row(row), schema, ids)
                 index += 1
             if not schema.by_custom_id:
                 ids.numbered.append(range(start, index))
@@ -181,7 +181,7 @@ class PromptSource:
 
     def count(self) -> int | None:
         """How many rows there are, or None where counting would take long (a large file, the hub)."""
-        return sum(1 for _ in self._rows()) if self._rows.is_small else None
+        return sum(1 for rows in self._rows.by_part() for _ in rows) if self._rows.is_small else None
 
     def _prompt(self, index: int, row: Row, schema: _Schema, ids: "_Ids") -> Prompt:
         prompt_id, reason, asked = None, None, Asked()

@@ -15,12 +15,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-import datasets
 import pyarrow
 import pyarrow.parquet
-from datasets.utils.logging import disable_progress_bar
 
 from qstar.conversation import kind
 from qstar.data.files import (
@@ -39,6 +37,9 @@ from qstar.data.files import (
     path_of,
     sha256,
 )
+
+if TYPE_CHECKING:  # it takes most of a second, which files of text do without
+    import datasets
 
 SMALL = 64 << 20  # bytes
 PEEK_LINES = 32  # of a file whose first line is no JSON, to tell whether it is JSON Lines all the same
@@ -63,6 +64,11 @@ class BadRow:
 
 
 Row = dict[str, Any] | BadRow
+Unread = str  # a line of JSON that will be one: a resumed run passes over those that are done
+
+
+def as_row(row: Row | Unread) -> Row:
+    return _json_line(row) if isinstance(row, str) else row
 
 
 @dataclass(frozen=True)
@@ -70,10 +76,10 @@ class Part:
     """Rows that were written together: a file's, or a split's."""
 
     name: str
-    read: Callable[[], Iterator[Row]]
+    read: Callable[[], Iterator[Row | Unread]]
     size: float = float("inf")  # bytes, where they lie here
 
-    def __call__(self) -> Iterator[Row]:
+    def __call__(self) -> Iterator[Row | Unread]:
         """The rows, with whatever the reader raises turned into a DataError that names the part."""
         count = 0
         try:
@@ -99,7 +105,7 @@ class Rows:
         """Whether going through all rows takes no time that anyone notices."""
         return sum(part.size for part in self.parts) <= SMALL
 
-    def by_part(self) -> Iterator[Iterator[Row]]:
+    def by_part(self) -> Iterator[Iterator[Row | Unread]]:
         """The rows of each part; each is to be gone through before the next."""
         left = self.limit
         for part in self.parts:
@@ -110,7 +116,7 @@ class Rows:
             left = None if left is None else left - next(count)
 
     def __call__(self) -> Iterator[Row]:
-        return itertools.chain.from_iterable(self.by_part())
+        return map(as_row, itertools.chain.from_iterable(self.by_part()))
 
 
 def open_rows(
@@ -238,17 +244,21 @@ def _arrow_schema(path: Path) -> pyarrow.Schema:
         return reader.schema
 
 
-def _features_of(schema: pyarrow.Schema) -> datasets.Features | None:
+def _features_of(schema: pyarrow.Schema) -> "datasets.Features | None":
+    import datasets
+
     try:
         return datasets.Features.from_arrow_schema(schema)
     except Exception:  # it has no name for one of the types, or its own metadata are damaged
         return None
 
 
-def _decoder(features: datasets.Features | None) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def _decoder(features: "datasets.Features | None") -> Callable[[dict[str, Any]], dict[str, Any]]:
     """What makes objects of the JSON that `datasets` keeps as text; images and sound stay bytes."""
     if features is None:
         return lambda row: row
+    import datasets
+
     features = features.copy()
     _switch_decoding_off(features)
     return datasets.Features(dict(features)).decode_example  # a new one: the old remembers which columns to decode
@@ -330,7 +340,9 @@ def _open_saved(path: Path, split: str | None) -> tuple[list[Part], list[str], s
 
 def _open_hub(name: str, split: str | None, config: str | None) -> tuple[list[Part], list[str], str]:
     """The rows of a split, notes for the user, and a fingerprint."""
-    disable_progress_bar()
+    import datasets
+
+    datasets.disable_progress_bars()
     try:
         builder = datasets.load_dataset_builder(name, config)
         splits = builder.as_streaming_dataset()
@@ -361,6 +373,8 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _switch_decoding_off(feature: Any) -> None:
+    import datasets
+
     if isinstance(feature, dict):
         for child in feature.values():
             _switch_decoding_off(child)
@@ -469,7 +483,9 @@ def _shown(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def _open_json(file: File, is_row: Callable[[dict[str, Any]], bool]) -> tuple[Callable[[], Iterator[Row]], list[str]]:
+def _open_json(
+    file: File, is_row: Callable[[dict[str, Any]], bool]
+) -> tuple[Callable[[], Iterator[Row | Unread]], list[str]]:
     """Tells JSON Lines from one JSON document by the content, since both are found under either extension."""
     try:
         lines = list(itertools.islice(_lines(file), 2))
@@ -478,7 +494,7 @@ def _open_json(file: File, is_row: Callable[[dict[str, Any]], bool]) -> tuple[Ca
         if len(lines) > 1 and not _is_object_or_text(lines[0]):
             lines = list(itertools.islice(_lines(file), PEEK_LINES))
         if not _is_document(lines):
-            return lambda: map(_json_line, _lines(file)), []
+            return lambda: _lines(file), []
         stat = file.path.stat()
         stamp = (stat.st_mtime_ns, stat.st_size)
         return lambda: iter(_document(file, stamp, is_row)[0]), _document(file, stamp, is_row)[1]

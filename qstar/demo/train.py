@@ -10,13 +10,13 @@ something else have no good middle, see «When the pair is far apart» in `docs/
 
 import argparse
 import gzip
+import importlib.util
 import json
 import random
 import re
 import time
 from pathlib import Path
 
-import chatterbot_corpus
 import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -38,6 +38,8 @@ SYSTEM_PROMPTS = ["You are a helpful assistant.", "Answer the question.", "You a
 
 def general_documents() -> list[str]:
     """WordNet glosses, the Jargon File and the chatterbot dialogues, one string a document."""
+    import chatterbot_corpus  # an extra
+
     documents = []
     for part in ("noun", "verb", "adj", "adv"):
         for line in (WORDNET / f"data.{part}").read_text(encoding="utf-8").splitlines():
@@ -166,6 +168,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    if importlib.util.find_spec("chatterbot_corpus") is None or not (WORDNET.is_dir() and JARGON.is_file()):
+        parser.error("its text is missing: apt-get install wordnet-base jargon-text && pip install chatterbot-corpus")
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     rng = random.Random(args.seed)

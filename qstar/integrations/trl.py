@@ -13,7 +13,6 @@ them into the ratio, which is then π_θ/q*.
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -23,11 +22,10 @@ from qstar.adapters import is_peft
 from qstar.pair import Pair, sample_seed
 from qstar.rule import FORCED
 from qstar.sample import DecodeOptions, Request, Sample
-from qstar_kernels.types import FIELDS, SETTINGS, Settings
+from qstar_kernels.types import FIELDS, SETTINGS, Settings, check_read
 
 NUMBERS = tuple(name for name in FIELDS if name != "logq")
 LOGGED = tuple(name for name in NUMBERS if not name.startswith("logp"))
-READ_BY = {f.name: f.metadata["methods"] for f in fields(Settings)}  # rules, by setting
 IMAGES = "the prompts have images, which both models would have to see; q* is drawn from text alone"
 ON_POLICY = {
     "method": "fixed",
@@ -92,10 +90,7 @@ class QStarRollout:
                 raise ValueError(
                     f"schedule has {name!r}; it may have {', '.join(n for n in SETTINGS if n != 'method')}"
                 )
-            if options.get("method", Settings.method) not in READ_BY[name]:
-                raise ValueError(
-                    f"{name} of the schedule has no effect but with method={' or '.join(map(repr, READ_BY[name]))}"
-                )
+        check_read(self.schedule, options.get("method", Settings.method))
         DecodeOptions.of(**self.options, **self.scheduled(0))
         self.pair: Pair | None = None
         self._model: torch.nn.Module | None = None

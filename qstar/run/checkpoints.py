@@ -21,8 +21,9 @@ from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 
-from transformers.utils import find_adapter_config_file
 from transformers.utils.hub import cached_file, extract_commit_hash
+
+from qstar.adapter_names import config_of_hub
 
 WEIGHTS = (".safetensors", ".bin")
 OTHERS = (".json", ".jinja", ".py", ".txt", ".model", ".tiktoken")
@@ -93,9 +94,7 @@ def _code_from_elsewhere(folder: Path) -> set[str]:
 
 
 def _commit(name: str, is_adapter: bool) -> str:
-    adapter = None
-    with suppress(OSError, ValueError):
-        adapter = find_adapter_config_file(name)
+    adapter = config_of_hub(name)
     if adapter is not None and not is_adapter:
         raise ValueError(f"{name} is an adapter; merge it into its base, and give the merged model")
     try:

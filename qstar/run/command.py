@@ -20,6 +20,7 @@ from qstar import __version__
 
 LOG = logging.getLogger("qstar")
 WIDEST = 120  # columns of help
+LONGEST = 60  # characters of what stands for a value
 TIMES = {"k": 1_000, "K": 1_000, "M": 1_000_000}
 OWN = ("config", "print_config", "quiet", "verbose")  # options that every command has
 
@@ -37,6 +38,11 @@ class HelpFormatter(argparse.HelpFormatter):
             return said
         text = f"default: {repr(default) if chr(10) in str(default) else default}".replace("%", "%%")
         return f"{said[:-1]}; {text})" if said.endswith(")") else f"{said} ({text})"
+
+    def _metavar_formatter(self, action: argparse.Action, default_metavar: str):
+        if action.metavar is None and action.choices and len(",".join(action.choices)) > LONGEST:
+            return lambda size: (default_metavar,) * size  # argparse breaks no list of choices: the help has them
+        return super()._metavar_formatter(action, default_metavar)
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         return getattr(action.type, "metavar", action.dest.rpartition("_")[2].upper())
@@ -236,7 +242,8 @@ def guarded(
 
     Args:
         memory, interrupted: what to do then, said behind that there is no memory, or that it was interrupted.
-        handles_signals: SIGTERM is taken for Ctrl-C; otherwise both are left to `work`.
+        handles_signals: SIGTERM is taken for Ctrl-C; otherwise both are left to `work`, as Python has them. What is
+            ignored, as in a shell's background, stays so.
     """
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):  # not a stream of the interpreter's
@@ -250,8 +257,13 @@ def guarded(
             frame = frame.f_back
         raise KeyboardInterrupt
 
-    own = handles_signals and threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, interrupt) for number in ((signal.SIGINT, signal.SIGTERM) if own else ())}
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    if handles_signals:
+        handlers = dict.fromkeys(handlers, interrupt)
+    if threading.current_thread() is not threading.main_thread():
+        handlers = {}
+    heard = [number for number in handlers if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handlers[number]) for number in heard}
     try:
         return work()
     except BrokenPipeError:  # whoever reads has seen enough, as `head`

@@ -12,7 +12,7 @@ from qstar.backends import BACKENDS
 from qstar.conversation import HINT_TEMPLATE
 from qstar.demo import THETA, T
 from qstar.run.command import Parser, json_object, number
-from qstar_kernels.types import METHODS, RULE, SAMPLING, SETTINGS, Settings
+from qstar_kernels.types import METHODS, RULE, SAMPLING, SETTINGS, Settings, check_read
 
 FORMATS = {"jsonl": ".jsonl", "openai-batch": ".jsonl", "parquet": ".parquet", "verl": ".parquet"}
 DIAGNOSTICS_FORMATS = ("jsonl", "parquet")
@@ -112,7 +112,7 @@ def add_rule(parser: Parser) -> None:
                 type=NUMBERS.get(setting.type),
                 default=setting.default,
                 choices=METHODS if setting.name == "method" else None,
-                help=setting.metadata["help"],
+                help=setting.metadata["help"] + (f": {', '.join(METHODS)}" if setting.name == "method" else ""),
             )
     for tokens, what in (
         ("first-token", "draw the first token from π_t"),
@@ -187,12 +187,7 @@ def check_run(args: argparse.Namespace, given: set[str]) -> None:
 def check_unused(args: argparse.Namespace, given: set[str]) -> None:
     """Refuse what was said and would be ignored. Raises ValueError."""
     said = vars(args)
-    for setting in fields(Settings):
-        methods = setting.metadata["methods"]
-        if DEST[setting.name] in given and args.alpha_method not in methods:
-            raise ValueError(
-                f"{option(setting.name)} goes with --alpha-method {' or '.join(methods)}, and it is {args.alpha_method}"
-            )
+    check_read((name for name, dest in DEST.items() if dest in given), args.alpha_method, option)
     on_ray = ("--engine ray", said.get("engine") == "ray")
     goes_with = {
         "t_hint_template": ("--t-hint-field", args.t_hint_field),

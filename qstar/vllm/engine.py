@@ -18,6 +18,7 @@ from qstar.speculate import Tally
 from qstar.vllm import ARCHITECTURE, DUAL_PROMPTS, WORKER, register
 from qstar.vllm.params import PREFIX, numbers_key, of_any_rank, rule_fields
 from qstar.vllm.weights import TORN, Versions, check_update
+from qstar_kernels.types import METHODS, READ_BY
 
 CPU_CACHE_BYTES = 2 << 30  # for both KV caches: on a CPU vLLM's own default is nearly all of the memory
 
@@ -258,7 +259,8 @@ class EngineDecoder:
         from vllm.sampling_params import RequestOutputKind
 
         name, options = f"qstar-{next(self.names)}", self.options
-        rule = {PREFIX + name: value for name, value in rule_fields(options.settings, options).items()}
+        method, said = options.settings.method, rule_fields(options.settings, options)
+        rule = {PREFIX + name: value for name, value in said.items() if method in READ_BY.get(name, METHODS)}
         params = SamplingParams(
             max_tokens=request.max_new_tokens,
             stop_token_ids=sorted(self.ending.eos_ids | self.ending.stop_ids),

@@ -24,7 +24,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 from qstar.pair import sample_seed
 from qstar.rule import FORCED, Rule
 from qstar.vllm import SERVER
-from qstar_kernels.types import SETTINGS, Settings
+from qstar_kernels.types import SETTINGS, Settings, check_read
 
 # What vLLM's sampler, which a pair has none of, would do to one model's logits; the values with which it does nothing,
 # as it does with None and with what is empty
@@ -100,14 +100,19 @@ def rule_fields(settings: Settings, options: Any) -> dict[str, Any]:
     return vars(settings) | {name: getattr(options, name) for name in FORCED}
 
 
+def own_fields(params: SamplingParams) -> dict[str, Any]:
+    """What a request says of its rule, by the names of `Rule` and of its settings."""
+    extra = {k.removeprefix(PREFIX): v for k, v in (params.extra_args or {}).items() if k.startswith(PREFIX)}
+    return {name: value for name, value in extra.items() if name != "seed"}
+
+
 def rule(params: SamplingParams, pair: dict[str, Any]) -> Rule:
     """Which q* a request is drawn from: what its `extra_args` say, then what the engine is told.
 
     Raises:
         ValueError: a setting is unknown or outside its range.
     """
-    extra = {k.removeprefix(PREFIX): v for k, v in (params.extra_args or {}).items() if k.startswith(PREFIX)}
-    own = {name: value for name, value in extra.items() if name != "seed"}
+    own = own_fields(params)
     for name, value in own.items():
         if name not in SETTINGS + FORCED:
             raise ValueError(f"{PREFIX}{name} is unknown; there are {', '.join(PREFIX + n for n in SETTINGS + FORCED)}")
@@ -151,7 +156,9 @@ class PairParams(LogitsProcessor):
         seed = extra.get("qstar_seed", 0)
         if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
             raise ValueError(f"qstar_seed is {seed!r:.40}; it must be a whole number of 64 bits")
-        rule(sampling_params, {"rule": {}, "vocab_size": 0, "special_ids": ()})
+        own = rule(sampling_params, {"rule": {}, "vocab_size": 0, "special_ids": ()}).settings
+        if f"{PREFIX}method" in extra:  # otherwise it is the engine's, which is not known here
+            check_read(own_fields(sampling_params), own.method)
 
     def __init__(self, vllm_config, device, is_pin_memory: bool) -> None:
         pass

@@ -38,10 +38,11 @@ from qstar.vllm.params import (
     does_nothing,
     numbers_key,
     of_any_rank,
+    own_fields,
     rule,
 )
 from qstar.vllm.weights import Versions, check_update
-from qstar_kernels.types import FIELDS
+from qstar_kernels.types import FIELDS, check_read
 
 HANDLERS = {  # by their place in the state of vLLM's application
     "openai_serving_chat": "create_chat_completion",
@@ -176,7 +177,7 @@ def ask(request: AnyRequest, key: str, pair: dict[str, Any]) -> None:
     params = single.to_sampling_params(None, {})
     # the engine would refuse it too, but when a stream has begun, with status 200, or not knowing its own options
     PairParams.validate_params(params)
-    rule(params, pair)
+    check_read(own_fields(params), rule(params, pair).settings.method)
 
 
 async def numbers_of(engine: Any, key: str, n: int, lengths: dict[int, int]) -> dict[int, dict[str, Any]]:
