@@ -180,11 +180,16 @@ def test_a_name_that_says_its_format(tmp_path, capsys):
         report([str(tmp_path / "x.jsonl"), "--output", str(tmp_path / "x.jsonl")])
 
 
+def hears() -> None:
+    """A child hears Ctrl-C, though these tests may run where it is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_during_the_start_is_one_line(number, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "qstar.generate", "--output", str(tmp_path / "x.jsonl"), "--samples-per-prompt", "50"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=hears,
     )  # fmt: skip
     time.sleep(1.5)
     process.send_signal(number)
@@ -201,7 +206,7 @@ def test_an_interruption_before_a_command_has_begun_is_one_line(number, start, t
     (tmp_path / "qstar-generate").write_text("import sys\nfrom qstar.generate import main\nsys.exit(main())")
     process = subprocess.Popen(
         [sys.executable, *start], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, preexec_fn=hears,
     )  # fmt: skip
     assert process.stdout.readline() == "here\n"
     process.send_signal(number)
