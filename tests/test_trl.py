@@ -1,6 +1,10 @@
 """q* in trl's trainers: what is drawn, by which weights, and that the loss depends on log q*."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -304,3 +308,44 @@ def test_trainers_that_are_refused(tmp_path):
         grpo(tmp_path, None).train()
     with pytest.raises(ValueError, match="steps is 0"):
         annealed(0.0, 1.0, 0)
+
+
+OF_A_RANK = """
+import hashlib, json, sys
+from pathlib import Path
+
+import grpo
+
+from qstar.integrations.trl import QStarRollout
+
+seeds, draw = [], QStarRollout.draw
+
+def recorded(self, *args):
+    samples = draw(self, *args)
+    seeds.extend(s.request.seed for s in samples)
+    return samples
+
+QStarRollout.draw = recorded
+trainer = grpo.main([sys.argv[1], "--steps", "2"])
+weights = b"".join(p.detach().numpy().tobytes() for p in trainer.accelerator.unwrap_model(trainer.model).parameters())
+found = {"processes": trainer.accelerator.num_processes, "seeds": seeds, "weights": hashlib.sha256(weights).hexdigest()}
+Path(sys.argv[1], f"rank{trainer.accelerator.process_index}.json").write_text(json.dumps(found))
+"""
+
+
+@pytest.mark.slow  # two processes that each import torch and trl
+def test_two_processes_draw_by_their_own_noise_and_end_with_the_same_weights(tmp_path):
+    script, root = tmp_path / "of_a_rank.py", Path(__file__).parents[1]
+    script.write_text(OF_A_RANK)
+    paths = os.pathsep.join(map(str, (root, root / "examples")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run(
+        [*command, script, tmp_path / "out"],
+        check=True,
+        timeout=300,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+    )
+    one, other = (json.loads((tmp_path / "out" / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert one["processes"] == other["processes"] == 2
+    assert one["weights"] == other["weights"]
+    assert len({*one["seeds"], *other["seeds"]}) == len(one["seeds"] + other["seeds"]) == 128
