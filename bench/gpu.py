@@ -151,7 +151,7 @@ def of_loop(found: dict[str, Any]) -> list[str]:
     ]
     note = (
         "Tokens and steps of the better of two runs, prompts included, and tokens of two more in which nothing is "
-        "recorded as a CUDA graph; passes of one token a row and q* steps, medians, of another one of those, which waits "
+        "recorded as a CUDA graph; passes of one token a row and q* steps, medians, of another of those, which waits "
         "for the device after each."
     )
     rates = ["tokens/s", "tokens/s, nothing recorded"]

@@ -200,8 +200,9 @@ class SlotLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = self.slots.write((self.number, "keys"), key_states, self.slots.stop)
-        self.values = self.slots.write((self.number, "values"), value_states, self.slots.stop)
+        start = self.slots.left + super().get_seq_length()
+        self.keys = self.slots.write((self.number, "keys"), key_states, start)
+        self.values = self.slots.write((self.number, "values"), value_states, start)
         return self.keys, self.values
 
     def show(self) -> None:
