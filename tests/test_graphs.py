@@ -64,6 +64,14 @@ class Recorder(TorchDispatchMode):
         return step
 
 
+@pytest.fixture(autouse=True)
+def nothing_said():
+    """What keeps steps from being recorded is said once in a process: here, once in a test."""
+    graphs.say.cache_clear()
+    yield
+    graphs.say.cache_clear()
+
+
 @pytest.fixture
 def played(monkeypatch):
     """Steps are recorded, on this CPU and in windows of 32 columns: how often each was played."""
@@ -91,7 +99,6 @@ def played(monkeypatch):
     monkeypatch.setattr(graphs, "COLUMNS", 32)
     monkeypatch.setattr(Decoder, "records", True)
     monkeypatch.setattr(Decoder, "waits", False)
-    graphs.say.cache_clear()
     return counts
 
 
@@ -164,7 +171,6 @@ def test_what_cannot_be_played_is_not(record, said, demo_pair, monkeypatch, capl
     monkeypatch.setattr("qstar.decode.Graphs", lambda sides, draw: plain(sides, draw, record))
     wanted = demo_pair.generate(MIXED, **OPTIONS)
     monkeypatch.setattr(Decoder, "records", True)
-    graphs.say.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             close(demo_pair.generate(MIXED, **OPTIONS), wanted)
