@@ -145,12 +145,17 @@ def of_loop(found: dict[str, Any]) -> list[str]:
         return f"{1e3 * seconds:.1f}"
 
     whole = {name: x for name, x in found.items() if isinstance(x, dict)}
-    rows = [[name, f"{x['tokens/s']:.0f}", *map(ms, list(x.values())[1:])] for name, x in whole.items()]
+    rows = [
+        [name, *(ms(value) if i > 1 else f"{value:.0f}" for i, value in enumerate(x.values()))]
+        for name, x in whole.items()
+    ]
     note = (
-        "Tokens and steps of the better of two runs, prompts included; passes of one token a row and q* steps, "
-        "medians, of a third one that waits for the device after each."
+        "Tokens and steps of the better of two runs, prompts included, and tokens of two more in which nothing is "
+        "recorded as a CUDA graph; passes of one token a row and q* steps, medians, of another of those, which waits "
+        "for the device after each."
     )
-    header = ["pair", "B", "tokens/s", "a step, ms", "both forward passes, ms", "the q* step, ms"]
+    rates = ["tokens/s", "tokens/s, nothing recorded"]
+    header = ["pair", "B", *rates, "a step, ms", "both forward passes, ms", "the q* step, ms"]
     lines = ["", note, *table(header, rows)]
     passes = [[name, ms(x)] for name, x in found.items() if name not in whole]
     return [*lines, *(table(["", "B", "ms"], passes) if passes else [])]

@@ -4,7 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import groupby
 from typing import Any
@@ -172,29 +172,37 @@ def loop(run: Look) -> Iterator[Item]:
 
     def times(make: Callable[..., Models], batch: int) -> dict[str, float]:
         from bench.loops import own_loop, plain_loop, split_times
+        from qstar.graphs import say
         from qstar.sample import Request
 
-        models, new_tokens = make(run.device, run.quick), 8 if run.quick else 32
+        models, new_tokens = make(run.device, run.quick), 8 if run.quick else 64
         generator = torch.Generator().manual_seed(0)
         prompts = [torch.randint(3, models.vocab_size, (32 - i % 7,), generator=generator) for i in range(batch)]
         requests = [Request(i, ids.tolist(), ids.tolist(), i, new_tokens) for i, ids in enumerate(prompts)]
 
-        def tokens(**options) -> list[list[int]]:
-            return [sample.token_ids for sample in own_loop(models, requests, True, **options)]
+        def tokens(asked: list[Request] = requests, **options) -> list[list[int]]:
+            return [sample.token_ids for sample in own_loop(models, asked, True, **options)]
 
         if models.theta.dtype == torch.float32:  # in half precision rounding moves a token now and then
             greedy = plain_loop(models, requests, cached=True, greedy=True).tolist()
             assert tokens(settings=Settings(temperature=0.0)) == greedy, "not the tokens of the plain loop"
+            coming = [replace(x, max_new_tokens=5 + 11 * i % new_tokens) for i, x in enumerate(4 * requests)]
+            recorded, launched = (tokens(coming, batch_size=batch, cuda_graphs=x) for x in ("auto", "off"))
+            assert recorded == launched, "other tokens from steps that are recorded"
+            assert not run.on_gpu or not say.cache_info().currsize, "no step was recorded"
         first = tokens()
         assert all(len(row) == new_tokens for row in first), "a row ended early"
         taken = [clock(tokens) for _ in range(2)]
         assert all(again == first for _, again in taken), "other tokens the second time"
         seconds = min(seconds for seconds, _ in taken)
-        with split_times(models) as parts:
-            tokens()
+        unrecorded = partial(tokens, cuda_graphs="off")
+        launched = min(clock(unrecorded)[0] for _ in range(2))
+        with split_times(models) as parts:  # which waits for the device, as no recording may
+            unrecorded()
         forward = [statistics.median(s for columns, s in parts[name] if columns == 1) for name in ("theta", "t")]
         return {
             "tokens/s": batch * new_tokens / seconds,
+            "tokens/s, nothing recorded": batch * new_tokens / launched,
             "a step": seconds / new_tokens,
             "forward passes": sum(forward),
             "q* step": statistics.median(s for _, s in parts["q* step"]),

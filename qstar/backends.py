@@ -64,7 +64,7 @@ BACKENDS = {
         load_by_transformers,
         batch_size=16,
         about="on any device, with drafts",
-        own=("speculate", "device", "device_map", "attn_implementation", "load_in_4bit"),
+        own=("speculate", "cuda_graphs", "device", "device_map", "attn_implementation", "load_in_4bit"),
         pins=True,
     ),
     "vllm": Backend(

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from qstar.rope import Ropes
-from qstar.slots import IDS, SlotLayer, Slots, on, slot_cache, slot_layers
+from qstar.slots import IDS, SlotLayer, Slots, Window, on, slot_cache, slot_layers
 from qstar.time_steps import TimeSteps
 
 PREFILL_COLUMNS = 1024  # of a prompt in one forward pass: a longer one takes several, so that memory does not grow
@@ -210,14 +210,19 @@ class Side:
                 mask = mask[:, -count:]
             if keep < count:  # of prompts: what is read later is no padding
                 positions, tokens = positions.clamp(min=0), tokens.masked_fill(tokens < 0, self.pad_id)
-        extra = {"position_ids": positions} if self.takes_positions else {}
-        extra |= {"logits_to_keep": keep} if self.takes_logits_to_keep else {}
         with self.ropes.of_rows(self.long), self.time_steps.limited():
-            out = self.model(
-                input_ids=tokens, attention_mask=mask, use_cache=True, **{self.takes_cache: self.cache}, **extra
-            ).logits[:, -keep:]
+            logits = self._logits(tokens, mask, positions, keep)
         slots.stop += count
         self.next = self.next + count
+        return logits
+
+    def _logits(self, tokens: Tensor, mask: Tensor | None, positions: Tensor, keep: int) -> tuple[Tensor, ...]:
+        """Of a forward pass: `keep` of the last columns' for each copy, [B, keep, V]."""
+        extra = {"position_ids": positions} if self.takes_positions else {}
+        extra |= {"logits_to_keep": keep} if self.takes_logits_to_keep else {}
+        out = self.model(
+            input_ids=tokens, attention_mask=mask, use_cache=True, **{self.takes_cache: self.cache}, **extra
+        ).logits[:, -keep:]
         return tuple(out[copy :: self.copies] for copy in range(self.copies))
 
     def prompts(self, requests: Iterable) -> list[list[int]]:
@@ -304,6 +309,46 @@ class Side:
         self._fit(len(self.lengths), self.slots.width, count)
         self.lengths = [n + count for n in self.lengths]
         return self._forward(tokens, count)
+
+    def wide(self, rows: int, columns: int) -> tuple[slice, slice]:
+        """Memory of so many sequences, from what is in sight to the next token, in whole multiples of columns: which
+        slots and columns. There is room for a token then."""
+        self._fit(rows * self.copies, self.slots.width, 1)
+        stop = min(-(-(self.slots.stop + 1) // columns) * columns, self.slots.size[1])
+        return slice(0, rows * self.copies), slice(self.slots.left // columns * columns, stop)
+
+    def see_in(self, window: Window) -> None:
+        """Have the window hold what the rows are by now, and padding beside it."""
+        self.slots.clear(window.rows, window.columns)
+        window.at.fill_(self.slots.stop - window.columns.start)
+        window.next.zero_()[: len(self.lengths)] = on(self.device, self.lengths)[:, None]
+        self.next = window.next[: len(self.lengths)]
+
+    def advance_in(self, window: Window, tokens: Tensor) -> tuple[Tensor, ...]:
+        """`advance` by one token, int64 [rows, 1], in which nothing depends on the host; `advanced` tells it after
+        that."""
+        if self.copies > 1:
+            tokens = tokens.repeat_interleave(self.copies, 0)
+        slots = self.slots
+        slots.window, slots.padded = window, True
+        try:
+            ids = slots.write(IDS, tokens[:, None, :, None], slots.stop)
+            logits = self._logits(tokens, (ids >= 0)[:, 0, :, 0].long(), window.next, 1)
+        finally:
+            slots.window = None
+        window.at.add_(1)
+        window.next.add_(1)
+        return logits
+
+    def advanced(self) -> None:
+        """A token has been read in a window."""
+        self.slots.stop += 1
+        self.lengths = [n + 1 for n in self.lengths]
+
+    def look(self) -> None:
+        """Have the rows in sight again, after tokens have been read in a window."""
+        for layer in self._columns():
+            layer.show()
 
     def _read_again(self, row: int, ahead: int) -> None:
         """Compute what is cached of a row anew, with the frequencies of a sequence that is `ahead` tokens longer."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qstar.batch import Rows, Underway
 from qstar.cache import Side
+from qstar.graphs import Graphs
 from qstar.rule import Rule
 from qstar.sample import Ending, Request, Sample, numbers_of
 from qstar.slots import closed_up
@@ -51,6 +52,8 @@ class Decoder:
         self, theta, t, vocab_size: int, eos_ids: set[int], special_ids: set[int], tokenizer, options,
         context: int = 1 << 30, draft="theta",
     ):  # fmt: skip
+        if options.cuda_graphs not in ("auto", "off"):
+            raise ValueError(f"cuda_graphs is {options.cuda_graphs!r}; it must be 'auto' or 'off'")
         self.models, self.context, self.draft = (theta, t), context, draft
         self.options = options
         self.rule = Rule(
@@ -88,6 +91,11 @@ class Decoder:
         by that, and would lose a forward pass over each row that has ended."""
         return self.models[0].device.type != "cuda"
 
+    @property
+    def records(self) -> bool:
+        """Whether steps without drafts are recorded and played (`qstar.graphs`)."""
+        return self.options.cuda_graphs == "auto" and self.models[0].device.type == "cuda"
+
     def run(self, requests: Iterable[Request]) -> Iterator[Sample]:
         """Generate all requests; samples come in the order in which they finish, which is the same every time."""
         batch_size, source = self.options.batch_size, iter(requests)
@@ -99,6 +107,7 @@ class Decoder:
         others = [side for side in sides if side is not drafter]
         length = DraftLength(self.options.speculate, drafter and drafter.model, [side.model for side in others])
         rows, underway = Rows([], sides[0].device), deque()
+        graphs = Graphs(sides, self._draw) if self.records and drafter is None else None
         # what is forgotten of drafts hangs on the numbers
         late = 0 if self.waits or drafter is not None else 1
         while waiting or rows.samples or underway:
@@ -111,7 +120,7 @@ class Decoder:
             with torch.inference_mode():
                 if rows.samples:
                     drafts = min(length.choose([s.tally for s in rows.samples]), self.room(caches))
-                    underway.append(self._round(rows, sides, drafter, drafts, length))
+                    underway.append(self._round(rows, sides, drafter, drafts, length, graphs))
                 finished = self._settle(underway, late if rows.samples else 0, rows, caches)
             yield from finished
             waiting.extend(islice(source, batch_size - len(waiting)))
@@ -138,12 +147,22 @@ class Decoder:
         rows.join(new)
         return Underway(new.samples, [step])
 
-    def _round(self, rows: Rows, sides: list[Side], drafter: Side | None, drafts: int, length: DraftLength) -> Underway:
+    def _round(
+        self,
+        rows: Rows,
+        sides: list[Side],
+        drafter: Side | None,
+        drafts: int,
+        length: DraftLength,
+        graphs: Graphs | None,
+    ) -> Underway:
         """Draw at least one token of every live row: draft some, decide on all in one pass, forget the wrong ones."""
         samples = list(rows.samples)
         if drafter is None:
-            logits = [x for side in sides for x in side.advance(rows.tokens)]
-            return Underway(samples, [self._draw(rows, *logits)])
+            numbers = None if graphs is None else graphs.step(rows)
+            if numbers is None:
+                numbers = self._draw(rows, *[x for side in sides for x in side.advance(rows.tokens)])
+            return Underway(samples, [numbers])
         block, drafted, of_drafter = self._drafted(rows, drafter, drafts, drafter in sides)
         both = []
         for side in sides:

@@ -74,6 +74,12 @@ def make_parser() -> Parser:
         help="who drafts: theta, t, or the name or folder of a third model of that vocabulary",
     )
 
+    group.add_argument(
+        "--cuda-graphs",
+        choices=["auto", "off"],
+        help="steps that a GPU records and plays, where the models allow it (default: auto)",
+    )
+
     group = parser.add_argument_group("many workers (pip install 'qstar[ray]')")
     group.add_argument(
         "--engine", default="process", choices=["process", "ray"], help="ray: a Ray cluster writes parts into a folder"

@@ -70,7 +70,7 @@ class DecodeOptions:
     `batch_size` rows are decoded together, with `speculate` drafts a round, or `auto`. `force_t_first_token` draws the
     first token from π_t, `force_t_special_tokens` gives special tokens π_t's probability. `stop` and `stop_token_ids`
     end a sequence and are no part of its text; a special token in `stop` is matched by its id. `keep_special_tokens`
-    leaves the others in the text.
+    leaves the others in the text. `cuda_graphs` is `auto`, or `off`: a GPU then records no steps (`qstar.graphs`).
     """
 
     settings: Settings = field(default_factory=Settings)
@@ -81,6 +81,7 @@ class DecodeOptions:
     force_t_special_tokens: bool = False
     stop_token_ids: tuple[int, ...] = ()
     keep_special_tokens: bool = False
+    cuda_graphs: str = "auto"
 
     @classmethod
     def of(cls, **options) -> "DecodeOptions":

@@ -8,6 +8,7 @@ columns before the longest row are out of sight. So memory holds one cache, and 
 from collections.abc import Collection, Hashable
 from copy import copy
 from itertools import count
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +34,21 @@ def on(device: torch.device, values: list) -> Tensor:
     return numbers.to(device, non_blocking=True)
 
 
+class Window(NamedTuple):
+    """What a step sees that is recorded once and played many times: it must not depend on what the host knows.
+
+    Attributes:
+        rows, columns: of memory, more than there are tokens in; what no row has written is padding.
+        at: on the device, the column that the next token takes, counted from the first one: int64 [1].
+        next: on the device, the position of each row's next token, int64 [rows, 1].
+    """
+
+    rows: slice
+    columns: slice
+    at: Tensor
+    next: Tensor
+
+
 class Slots:
     """Everything that a model keeps by column, of all rows, and what of it is in sight.
 
@@ -43,12 +59,14 @@ class Slots:
         rows: the slots in sight.
         left, stop: the columns in sight; the next token's is `stop`.
         padded: whether some row in sight begins behind `left`.
+        window: in sight instead, while a step that is recorded reads its token; None otherwise.
     """
 
     def __init__(self):
         self.memory: dict[Hashable, Tensor] = {}
         self.size = 0, 0
         self.rows, self.left, self.stop, self.padded = slice(0, 0), 0, 0, False
+        self.window: Window | None = None
 
     @property
     def width(self) -> int:
@@ -65,7 +83,11 @@ class Slots:
         return self.memory[name][self.rows, :, self.left : stop]
 
     def write(self, name: Hashable, new: Tensor, start: int) -> Tensor:
-        """Put new columns [rows, heads, K, size] at `start`: the view up to their end."""
+        """Put new columns [rows, heads, K, size] at `start`: the view up to their end. In a window, one where it says:
+        the view of the window."""
+        if self.window is not None:
+            seen = self.memory[name][self.window.rows, :, self.window.columns]
+            return seen.index_copy_(2, self.window.at, new)
         if name not in self.memory:
             shape = self.size[0], new.shape[1], self.size[1], new.shape[3]
             self.memory[name] = new.new_full(shape, _padding(name))
@@ -110,9 +132,15 @@ class Slots:
 
     def _pad(self, rows: slice, start: int, stop: int) -> None:
         """Forget what was in these columns before, which may be NaN."""
-        if start < stop:
+        if start < stop and rows.start < rows.stop:
             for name, x in self.memory.items():
                 x[rows, :, start:stop].fill_(_padding(name))
+
+    def clear(self, rows: slice, columns: slice) -> None:
+        """Have nothing but padding in these rows and columns but for what is in sight."""
+        self._pad(rows, columns.start, self.left)
+        self._pad(rows, self.stop, columns.stop)
+        self._pad(slice(self.rows.stop, rows.stop), self.left, self.stop)
 
     def see(self, rows: int, width: int) -> None:
         """Sight of so many rows and the last columns."""
@@ -159,10 +187,20 @@ class SlotLayer(DynamicLayer):
         """For transformers, which otherwise looks whether a mask pads anything, and so waits for the device."""
         return self.slots.padded
 
+    def get_seq_length(self) -> int | Tensor:
+        window = self.slots.window
+        return super().get_seq_length() if window is None else window.at[0]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        window = self.slots.window
+        if window is None:
+            return super().get_mask_sizes(query_length)
+        return window.columns.stop - window.columns.start, 0
+
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start = self.slots.left + self.get_seq_length()
+        start = self.slots.left + super().get_seq_length()
         self.keys = self.slots.write((self.number, "keys"), key_states, start)
         self.values = self.slots.write((self.number, "values"), value_states, start)
         return self.keys, self.values

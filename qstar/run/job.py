@@ -117,7 +117,7 @@ def run_settings(args: argparse.Namespace, data: Data) -> dict[str, Any]:
     """Everything the output depends on, by the names of the command line."""
     # where it runs, how much at once and where it writes is no part of what it writes
     free = {"output", "device", "device_map", "batch_size", "backend", "speculate", "draft", "clip", "quiet", "verbose"}
-    free |= {"engine", "num_workers", "gpus_per_worker", "ray_address"}
+    free |= {"cuda_graphs", "engine", "num_workers", "gpus_per_worker", "ray_address"}
     if args.alpha_method not in BUDGETS:  # and not even there in runs that an earlier version began
         free.add("kl_budget")
     settings = {f"--{k.replace('_', '-')}": v for k, v in vars(args).items() if k not in free}
