@@ -381,5 +381,5 @@ def test_a_server_without_weights_is_told_from_none(tmp_path):
         QStarWeights(url, tmp_path).init_weight_transfer()
     server.shutdown()
     server.server_close()
-    with pytest.raises(TimeoutError, match="no answer from .* in 0.1 s"):
+    with pytest.raises(TimeoutError, match=r"no answer from .* in 0.1 s"):
         QStarWeights(url, tmp_path, timeout=0.1).init_weight_transfer()
