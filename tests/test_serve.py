@@ -33,6 +33,7 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from qstar import Pair
 from qstar.demo import PROMPTS, THETA, T
 from qstar.experiments.pairs import moved
+from qstar.integrations.trl import QStarWeights
 from qstar.prompting import PromptFormat
 from qstar.serve import main
 from qstar_kernels.types import FIELDS
@@ -270,6 +271,38 @@ def test_new_weights_under_load(tmp_path):
         expected = pair.generate([QUESTIONS[i % 8] for i in numbers], seeds=numbers, max_new_tokens=12).samples
         for i, sample in zip(numbers, expected, strict=True):
             check_choice(answers[i].choices[0], sample)
+
+
+def test_trls_asynchronous_trainer_is_served(tmp_path, demo_pair):
+    """Its worker's own request gets log q*, and new weights come by its `weight_transfer`."""
+    (folder,) = weights_of(tmp_path, (0.5,)).values()
+    tensors, updates = load_file(folder / "model.safetensors"), tmp_path / "updates"
+    request = demo_pair.generate([QUESTIONS[1]], max_new_tokens=1).samples[0].request
+    body = {  # as trl 1.16 sends it
+        "model": "./policy", "prompt": request.ids_theta, "max_tokens": 12, "temperature": 1.0, "top_p": 1.0,
+        "top_k": 0, "repetition_penalty": 1.0, "n": 1, "return_token_ids": True, "logprobs": 0, "seed": 2**62 + 7,
+    }  # fmt: skip
+    options = ["--allow-weight-updates", "--served-model-name", "./policy", "--api-key", KEY]
+    with serving(tmp_path, *options) as (url, _):
+        weights = QStarWeights(url.removesuffix("/v1"), updates, api_key=KEY)
+        weights.init_weight_transfer()
+        with pytest.raises(ValueError, match=r"answered 400: .*is not for theta"):
+            weights.send_weights(iter(list(tensors.items())[1:]))
+        with pytest.raises(ValueError, match="answered 401"):
+            QStarWeights(url.removesuffix("/v1"), updates).init_weight_transfer()
+        for name in (THETA, folder):
+            if name == folder:
+                weights.pause()
+                weights.send_weights(iter(tensors.items()))
+                weights.resume()
+            expected = Pair.from_pretrained(name, T).generate(
+                [QUESTIONS[1]], seed=2**62 + 7, max_new_tokens=12
+            ).samples[0]  # fmt: skip
+            answer = httpx.post(f"{url}/completions", json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=60)
+            (choice,) = answer.json()["choices"]
+            assert choice["token_ids"] == expected.token_ids
+            assert choice["logprobs"]["token_logprobs"] == pytest.approx(expected.fields["logq"], abs=1e-4)
+    assert not list(updates.iterdir())
 
 
 def test_a_wrong_update_changes_nothing(tmp_path, demo_pair):

@@ -1,9 +1,12 @@
 """q* in trl's trainers: what is drawn, by which weights, and that the loss depends on log q*."""
 
+import inspect
 import json
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,7 @@ from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
 
 from qstar import Pair
 from qstar.demo import PROMPTS, THETA, T
-from qstar.integrations.trl import QStarDistillation, QStarGRPO, QStarRollout, annealed
+from qstar.integrations.trl import QStarDistillation, QStarGRPO, QStarRollout, QStarWeights, annealed
 from qstar.sample import DecodeOptions
 from qstar_kernels import qstar_logprobs
 
@@ -349,3 +352,34 @@ def test_two_processes_draw_by_their_own_noise_and_end_with_the_same_weights(tmp
     assert one["processes"] == other["processes"] == 2
     assert one["weights"] == other["weights"]
     assert len({*one["seeds"], *other["seeds"]}) == len(one["seeds"] + other["seeds"]) == 128
+
+
+def test_weights_for_the_asynchronous_trainer():
+    """They fit trl's protocol; a server that does not answer, or takes no weights, is said to (tests/test_serve.py has
+    one that does)."""
+    from trl.experimental.async_grpo.async_grpo_trainer import WeightTransferProtocol
+
+    wanted = {name: x for name, x in vars(WeightTransferProtocol).items() if not name.startswith("_")}
+    assert len(wanted) == 5
+    for name, method in wanted.items():
+        assert [*inspect.signature(getattr(QStarWeights, name)).parameters] == [*inspect.signature(method).parameters]
+
+
+class Deaf(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_error(404)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_server_without_weights_is_told_from_none(tmp_path):
+    server = HTTPServer(("127.0.0.1", 0), Deaf)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    with pytest.raises(ValueError, match="--allow-weight-updates"):
+        QStarWeights(url, tmp_path).init_weight_transfer()
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(TimeoutError, match=r"no answer from .* in 0.1 s"):
+        QStarWeights(url, tmp_path, timeout=0.1).init_weight_transfer()

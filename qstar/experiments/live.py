@@ -71,10 +71,6 @@ def options(seed: int, learning_rate: float, steps: int) -> dict:
     return trainer_options(seed, learning_rate) | {"max_steps": steps, "max_completion_length": MAX_NEW_TOKENS}
 
 
-def points_of(steps: int, points: int) -> list[int]:
-    return sorted({max(1, round(steps * i / points)) for i in range(1, points + 1)})
-
-
 def watched(measure: Measure, rollout: Counted) -> Callable:
     """What a curve has of a model: the tokens that were drawn until then, and how far it is from π_t."""
 
@@ -108,7 +104,7 @@ def distil(
             rollout=rollout,
         )
 
-    result = train(pair.theta, make, watched(measure, rollout), points_of(steps, points))
+    result = train(pair.theta, make, watched(measure, rollout), points)
     return {"curve": [point for _, point in result.curve]} | rollout.described() | measure.all(result.model)
 
 
@@ -140,7 +136,7 @@ def reinforce(
         made.append(trainer)
         return trainer
 
-    result = train(pair.theta, make, watched(measure, rollout), points_of(steps, points))
+    result = train(pair.theta, make, watched(measure, rollout), points)
     told = [entry for entry in made[0].state.log_history if "reward" in entry]
     return (
         {

@@ -11,11 +11,20 @@ adapter. trl takes the log-probabilities that a rollout returns and forgets them
 them into the ratio, which is then π_θ/q*.
 """
 
+import json
 import os
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import Request as HTTPRequest
+from urllib.request import urlopen
 
 import torch
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from qstar.adapters import is_peft
@@ -244,3 +253,72 @@ class QStarDistillation:
         if images is not None:
             raise ValueError(IMAGES)
         return [sample.token_ids for sample in self.rollout.draw(self, prompt_ids)]
+
+
+class QStarWeights:
+    """`AsyncGRPOTrainer(weight_transfer=QStarWeights(url, folder))`: the policy's weights for a server of q*.
+
+    The server is `python -m qstar.serve --allow-weight-updates`, at trl's `vllm_server_base_url`, and has the policy's
+    name as `--served-model-name`. trl's own worker gets log q* of the tokens from it, and the ratio is π_θ/q*.
+
+    Args:
+        url: of the server, as trl has it: `http://localhost:8000`.
+        folder: where the weights are while they change hands; the server must read it by the same name.
+        api_key: the server's, if it has one.
+        timeout: seconds that the server may take to start, and an update to come in.
+    """
+
+    def __init__(self, url: str, folder: str | Path, *, api_key: str | None = None, timeout: float = 600.0):
+        self.url, self.folder, self.timeout = f"{url.rstrip('/')}/v1/qstar/weights", Path(folder), timeout
+        self.headers = {"Content-Type": "application/json"}
+        if api_key is not None:
+            self.headers["Authorization"] = f"Bearer {api_key}"
+
+    def init_weight_transfer(self) -> None:
+        """Wait for the server.
+
+        Raises:
+            ValueError: it does not take weights.
+            TimeoutError: it does not answer.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        until = time.monotonic() + self.timeout
+        while True:
+            try:
+                return self._ask(None)
+            except URLError as error:
+                if time.monotonic() > until:
+                    raise TimeoutError(f"no answer from {self.url} in {self.timeout:g} s: {error.reason}") from None
+            time.sleep(0.5)
+
+    def _ask(self, body: dict[str, str] | None) -> None:
+        data = None if body is None else json.dumps(body).encode()
+        try:
+            urlopen(HTTPRequest(self.url, data, self.headers), timeout=self.timeout).close()
+        except HTTPError as error:
+            said = error.read().decode(errors="replace")
+            if error.code == 404:
+                said = "start the server with --allow-weight-updates"
+            raise ValueError(f"{self.url} answered {error.code}: {said}") from None
+
+    def send_weights(self, iterator: Iterator[tuple[str, Tensor]]) -> None:
+        """Give the server new weights of π_θ; requests that are running end with the old ones.
+
+        Args:
+            iterator: all tensors by their names in the checkpoint.
+
+        Raises:
+            ValueError: they are not those of its π_θ; nothing has changed.
+        """
+        with TemporaryDirectory(dir=self.folder) as new:
+            save_torch_state_dict({name: x.detach().to("cpu").contiguous() for name, x in iterator}, new)
+            self._ask({"theta": new})
+
+    def pause(self) -> None:
+        """The server lets the requests that are running end by itself."""
+
+    def resume(self) -> None:
+        """It goes on by itself."""
+
+    def destroy(self) -> None:
+        """There is nothing to let go of."""
