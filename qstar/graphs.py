@@ -26,16 +26,21 @@ TOLERANCE = 1e-3  # between the numbers of a step as it was made and as it is pl
 LOG = logging.getLogger(__name__)
 
 
-def recorded(step: Callable[[], Tensor], pool: list) -> tuple[Callable[[], None], Tensor]:
-    """A CUDA graph of a step that has been made before: what plays it, and the tensor that it fills."""
+def recorded(step: Callable[[], Tensor], device: torch.device, kept: dict) -> tuple[Callable[[], None], Tensor]:
+    """A CUDA graph of a step that has been made before: what plays it, and the tensor that it fills.
+
+    `kept` is one for all graphs that are played one at a time: they share their memory.
+    """
+    stream = kept.setdefault("stream", torch.cuda.Stream(device))
     graph = torch.cuda.CUDAGraph()
-    # the outer one puts back the stream where a capture fails; other threads, a server's or a trainer's, may go on
+    # the current stream is put back where a capture fails; other threads, a server's or a trainer's, may go on
     with (
-        torch.cuda.stream(torch.cuda.current_stream()),
-        torch.cuda.graph(graph, pool=pool[0] if pool else None, capture_error_mode="thread_local"),
+        torch.cuda.device(device),
+        torch.cuda.stream(torch.cuda.current_stream(device)),
+        torch.cuda.graph(graph, pool=kept.get("pool"), stream=stream, capture_error_mode="thread_local"),
     ):
         numbers = step()
-    pool[:] = [graph.pool()]
+    kept["pool"] = graph.pool()
     return graph.replay, numbers
 
 
@@ -140,7 +145,7 @@ class Graphs:
 
     def _begin(self, memory: list[Tensor]) -> None:
         """Drop all steps, as they look at memory that is no more, and have what the next ones start from."""
-        self.memory, self.kinds, self.pool = memory, {}, []
+        self.memory, self.kinds, self.kept = memory, {}, {}
         self.shown = self.known = None
         self.state = memory[0].new_zeros(3, max(len(x) for x in memory))
         self.places = [(x.new_zeros(1), x.new_zeros(len(x), 1)) for x in memory]
@@ -175,7 +180,7 @@ class Graphs:
         made = step()
         put_back()
         try:
-            play, numbers = self.record(step, self.pool)
+            play, numbers = self.record(step, self.state.device, self.kept)
             put_back()
             play()
             same = torch.equal(numbers[..., TOKEN], made[..., TOKEN])

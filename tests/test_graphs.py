@@ -77,7 +77,7 @@ def played(monkeypatch):
     """Steps are recorded, on this CPU and in windows of 32 columns: how often each was played."""
     counts = []
 
-    def record(step, pool):
+    def record(step, device, kept):
         recorder, plain = Recorder(), dispatch.step
         dispatch.step = recorder.of_kernels(plain)
         try:
@@ -154,12 +154,12 @@ def test_adapters_in_one_pass_are_not_recorded(demo_pair, monkeypatch, played, c
     assert found.token_ids == pair.generate(MIXED, **OPTIONS).token_ids
 
 
-def failing(step, pool):
+def failing(step, device, kept):
     step()
     raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more")
 
 
-def wrong(step, pool):
+def wrong(step, device, kept):
     numbers = step()
     return lambda: None, numbers + 1
 
