@@ -19,6 +19,7 @@ from qstar.batch import TOKEN, Rows
 from qstar.cache import Side
 from qstar.slots import IDS, Window
 
+ATTENTION = ("sdpa", "eager")  # which take a mask of a window as it is
 COLUMNS = 256  # a window's columns are multiples of it
 WORTH_IT = 4  # steps of a kind that are made before it is recorded, which takes as long as three of them
 TOLERANCE = 1e-3  # between the numbers of a step as it was made and as it is played, by the same kernels
@@ -52,6 +53,8 @@ def why_not(sides: list[Side]) -> str | None:
             return "the models are not on one device"
         if side.has_states or not getattr(side.model, "_can_compile_fullgraph", False):
             return f"the model of {name} is not one of those that transformers can compile whole"
+        if (attention := side.model.config.get_text_config()._attn_implementation) not in ATTENTION:
+            return f"the attention of {name} is {attention}; it can be with {' or '.join(ATTENTION)}"
         if isinstance(side.model, Adapted) and side.model.mixes:
             return "peft picks the rows of each adapter on the host"
         if side.ropes.switch is not None or side.ropes.limit is not None:
