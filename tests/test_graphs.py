@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from qstar import Pair, graphs
 from qstar.decode import Decoder
+from qstar.demo import THETA, T
 from qstar_kernels import dispatch
 
 OPTIONS = {"max_new_tokens": 24, "batch_size": 5, "seed": 3}
@@ -138,6 +139,14 @@ def test_architectures(name, demo_pair, monkeypatch, played):
     pair = Pair(model, other, demo_pair.tokenizer_theta, demo_pair.tokenizer_theta)
     found = pair.generate(MIXED, **OPTIONS)
     assert bool(played) == model._can_compile_fullgraph
+    monkeypatch.setattr(Decoder, "records", False)
+    close(found, pair.generate(MIXED, **OPTIONS))
+
+
+def test_eager_attention(monkeypatch, played):
+    pair = Pair.from_pretrained(THETA, T, attn_implementation="eager")
+    found = pair.generate(MIXED, **OPTIONS)
+    assert len(played) > 1
     monkeypatch.setattr(Decoder, "records", False)
     close(found, pair.generate(MIXED, **OPTIONS))
 
