@@ -21,7 +21,8 @@ def merge(url: str, output: Path) -> tuple[int, list[Path]]:
         how many parts there were, and the files that were written.
 
     Raises:
-        OutputError: the folder is none, is not complete, or the files cannot be written.
+        OutputError: the folder is none, is not complete, has a part that is not whole or not of this run, or the files
+            cannot be written.
         ValueError: the output is called as if it were of another format than the parts.
     """
     parts = Parts(url, "jsonl", False, {})
@@ -30,9 +31,17 @@ def merge(url: str, output: Path) -> tuple[int, list[Path]]:
         raise OutputError(f"{url} has no manifest.json; give the folder that qstar.generate --engine ray wrote")
     parts.adopt(manifest)
     numbers = parts.numbers("samples")
-    missing = set(range(max({*numbers, *manifest["parts"]}, default=-1) + 1)) - numbers
-    if not manifest["complete"] or missing:
+    if not parts.is_complete(manifest):
         raise OutputError(f"{url} is not complete: {len(numbers)} parts are there; start its run again to finish it")
+    kinds, last = ["diagnostics", "samples"] if parts.numbers("diagnostics") else ["samples"], (-1, 0)
+    for number in sorted(numbers):
+        keys, *others = (parts.keys(kind, number) for kind in kinds)
+        if [last, *keys] != sorted({last, *keys}) or others not in ([], [keys]):
+            raise OutputError(
+                f"{parts.path('samples', number)} does not belong to its diagnostics, or to the other parts; "
+                f"{parts.mended(number)}"
+            )
+        last = (last, *keys)[-1]
     check_suffix(output, parts.format)
     suffix = FORMATS[parts.format]
     stem = output.with_suffix("") if output.suffix == suffix else output
