@@ -92,12 +92,17 @@ def test_tables_of_one_file_and_of_several(tmp_path, capsys):
     assert "second" in out
     assert "0.4 ± 0" in out
     assert "✗ 0.0%" in out  # |ΔKL| of the second
+    for folder in ("a[", "b["):  # one file's name closes what the other's does not open
+        (tmp_path / folder).mkdir()
+        write_run(tmp_path / folder, "bold]x")
+    assert main([str(tmp_path / folder / "bold]x.jsonl") for folder in ("a[", "b[")]) == 0
+    assert "b[/bold]x" in capsys.readouterr().out
 
 
 def test_what_generate_wrote(demo_pair, loaded_once, tmp_path, capsys):
     """By whichever of its names, also where Parquet came out of it."""
-    for form in ("jsonl", "parquet"):
-        output = tmp_path / f"y.{form}"
+    for name, form in (("y.jsonl", "jsonl"), ("y.parquet", "parquet"), ("y", "jsonl"), ("y", "openai-batch")):
+        output = tmp_path / name
         argv = ["--num-samples", "10", "--save-diagnostics", "--output-format", form, "--output", str(output)]
         assert generate([*argv, "--max-new-tokens", "20"]) == 0
         capsys.readouterr()
@@ -221,6 +226,20 @@ def test_files_that_are_none_get_one_line(break_it, message, tmp_path, capsys):
     assert out == ""
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_table_that_cannot_be_unpacked_gets_one_line(demo_pair, loaded_once, tmp_path, capsys):
+    for name in ("x.diagnostics.parquet", "x.parquet"):
+        argv = ["--num-samples", "6", "--save-diagnostics", "--diagnostics-format", "parquet"]
+        generate([*argv, "--max-new-tokens", "8", "--output", str(tmp_path / "x.parquet")])
+        (tmp_path / "x.journal.jsonl").unlink()
+        data = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(data[:50] + b"\xff" * 300 + data[350:])
+        capsys.readouterr()
+        assert main([str(tmp_path / "x.parquet")]) == 1
+        assert f"{name} cannot be read: " in capsys.readouterr().err
+        for path in tmp_path.iterdir():
+            path.unlink()
 
 
 def test_records(tmp_path):

@@ -183,6 +183,8 @@ def test_a_part_that_is_damaged_is_said_and_made_again(form, tmp_path, capsys):
     assert merge([str(folder), "--output", str(merged)]) == 0
     whole, good = merged.read_bytes(), tmp_path / "good"
     merged.unlink()
+    assert merge([str(folder), "--output", str(folder / "samples" / f"part-000001.{form}")]) == 1
+    assert "is among the parts" in capsys.readouterr().err
     for kind in ("samples", "diagnostics"):
         (folder / kind / f"part-000001 (copy).{form}").write_text("nothing of the run's")
     shutil.copytree(folder, good)

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from qstar.run.formats import SCHEMAS, diagnostics_writer
 from qstar.run.options import FORMATS, check_suffix
 from qstar.run.output import OutputError, copy_groups, explained, replacing, write_atomically, write_parquet
-from qstar.run.parts import Parts
+from qstar.run.parts import KINDS, Parts
 
 
 def merge(url: str, output: Path) -> tuple[int, list[Path]]:
@@ -21,8 +21,8 @@ def merge(url: str, output: Path) -> tuple[int, list[Path]]:
         how many parts there were, and the files that were written.
 
     Raises:
-        OutputError: the folder is none, is not complete, has a part that is not whole or not of this run, or the files
-            cannot be written.
+        OutputError: the folder is none, is not complete, would get the output among its parts, or has a part that is not
+            whole or not of this run; or the files cannot be written.
         ValueError: the output is called as if it were of another format than the parts.
     """
     parts = Parts(url, "jsonl", False, {})
@@ -43,6 +43,8 @@ def merge(url: str, output: Path) -> tuple[int, list[Path]]:
             )
         last = (last, *keys)[-1]
     check_suffix(output, parts.format)
+    if parts.is_local and output.resolve().parent in {Path(parts.path(kind, 0)).resolve().parent for kind in KINDS}:
+        raise OutputError(f"{output} is among the parts, which it could take the place of; give another --output")
     suffix = FORMATS[parts.format]
     stem = output.with_suffix("") if output.suffix == suffix else output
     paths = {kind: Path(f"{stem}.{kind}{parts.suffix(kind)}") for kind in ("diagnostics", "errors")}

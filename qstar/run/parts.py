@@ -167,11 +167,11 @@ class Parts:
         try:
             found = json.loads(fs.cat_file(f"{root}/manifest.json"))
             found["settings"].keys(), found["complete"], FORMATS[found["format"]], max(found["parts"], default=0) + 0
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except FOREIGN:
             raise OutputError(
-                f"{self.url}/manifest.json is not a manifest; restore it or choose another --output"
+                f"{self.url}/manifest.json is not a manifest; restore it, or name another folder"
             ) from None
         return found
 

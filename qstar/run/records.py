@@ -141,8 +141,8 @@ class RunFiles:
         stem = str(path)[: len(str(path)) - len(suffix)]
         self.name, self.stem = Path(stem).name, Path(stem).absolute()
         self._read_settings = Path(f"{stem}.run.json").read_text
-        # as a run that is going on has it, or a complete one
-        named = [Path(f"{stem}{s}") for s in (".journal.jsonl", ".jsonl", ".parquet")]
+        # as a run that is going on has it, or a complete one, which may have been given a name without a suffix
+        named = [Path(f"{stem}{s}") for s in (".journal.jsonl", ".jsonl", ".parquet", "")]
         samples = next((p for p in named if p.is_file()), named[1])
         diagnostics = [p for s in ("parquet", "jsonl") if (p := Path(f"{stem}.diagnostics.{s}")).is_file()]
         if not path.is_file() and not samples.is_file():
@@ -256,7 +256,7 @@ class RunFiles:
                     with refusing(place):
                         table = pq.ParquetFile(file)
                         before = keys_of_table(Path(place.path)) if len(places) > 1 else []
-                    yield from self._rows(place, table)
+                        yield from self._rows(place, table)
                     continue
                 lines = Lines(place, file, self.notes)
                 while lines.step():
@@ -288,6 +288,8 @@ def refusing(place: Place, number: int | None = None) -> Iterator[None]:
         yield
     except RecordError:
         raise
+    except OSError as error:  # also what pyarrow raises for bytes that it cannot unpack
+        raise RecordError(f"{place} cannot be read: {error}") from None
     except FOREIGN:
         where = f"{place}" if number is None else f"line {number} of {place}"
         raise RecordError(f"{where} is not what qstar.generate or qstar.score writes") from None

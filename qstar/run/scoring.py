@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 
 from qstar.conversation import answered, as_text
@@ -128,7 +129,7 @@ class Score(Run):
                 self.console.print(f"note: {note}", markup=False, highlight=False)
             if outside := len(self.output.done) - len(self.log_weights["theta"]):
                 self.console.print(f"[bold]{outside} samples[/] have a token outside q*'s support, and so no weight")
-            self.console.print(f"weights: {self.weights_file}")
+            self.console.print(f"weights: {escape(str(self.weights_file))}")
 
     @property
     def weights_file(self) -> Path:
