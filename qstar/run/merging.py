@@ -21,8 +21,8 @@ def merge(url: str, output: Path) -> tuple[int, list[Path]]:
         how many parts there were, and the files that were written.
 
     Raises:
-        OutputError: the folder is none, is not complete, would get the output among its parts, or has a part that is not
-            whole or not of this run; or the files cannot be written.
+        OutputError: the folder is none, is not complete, would get the output among its parts, or has a part that is
+            not whole or not of this run; or the files cannot be written.
         ValueError: the output is called as if it were of another format than the parts.
     """
     parts = Parts(url, "jsonl", False, {})
