@@ -76,10 +76,10 @@ def prepare(argv: list[str] | None) -> "Job":
         from qstar.data.answers import DatasetAnswers
         from qstar.rule import FORCED
         from qstar.run.job import make_job, open_prompts
-        from qstar.run.records import RecordError, RunAnswers, RunFiles
+        from qstar.run.records import NoRun, RecordError, RunAnswers, RunFiles
 
         files = None
-        with suppress(RecordError):  # it is one of the files that a run wrote, together with its diagnostics
+        with suppress(NoRun):  # it is one of the files that a run wrote, together with its diagnostics
             files = RunFiles(name) if may_be_run else None
         if files is None:
             if may_be_run:

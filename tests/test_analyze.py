@@ -46,8 +46,7 @@ def write_run(folder: Path, name: str = "x", settings: dict | None = None, **tok
         numbers.append(ids | {"tokens": of_tokens})
         samples.append(ids | {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]})
     write_lines(folder / f"{name}.diagnostics.jsonl", numbers)
-    if settings is not None:
-        (folder / f"{name}.run.json").write_text(json.dumps(settings))
+    (folder / f"{name}.run.json").write_text(json.dumps(settings or {}))
     return write_lines(folder / f"{name}.jsonl", samples)
 
 
@@ -93,12 +92,17 @@ def test_tables_of_one_file_and_of_several(tmp_path, capsys):
     assert "second" in out
     assert "0.4 ± 0" in out
     assert "✗ 0.0%" in out  # |ΔKL| of the second
+    for folder in ("a[", "b["):  # one file's name closes what the other's does not open
+        (tmp_path / folder).mkdir()
+        write_run(tmp_path / folder, "bold]x")
+    assert main([str(tmp_path / folder / "bold]x.jsonl") for folder in ("a[", "b[")]) == 0
+    assert "b[/bold]x" in capsys.readouterr().out
 
 
 def test_what_generate_wrote(demo_pair, loaded_once, tmp_path, capsys):
     """By whichever of its names, also where Parquet came out of it."""
-    for form in ("jsonl", "parquet"):
-        output = tmp_path / f"y.{form}"
+    for name, form in (("y.jsonl", "jsonl"), ("y.parquet", "parquet"), ("y", "jsonl"), ("y", "openai-batch")):
+        output = tmp_path / name
         argv = ["--num-samples", "10", "--save-diagnostics", "--output-format", form, "--output", str(output)]
         assert generate([*argv, "--max-new-tokens", "20"]) == 0
         capsys.readouterr()
@@ -157,6 +161,24 @@ def test_no_alpha_warning_where_it_was_given(tmp_path, capsys):
     assert analyzed(capsys, path)[0]["warnings"] == []
 
 
+def test_what_one_file_lacks_is_left_out_and_said(tmp_path, capsys):
+    path = write_run(tmp_path)
+    for short, other in (("x.jsonl", "x.diagnostics.jsonl"), ("x.diagnostics.jsonl", "x.jsonl")):
+        whole = (tmp_path / short).read_text()
+        write_lines(tmp_path / short, lines(tmp_path / short)[:1])
+        (result,) = analyzed(capsys, path)
+        assert result["samples"] == 1
+        (warning,) = result["warnings"]
+        assert f"2 samples of {tmp_path / other} are left out, which {tmp_path / short} does not have" in warning
+        (tmp_path / short).write_text("")
+        assert main([str(path)]) == 1
+        assert f"3 samples of {tmp_path / other} are left out" in capsys.readouterr().err
+        (tmp_path / short).write_text(whole.replace("\n", "\n \n"))
+        assert analyzed(capsys, path)[0]["warnings"] == []  # blank lines are no samples
+    (tmp_path / "x.run.json").unlink()
+    assert "x.run.json is not there" in analyzed(capsys, path)[0]["warnings"][0]
+
+
 def test_a_torn_last_line_is_left_out_and_said(tmp_path, capsys):
     path = write_run(tmp_path)
     path.write_bytes(path.read_bytes()[:-9])
@@ -180,6 +202,20 @@ def test_a_torn_last_line_is_left_out_and_said(tmp_path, capsys):
         (lambda p, d: d.write_text(d.read_text().replace("[0, 1]", "[0]", 1)), "line 1 of"),
         (lambda p, d: d.write_text(d.read_text().replace("0.7", '"a"', 1)), "line 1 of"),
         (lambda p, d: p.write_bytes(b"\xff\xfe\n"), "line 1 of"),
+        (lambda p, d: d.write_text("[" * 100_000 + "\n"), "line 1 of"),
+        (lambda p, d: p.write_text("[" * 100_000 + "\n"), "line 1 of"),
+        *(
+            (lambda p, d, other=other: d.write_text(d.read_text().replace(*other, 1)), "line 1 of")
+            for other in [("0.7", value) for value in ("NaN", "null", "Infinity", "1e300", "1" + "0" * 400)]
+            + [("-2.0", "NaN"), ("[0, 1]", "[0, -1]"), ("[0, 1]", "[0, 1.0]"), ('"0-0"', "0")]
+            + [('"prompt_index": 0', '"prompt_index": "0"')]
+        ),
+        *(
+            (lambda p, d, other=other: write_lines(p, [line | other for line in lines(p)]), "line 1 of")
+            for other in ({"messages": []}, {"messages": ["?"]}, {"messages": [{"role": "user"}]}, {"metadata": [1]})
+        ),
+        (lambda p, d: write_lines(p, [{"id": "0-0", "response": {"body": {"choices": []}}}]), "line 1 of"),
+        (lambda p, d: p.with_suffix(".run.json").write_text("{torn"), "x.run.json is not what a run writes"),
     ],
 )
 def test_files_that_are_none_get_one_line(break_it, message, tmp_path, capsys):
@@ -190,6 +226,20 @@ def test_files_that_are_none_get_one_line(break_it, message, tmp_path, capsys):
     assert out == ""
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_table_that_cannot_be_unpacked_gets_one_line(demo_pair, loaded_once, tmp_path, capsys):
+    for name in ("x.diagnostics.parquet", "x.parquet"):
+        argv = ["--num-samples", "6", "--save-diagnostics", "--diagnostics-format", "parquet"]
+        generate([*argv, "--max-new-tokens", "8", "--output", str(tmp_path / "x.parquet")])
+        (tmp_path / "x.journal.jsonl").unlink()
+        data = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(data[:50] + b"\xff" * 300 + data[350:])
+        capsys.readouterr()
+        assert main([str(tmp_path / "x.parquet")]) == 1
+        assert f"{name} cannot be read: " in capsys.readouterr().err
+        for path in tmp_path.iterdir():
+            path.unlink()
 
 
 def test_records(tmp_path):
@@ -279,23 +329,25 @@ def test_a_folder_of_parts_is_read_as_the_merged_file(demo_pair, loaded_once, tm
     said."""
     for form in FORMATS:
         for numbers in ("jsonl", "parquet"):
-            made, url = tmp_path / f"{form}-{numbers}", f"memory://{form}-{numbers}/run"
-            argv = ["--num-samples", "6", "--max-new-tokens", "8", "--save-diagnostics"]
+            url, whole, settings = f"memory://{form}-{numbers}/run", [], {"--diagnostics-format": numbers}
+            argv = ["--max-new-tokens", "8", "--save-diagnostics"]
             argv += ["--output-format", form, "--diagnostics-format", numbers]
-            assert generate([*argv, "--output", str(made / f"x{FORMATS[form]}")]) == 0
-            whole = [record.diagnostics for record in RunFiles(made / f"x{FORMATS[form]}")]
-            if form == "verl":  # whose parts are lines
-                (made / "x.parquet").unlink()
-                journal = [verl_row(line, "x") for line in lines(made / "x.journal.jsonl")]
-                write_lines(made / "x.jsonl", journal)
-            settings = {"--diagnostics-format": numbers}
             with Parts(url, form, True, settings, numbers) as parts:
-                for part in (0, 1):
+                for part in (0, 1):  # prompts that fail in place of the other part's
+                    prompts = [{"prompt": f"What is {i} + {i}?" if i // 6 == part else None} for i in range(12)]
+                    made = tmp_path / f"{form}-{numbers}-{part}"
+                    data = write_lines(tmp_path / "data.jsonl", prompts)
+                    assert generate([*argv, "--dataset", str(data), "--output", str(made / f"x{FORMATS[form]}")]) == 1
+                    (made / "x.errors.jsonl").unlink()
+                    whole += [record.diagnostics for record in RunFiles(made / f"x{FORMATS[form]}")]
+                    if form == "verl":  # whose parts are lines
+                        (made / "x.parquet").unlink()
+                        write_lines(made / "x.jsonl", [verl_row(line, "x") for line in lines(made / "x.journal.jsonl")])
                     parts.put_part(part, made)
                     parts.done.add(part)
                 parts.write_manifest(complete=False)
             read = RunFiles(url)
-            assert [record.diagnostics for record in read] == 2 * whole
+            assert [record.diagnostics for record in read] == whole
             assert "is not complete: 2 parts are there" in read.notes[0]
             capsys.readouterr()
             (result,) = analyzed(capsys, url)
@@ -305,6 +357,4 @@ def test_a_folder_of_parts_is_read_as_the_merged_file(demo_pair, loaded_once, tm
             merged = made / f"merged{FORMATS[form]}"
             assert merge([url, "--output", str(merged)]) == 0
             assert merged.with_name(f"merged.diagnostics.{numbers}").exists()
-            found = RunFiles(made / f"merged.diagnostics.{numbers}")
-            if form in ("jsonl", "openai-batch"):  # rows of others are looked up, and are here twice
-                assert [record.diagnostics for record in found] == 2 * whole
+            assert [record.diagnostics for record in RunFiles(made / f"merged.diagnostics.{numbers}")] == whole

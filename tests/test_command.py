@@ -150,6 +150,7 @@ def test_a_configuration_and_what_a_run_remembers(tmp_path, capsys):
         (["--dataset-split", "train"], "--dataset-split goes with --dataset"),
         (["--output", "x.jsonl", "--output-format", "verl"], "in a .parquet file"),
         (["--output", "x.parquet", "--output-format", "jsonl"], "in a .jsonl file"),
+        (["--output", "x.errors.jsonl"], "is called as the errors of another run are"),
         (["--num-workers", "2"], "--num-workers goes with --engine ray"),
         (["--diagnostics-format", "parquet"], "--diagnostics-format goes with --save-diagnostics"),
     ],

@@ -218,6 +218,16 @@ def test_configurations_of_a_folder(write, tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_the_folder_of_the_parts_of_a_run(write, tmp_path):
+    """Its samples are the rows, and nothing else is; a manifest.json of another's is a file as any other."""
+    for kind in ("samples", "diagnostics", "errors"):
+        write([{"prompt": kind}], f"out/{kind}/part-000000.jsonl")
+    write(json.dumps({"complete": True, "format": "jsonl", "parts": [0], "settings": {}}), "out/manifest.json")
+    assert texts(str(tmp_path / "out")) == ["samples"]
+    write(json.dumps({"prompt": "manifest"}), "out/manifest.json")
+    assert texts(str(tmp_path / "out")) == ["diagnostics", "errors", "manifest", "samples"]
+
+
 def test_folders_of_the_hub_cache(write, tmp_path):
     cache = tmp_path / "datasets--nobody--poems"
     for revision, text in (("0a1b", "old"), ("f00d", "new")):

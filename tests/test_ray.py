@@ -33,6 +33,7 @@ from rich.console import Console
 from runs import lines, write_lines
 from transformers import AutoModelForCausalLM
 
+from qstar.analyze import main as analyze
 from qstar.demo import PROMPTS, THETA, T
 from qstar.generate import main as generate
 from qstar.generate import prepare
@@ -171,6 +172,62 @@ def test_parts_are_the_single_process_cut(form, tmp_path, monkeypatch, capsys):
     if FORMATS[form] == ".jsonl":
         assert generate([*argv, "--output", str(merged)]) == 1
         assert "resuming: 36 samples are on disk" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_a_part_that_is_damaged_is_said_and_made_again(form, tmp_path, capsys):
+    argv = ["--num-samples", "20", "--batch-size", "1", "--max-new-tokens", "4", "--save-diagnostics"]
+    argv += ["--output-format", form, "--diagnostics-format", form]
+    folder, merged = tmp_path / "out", tmp_path / f"x.{form}"
+    in_this_process(folder, *argv)
+    assert merge([str(folder), "--output", str(merged)]) == 0
+    whole, good = merged.read_bytes(), tmp_path / "good"
+    merged.unlink()
+    assert merge([str(folder), "--output", str(folder / "samples" / f"part-000001.{form}")]) == 1
+    assert "is among the parts" in capsys.readouterr().err
+    for kind in ("samples", "diagnostics"):
+        (folder / kind / f"part-000001 (copy).{form}").write_text("nothing of the run's")
+    shutil.copytree(folder, good)
+    samples, diagnostics = (folder / kind / f"part-000001.{form}" for kind in ("samples", "diagnostics"))
+
+    def shorten(path: Path) -> None:
+        if form == "parquet":
+            pq.write_table(pq.read_table(path).slice(0, 1), path)
+        else:
+            write_lines(path, lines(path)[:1])
+
+    for damage, said, of_reader in (
+        (samples.unlink, "is not complete: 1 parts are there", "is not complete: 1 parts are there"),
+        (diagnostics.unlink, f"{diagnostics} is not there, or not whole; remove {samples}", "cannot be read"),
+        (lambda: shorten(samples), "does not belong to its diagnostics", f"3 samples of {diagnostics} are left out"),
+        (lambda: shorten(diagnostics), "does not belong to its diagnostics", f"3 samples of {samples} are left out"),
+        (
+            lambda: os.truncate(samples, samples.stat().st_size - 1),
+            f"{samples} is not there, or not whole",
+            str(samples),
+        ),
+        (
+            lambda: [shutil.copy(path.with_stem("part-000000"), path) for path in (samples, diagnostics)],
+            "or to the other parts",
+            "has sample '0-0', which is not of this part",
+        ),
+    ):
+        damage()
+        assert merge([str(folder), "--output", str(merged)]) == 1
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.count("\n") == 1
+        assert not merged.exists()
+        status = analyze([str(folder)])
+        out, error = capsys.readouterr()
+        assert of_reader in (error if status else out)
+        samples.unlink(missing_ok=True)
+        assert [result["part"] for result in in_this_process(folder, *argv)] == [1]
+        assert merge([str(folder), "--output", str(merged)]) == 0
+        assert merged.read_bytes() == whole
+        merged.unlink()
+        shutil.rmtree(folder)
+        shutil.copytree(good, folder)
 
 
 def test_workers_see_the_moment_of_the_first_start(tmp_path, loaded_once, demo_pair):
@@ -584,3 +641,8 @@ def test_parts_on_an_object_store(form, tmp_path, capsys):
 def test_merge_of_what_is_no_run(tmp_path, capsys):
     assert merge([str(tmp_path), "--output", str(tmp_path / "x.jsonl")]) == 1
     assert "has no manifest.json" in capsys.readouterr().err
+    good = {"complete": True, "format": "jsonl", "parts": [], "settings": {}}
+    for other in ({"format": "csv"}, {"parts": ["0"]}, {"parts": 1}, {"settings": []}):
+        (tmp_path / "manifest.json").write_text(json.dumps(good | other))
+        assert merge([str(tmp_path), "--output", str(tmp_path / "x.jsonl")]) == 1
+        assert "manifest.json is not a manifest" in capsys.readouterr().err

@@ -590,7 +590,7 @@ def test_one_line_for_what_is_wrong(tmp_path, capsys, tokenizer, case):
         argv, said, status = [*argv, "--output", str(tmp_path)], "is a folder", 2
     else:
         path.write_text(json.dumps(json.loads(path.read_text()) | {"messages": ["<b>"]}) + "\n")
-        said = "are not a list of role and content"
+        said = "line 1 of"
     if "--output" not in argv:
         argv += ["--output", str(tmp_path / "r.html")]
     try:

@@ -404,6 +404,31 @@ def test_tokens_of_another_vocabulary(tmp_path, capsys):
     assert "is not what qstar.generate or qstar.score writes" in capsys.readouterr().err
 
 
+def test_a_run_that_is_not_whole(tmp_path, capsys):
+    """What is left out is said, and no sample takes another's place."""
+    made, numbers = tmp_path / "made.jsonl", tmp_path / "made.diagnostics.jsonl"
+    generate(["--num-samples", "2", "--save-diagnostics", "--output", str(made)])
+    samples, diagnostics = lines(made), lines(numbers)
+    write_lines(made, samples[:1])
+    assert score(["--dataset", str(made), "--output", str(tmp_path / "x.jsonl")]) == 0
+    assert f"note: 1 samples of {numbers} are left out" in capsys.readouterr().out
+    write_lines(made, [*samples, samples[0]])
+    write_lines(numbers, [*diagnostics, diagnostics[0]])
+    assert score(["--dataset", str(made), "--output", str(tmp_path / "y.jsonl")]) == 1
+    assert "has sample '0-0' twice" in capsys.readouterr().err
+    write_lines(made, samples)
+    for change, said in (
+        ({"prompt_ids_t": []}, "the prompt has 0 tokens"),
+        ({"prompt_ids_theta": [-1]}, "is not what qstar.generate or qstar.score writes"),
+        ({"prompt_ids_theta": None}, "is not what qstar.generate or qstar.score writes"),
+    ):
+        write_lines(numbers, [diagnostics[0], diagnostics[1] | change])
+        output = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+        assert score(["--dataset", str(made), "--output", str(output)]) == 1
+        errors = output.with_suffix(".errors.jsonl")
+        assert said in capsys.readouterr().err + (errors.read_text() if errors.exists() else "")
+
+
 def test_log_weights():
     logp, logq = (
         torch.tensor([[-1.0, -2.0, -9.0], [-0.5, 0.0, 0.0]]),

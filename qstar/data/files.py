@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import itertools
+import json
 import lzma
 import os
 import re
@@ -127,6 +128,15 @@ def is_saved(path: Path) -> bool:
     return marks[0] or all(marks[1:])
 
 
+def samples_of(path: Path) -> Path:
+    """Of a folder that `qstar.generate --engine ray` wrote, that of the samples, and any other folder itself."""
+    try:
+        of_run = {"complete", "format", "parts", "settings"} == json.loads((path / "manifest.json").read_bytes()).keys()
+    except (OSError, ValueError, AttributeError, RecursionError):
+        of_run = False
+    return path / "samples" if of_run else path
+
+
 def is_local(dataset: str) -> bool:
     """Whether that names something on this machine, and not a dataset of the hub.
 
@@ -156,7 +166,7 @@ def files_of(dataset: str, split: str | None, config: str | None) -> Found:
         if path.is_file():
             return _of_file(path)
         if path.is_dir():
-            return _of_folder(dataset, _snapshot(path), split, config)
+            return _of_folder(dataset, samples_of(_snapshot(path)), split, config)
         if path.exists() or not glob.has_magic(dataset):
             raise DataError(f"--dataset {dataset!r}: {'no file or folder' if path.exists() else 'no such file'}")
         found = list(_matches(path))

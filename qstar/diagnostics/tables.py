@@ -20,9 +20,9 @@ def number(value: float | None) -> str:
 
 def table_of(title: str, columns: list[str]) -> Table:
     """An empty table, its first column of labels; without lines between columns, so that many find room."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=0)
+    table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=0)
     for name in ("", *columns):
-        table.add_column(name, justify="right" if name else "left", overflow="fold", no_wrap=not name)
+        table.add_column(escape(name), justify="right" if name else "left", overflow="fold", no_wrap=not name)
     return table
 
 

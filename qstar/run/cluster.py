@@ -34,6 +34,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 from rich.console import Console
+from rich.markup import escape
 
 from qstar.backends import BACKENDS, load_pair
 from qstar.data.prompts import PromptSource
@@ -377,7 +378,7 @@ def run(job: Job, parts: Parts, console: Console, start: float) -> int:
     parts.write_manifest(complete=True)
     tell(console, summary, [draft_table(drafts, args.draft)] if drafts.drafted else [])
     by = f"{workers} worker{'s' if workers > 1 else ''}"
-    console.print(f"\n{summary.samples} samples in {time.time() - start:.1f} s by {by}, in {parts.url}")
+    console.print(f"\n{summary.samples} samples in {time.time() - start:.1f} s by {by}, in {escape(parts.url)}")
     if at_work:
         begun, ended = min(at_work)[0], max(end for _, end in at_work)
         share = sum(end - begin for begin, end in at_work) / workers / (ended - begun)
@@ -386,5 +387,6 @@ def run(job: Job, parts: Parts, console: Console, start: float) -> int:
             f"{share:.0%} of the time: {summary.samples / (ended - begun):.1f} samples/s"
         )
     if failures:
-        console.print(f"[bold]{failures} failed[/]; reasons in {parts.url}/errors, tried again at the next start")
+        reasons = escape(f"{parts.url}/errors")
+        console.print(f"[bold]{failures} failed[/]; reasons in {reasons}, tried again at the next start")
     return failures

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
 from itertools import accumulate
+from operator import index
 from typing import IO, Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from qstar.weights import derived
 from qstar_kernels.types import FIELDS, OF_ROW, OF_TOKEN
 
 Key = tuple[int, int]  # prompt_index, sample_index
+# What reading a line or a table raises that this program did not write
+FOREIGN = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, pa.ArrowException)
 # What the diagnostics have of a sample as a whole
 OF_SAMPLES = (
     *(f"alpha_{name}" for name in ("mean", "std", "min", "max")),
@@ -280,15 +283,17 @@ def sample_of(row: dict[str, Any]) -> dict[str, Any]:
     """A line or row of any output format as the line of format `jsonl`; of `openai-batch` what its line has of it.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError: it is none.
+        FOREIGN: it is none.
     """
     if isinstance(row.get("response"), dict):
-        return of_response(row)
-    if "extra_info" in row:
-        return of_verl(row)
-    row["id"], row["messages"]  # is it one?
-    if isinstance(row.get("metadata"), str):
-        return of_text(row)
+        row = of_response(row)
+    elif "extra_info" in row:
+        row = of_verl(row)
+    elif isinstance(row.get("metadata"), str):
+        row = of_text(row)
+    for message in row["messages"]:
+        message["role"], message["content"]
+    row["messages"][-1].keys(), dict(row.get("metadata") or {})  # is it one?
     return row
 
 
@@ -454,9 +459,13 @@ def as_type(value: Any, wanted: pa.DataType) -> Any:
 
 
 def key_of(line: dict[str, Any]) -> Key:
-    """The sample that a line of any journal belongs to."""
+    """The sample that a line of any journal belongs to.
+
+    Raises:
+        FOREIGN: it is no sample's.
+    """
     if "prompt_index" in line:
-        return line["prompt_index"], line["sample_index"]
+        return index(line["prompt_index"]), index(line["sample_index"])
     if "extra_info" in line:
         return key_of(of_verl(line))
     _, _, prompt_index, sample_index = line["id"].split("_")

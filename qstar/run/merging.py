@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from qstar.run.formats import SCHEMAS, diagnostics_writer
 from qstar.run.options import FORMATS, check_suffix
 from qstar.run.output import OutputError, copy_groups, explained, replacing, write_atomically, write_parquet
-from qstar.run.parts import Parts
+from qstar.run.parts import KINDS, Parts
 
 
 def merge(url: str, output: Path) -> tuple[int, list[Path]]:
@@ -21,7 +21,8 @@ def merge(url: str, output: Path) -> tuple[int, list[Path]]:
         how many parts there were, and the files that were written.
 
     Raises:
-        OutputError: the folder is none, is not complete, or the files cannot be written.
+        OutputError: the folder is none, is not complete, would get the output among its parts, or has a part that is
+            not whole or not of this run; or the files cannot be written.
         ValueError: the output is called as if it were of another format than the parts.
     """
     parts = Parts(url, "jsonl", False, {})
@@ -30,10 +31,20 @@ def merge(url: str, output: Path) -> tuple[int, list[Path]]:
         raise OutputError(f"{url} has no manifest.json; give the folder that qstar.generate --engine ray wrote")
     parts.adopt(manifest)
     numbers = parts.numbers("samples")
-    missing = set(range(max({*numbers, *manifest["parts"]}, default=-1) + 1)) - numbers
-    if not manifest["complete"] or missing:
+    if not parts.is_complete(manifest):
         raise OutputError(f"{url} is not complete: {len(numbers)} parts are there; start its run again to finish it")
+    kinds, last = ["diagnostics", "samples"] if parts.numbers("diagnostics") else ["samples"], (-1, 0)
+    for number in sorted(numbers):
+        keys, *others = (parts.keys(kind, number) for kind in kinds)
+        if [last, *keys] != sorted({last, *keys}) or others not in ([], [keys]):
+            raise OutputError(
+                f"{parts.path('samples', number)} does not belong to its diagnostics, or to the other parts; "
+                f"{parts.mended(number)}"
+            )
+        last = (last, *keys)[-1]
     check_suffix(output, parts.format)
+    if parts.is_local and output.resolve().parent in {Path(parts.path(kind, 0)).resolve().parent for kind in KINDS}:
+        raise OutputError(f"{output} is among the parts, which it could take the place of; give another --output")
     suffix = FORMATS[parts.format]
     stem = output.with_suffix("") if output.suffix == suffix else output
     paths = {kind: Path(f"{stem}.{kind}{parts.suffix(kind)}") for kind in ("diagnostics", "errors")}

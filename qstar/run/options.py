@@ -219,9 +219,12 @@ def check_output(args: argparse.Namespace) -> None:
 
 
 def check_suffix(path: Path, output_format: str) -> None:
-    """The name of a file is not that of another format. Raises ValueError."""
+    """The name of a file is not that of another format, or of what stands beside an output. Raises ValueError."""
     if path.suffix in FORMATS.values() and path.suffix != FORMATS[output_format]:
         raise ValueError(f"--output {path}: what is written is {output_format}, in a {FORMATS[output_format]} file")
+    kind = path.with_suffix("").suffix
+    if path.suffix in FORMATS.values() and kind in (".diagnostics", ".journal", ".errors", ".weights"):
+        raise ValueError(f"--output {path} is called as the {kind[1:]} of another run are; give another name")
 
 
 def option(name: str) -> str:

@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 
 from qstar.data.prompts import Prompt
 from qstar.run.formats import (
+    FOREIGN,
     Finished,
     Key,
     diagnostics_line,
@@ -331,7 +332,7 @@ def copy_groups(source: Path | IO[bytes], writer: pq.ParquetWriter) -> None:
             writer.write_table(table.read_row_group(number))
 
 
-def keys_of_table(path: Path) -> list[Key]:
+def keys_of_table(path: Path | IO[bytes]) -> list[Key]:
     """The samples of a Parquet file of diagnostics, in its order.
 
     Raises:
@@ -396,7 +397,7 @@ def key_of_line(line: bytes) -> Key:
     """The sample of a journal's line, as a rule from its beginning.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError: it is no sample's.
+        FOREIGN: it is no sample's.
     """
     for head in HEADS:
         if found := head.match(line):
@@ -423,7 +424,7 @@ def complete_lines(path: Path) -> Iterator[tuple[Key, int]]:
                     rest = sum(1 for _ in islice(file, MOST))
                     raise ValueError("torn")
                 yield key_of_line(line), end
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except FOREIGN:
                 if rest is None:
                     rest = MOST if next(file, None) else 0
                 if rest == MOST:
@@ -460,7 +461,7 @@ def whole_diagnostics(path: Path, journal: Path, keys: list[Key]) -> tuple[int, 
             break
         try:
             key = None if b"\0" in line else key_of_line(line)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except FOREIGN:
             key = None
         if key == keys[-1 - seen]:
             seen, size, start = seen + 1, size or end, end - len(line)

@@ -8,6 +8,7 @@ often it was begun. Any file system that fsspec has will do.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
@@ -20,9 +21,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from qstar.run.formats import DIAGNOSTICS, SCHEMAS
+from qstar.run.formats import DIAGNOSTICS, FOREIGN, SCHEMAS, Key
 from qstar.run.options import FORMATS
-from qstar.run.output import FIRST_START, OutputError, check_settings, explained, locked, replacing
+from qstar.run.output import (
+    FIRST_START,
+    OutputError,
+    check_settings,
+    explained,
+    key_of_line,
+    keys_of_table,
+    locked,
+    replacing,
+)
 
 # Of a part's samples: the types of verl's columns are those of all rows together, and what a row had before it got
 # them cannot be told any more. So its parts are lines, out of which `qstar.merge` makes the Parquet file.
@@ -119,8 +129,33 @@ class Parts:
         fs, root = self.place
         fs.invalidate_cache()
         names = [Path(p).name for p in fs.ls(f"{root}/{kind}", detail=False)] if fs.exists(f"{root}/{kind}") else []
-        suffix = self.suffix(kind)  # another is that of a part in the making, or as an earlier version wrote it
-        return {int(name[5:].partition(".")[0]) for name in names if name.startswith("part-") and name.endswith(suffix)}
+        # another suffix is that of a part in the making, or as an earlier version wrote it
+        part = re.compile(rf"part-(\d{{6,}}){re.escape(self.suffix(kind))}")
+        return {int(found[1]) for found in map(part.fullmatch, names) if found}
+
+    def mended(self, part: int) -> str:
+        """What to do about a part that is damaged."""
+        return f"remove {self.path('samples', part)} and start its run again to mend it"
+
+    def keys(self, kind: str, part: int) -> list[Key]:
+        """The samples of a part's file.
+
+        Raises:
+            OutputError: it is not there, or not whole.
+        """
+        path = self.path(kind, part)
+        try:
+            with self.place[0].open(path, "rb") as file:
+                if path.endswith(".parquet"):
+                    return keys_of_table(file)
+                return [key_of_line(line) for line in file if line.index(b"\n")]
+        except (OutputError, OSError, *FOREIGN):
+            raise OutputError(f"{path} is not there, or not whole; {self.mended(part)}") from None
+
+    def is_complete(self, manifest: dict[str, Any]) -> bool:
+        """Whether the run came to its end, and all of its parts are there."""
+        there = self.numbers("samples")
+        return manifest["complete"] and there >= set(range(max({*there, *manifest["parts"]}, default=-1) + 1))
 
     def manifest(self) -> dict[str, Any] | None:
         """What `manifest.json` says; None if there is none.
@@ -131,12 +166,12 @@ class Parts:
         fs, root = self.place
         try:
             found = json.loads(fs.cat_file(f"{root}/manifest.json"))
-            found["settings"], found["complete"], found["format"], found["parts"]
-        except FileNotFoundError:
+            found["settings"].keys(), found["complete"], FORMATS[found["format"]], max(found["parts"], default=0) + 0
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        except (ValueError, KeyError, TypeError):
+        except FOREIGN:
             raise OutputError(
-                f"{self.url}/manifest.json is not a manifest; restore it or choose another --output"
+                f"{self.url}/manifest.json is not a manifest; restore it, or name another folder"
             ) from None
         return found
 

@@ -20,15 +20,15 @@ from typing import IO, Any
 
 import fsspec
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
+from qstar.conversation import text_of
 from qstar.data.answers import Answer
 from qstar.data.batch import Asked, asked_by
 from qstar.data.files import DataError, joined
 from qstar.data.prompts import Prompt
 from qstar.rule import FORCED
-from qstar.run.formats import NULL, OF_DRAFTS, Key, key_of, sample_of
+from qstar.run.formats import FOREIGN, NULL, OF_DRAFTS, Key, key_of, sample_of
 from qstar.run.options import option
 from qstar.run.output import ANSWERS, OutputError, key_of_line, keys_of_table
 from qstar.run.parts import Parts
@@ -40,11 +40,14 @@ OWN, OTHERS = "q*'s", "others'"  # whose answers: those that this very q* drew, 
 OF_Q = [option(name) for name in (*SETTINGS, *FORCED)]
 OF_Q += [f"weights of {part}" for part in ("theta", "t", "adapter_theta", "adapter_t")]
 Numbers = tuple[dict[str, Any], dict[str, np.ndarray]]  # of a sample: its line of diagnostics, its arrays
-FOREIGN = (ValueError, KeyError, TypeError, AttributeError, pa.ArrowException)
 
 
 class RecordError(ValueError):
     """A file is missing, empty, torn or foreign; the message is one line."""
+
+
+class NoRun(RecordError):
+    """That is no run with diagnostics, and may be something else."""
 
 
 @dataclass(frozen=True)
@@ -116,14 +119,15 @@ class RunFiles:
         notes: one line for each thing that iterating left out.
 
     Raises:
-        RecordError: samples or diagnostics are missing; while iterating: there are no samples, or something else.
+        NoRun: samples or diagnostics are missing.
+        RecordError: a part is, or cannot be read; while iterating: there are no samples, or something else.
     """
 
     def __init__(self, path: str | Path):
-        self.path, self.read = str(path), 0
+        self.path, self.read, self._in_parts = str(path), 0, "://" in str(path) or Path(path).is_dir()
         self._said: list[str] = []
         self.notes: list[str] = []
-        if "://" in self.path or Path(path).is_dir():
+        if self._in_parts:
             self._open_parts(self.path)
         else:
             self._open_files(Path(path))
@@ -137,18 +141,20 @@ class RunFiles:
         stem = str(path)[: len(str(path)) - len(suffix)]
         self.name, self.stem = Path(stem).name, Path(stem).absolute()
         self._read_settings = Path(f"{stem}.run.json").read_text
-        # as a run that is going on has it, or a complete one
-        named = [Path(f"{stem}{s}") for s in (".journal.jsonl", ".jsonl", ".parquet")]
+        # as a run that is going on has it, or a complete one, which may have been given a name without a suffix
+        named = [Path(f"{stem}{s}") for s in (".journal.jsonl", ".jsonl", ".parquet", "")]
         samples = next((p for p in named if p.is_file()), named[1])
         diagnostics = [p for s in ("parquet", "jsonl") if (p := Path(f"{stem}.diagnostics.{s}")).is_file()]
         if not path.is_file() and not samples.is_file():
-            raise RecordError(f"{path} does not exist")
+            raise NoRun(f"{path} does not exist")
         if not diagnostics:
-            raise RecordError(
+            raise NoRun(
                 f"{stem}.diagnostics.jsonl does not exist; generate with --save-diagnostics, or let qstar.score make it"
             )
         if not samples.is_file():
-            raise RecordError(f"{samples} does not exist, which {diagnostics[0]} belongs to")
+            raise NoRun(f"{samples} does not exist, which {diagnostics[0]} belongs to")
+        if not Path(f"{stem}.run.json").exists():
+            self._said.append(f"{stem}.run.json is not there: whether q* drew the answers is not known, and supposed")
         self.tokens_in = str(diagnostics[0])
         self.files = [(Place(str(samples)), [Place(str(p)) for p in diagnostics])]
 
@@ -157,9 +163,9 @@ class RunFiles:
         try:
             manifest = parts.manifest()
         except (OutputError, OSError, ImportError, ValueError) as error:
-            raise RecordError(str(error)) from None
+            raise NoRun(str(error)) from None
         if manifest is None:
-            raise RecordError(f"{url} has no manifest.json: it is not what qstar.generate --engine ray wrote")
+            raise NoRun(f"{url} has no manifest.json: it is not what qstar.generate --engine ray wrote")
         parts.adopt(manifest)
         self.name = PurePosixPath(url.rstrip("/")).name
         self.stem = Path(url) if "://" in url else Path(url).absolute()
@@ -167,12 +173,12 @@ class RunFiles:
         self._read_settings = lambda encoding: json.dumps(manifest["settings"])
         numbers = parts.numbers("samples")
         if not parts.numbers("diagnostics"):
-            raise RecordError(f"{url} has no diagnostics; generate with --save-diagnostics")
+            raise NoRun(f"{url} has no diagnostics; generate with --save-diagnostics")
         fs = None if parts.is_local else parts.place[0]
         self.files = [
             (Place(parts.path("samples", n), fs), [Place(parts.path("diagnostics", n), fs)]) for n in sorted(numbers)
         ]
-        if not manifest["complete"]:
+        if not parts.is_complete(manifest):
             self._said.append(f"{url} is not complete: {len(numbers)} parts are there, and no others are read")
 
     @property
@@ -182,12 +188,17 @@ class RunFiles:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """What the run was started with, by the names of the command line; empty if that is not known."""
+        """What the run was started with, by the names of the command line; empty if that is not known.
+
+        Raises:
+            RecordError: it cannot be read.
+        """
         try:
-            settings = json.loads(self._read_settings(encoding="utf-8"))
-        except (OSError, ValueError):
+            return dict(json.loads(self._read_settings(encoding="utf-8")))
+        except FileNotFoundError:
             return {}
-        return settings if isinstance(settings, dict) else {}
+        except (OSError, *FOREIGN):
+            raise RecordError(f"{self.stem}.run.json is not what a run writes; restore it") from None
 
     @property
     def drawn(self) -> bool:
@@ -208,19 +219,33 @@ class RunFiles:
         """The samples, or those whose number from 0 is `wanted`: of others nothing is parsed."""
         self.notes[:] = self._said
         self.read = count = 0
+        last: Key = (-1, 0)  # of the parts
         for place, of_diagnostics in self.files:
+            mend = f"; {f'remove {place} and ' if self._in_parts else ''}start its run again to mend it"
+            said = len(self.notes)
             with place.open() as file:
                 samples = Rows(place, file) if place.path.endswith(".parquet") else Lines(place, file, self.notes)
-                for source, number, read in self._diagnostics(of_diagnostics):
+                of_samples = self._diagnostics(of_diagnostics)
+                for source, number, read in of_samples:
                     if not samples.step():  # the diagnostics may be some samples ahead
+                        left, there, not_there = 1 + sum(1 for _ in of_samples), source, place
                         break
                     if wanted(count):
                         with refusing(source, number):
                             numbers, arrays = read()
+                        if self._in_parts and key_of(numbers) <= last:
+                            raise RecordError(f"{source} has sample {numbers['id']!r}, which is not of this part{mend}")
+                        last = key_of(numbers)
                         yield Record(samples.line(numbers, source), numbers, arrays)
                     count += 1
+                else:
+                    left, there, not_there = sum(1 for _ in iter(samples.step, False)), place, of_diagnostics[0]
+            if left > len(self.notes) - said:  # the one that is torn has been said
+                self.notes.append(f"{left} samples of {there} are left out, which {not_there} does not have")
+            self.notes[said:] = [note + mend for note in self.notes[said:]]
         if not count:
-            raise RecordError(f"{self.files[0][0] if self.files else self.path} has no samples yet")
+            said = [f"{self.files[0][0] if self.files else self.path} has no samples yet", *self.notes]
+            raise RecordError("; ".join(said))
 
     def _diagnostics(self, places: list[Place]) -> Iterator[tuple[Place, int, Callable[[], Numbers]]]:
         """Each sample's place, the number of its line there, and what reads it."""
@@ -231,7 +256,7 @@ class RunFiles:
                     with refusing(place):
                         table = pq.ParquetFile(file)
                         before = keys_of_table(Path(place.path)) if len(places) > 1 else []
-                    yield from self._rows(place, table)
+                        yield from self._rows(place, table)
                     continue
                 lines = Lines(place, file, self.notes)
                 while lines.step():
@@ -263,6 +288,8 @@ def refusing(place: Place, number: int | None = None) -> Iterator[None]:
         yield
     except RecordError:
         raise
+    except OSError as error:  # also what pyarrow raises for bytes that it cannot unpack
+        raise RecordError(f"{place} cannot be read: {error}") from None
     except FOREIGN:
         where = f"{place}" if number is None else f"line {number} of {place}"
         raise RecordError(f"{where} is not what qstar.generate or qstar.score writes") from None
@@ -271,10 +298,7 @@ def refusing(place: Place, number: int | None = None) -> Iterator[None]:
 def numbers_of_line(raw: bytes) -> Numbers:
     """A line of `x.diagnostics.jsonl`, and its tokens' numbers."""
     line = json.loads(raw)
-    key_of(line)
-    line["id"]
-    arrays = {name: as_array(name, line["tokens"][name]) for name in FIELDS}
-    return of_one_length(line, arrays)
+    return checked(line, {name: as_array(name, line["tokens"][name]) for name in FIELDS})
 
 
 def as_array(name: str, values: list[float | None]) -> np.ndarray:
@@ -282,7 +306,7 @@ def as_array(name: str, values: list[float | None]) -> np.ndarray:
     try:
         found = array("d", values)
     except TypeError:
-        found = array("d", [NULL.get(name, np.nan) if x is None else x for x in values])
+        found = array("d", [NULL[name] if x is None else x for x in values])
     with np.errstate(over="ignore"):
         return np.frombuffer(found, dtype=np.float64).astype(np.float32)
 
@@ -295,22 +319,35 @@ def numbers_of_row(line: dict[str, Any], columns: dict[str, tuple[np.ndarray, np
         if not np.isfinite(slices[name]).all():
             tokens[name] = [x if isfinite(x) else None for x in tokens[name]]
     line = {name: value for name, value in line.items() if value is not None or name not in OF_DRAFTS}
-    return of_one_length(line | {"tokens": tokens}, {name: slices[name] for name in FIELDS})
+    arrays = {name: slices[name].astype(np.float32, copy=False) for name in FIELDS}
+    return checked(line | {"tokens": tokens}, arrays)
 
 
-def of_one_length(line: dict[str, Any], arrays: dict[str, np.ndarray]) -> Numbers:
-    """Both, if there are as many of each.
+def checked(line: dict[str, Any], arrays: dict[str, np.ndarray]) -> Numbers:
+    """Both, if they are a sample's: as many numbers of each kind as tokens, and those finite that always are.
 
     Raises:
-        ValueError: there are not.
-        RecordError: there are none.
+        FOREIGN: they are not.
+        RecordError: there are no tokens.
     """
-    tokens = len(line["tokens"]["id"])
-    if any(len(values) != tokens for values in arrays.values()):
-        raise ValueError("arrays of different lengths")
+    key_of(line)
+    tokens = len(token_ids(line["tokens"]["id"]))
+    for name, values in arrays.items():
+        beyond = values[~np.isfinite(values)]
+        if len(values) != tokens or (len(beyond) and (beyond != NULL[name]).any()):
+            raise ValueError(name)
     if not tokens:
         raise RecordError(f"sample {line['id']!r} has no tokens")
-    return line, arrays
+    return line | {"id": line["id"] + ""}, arrays
+
+
+def token_ids(values: list[int]) -> list[int]:
+    """The ids of tokens, if they are any.
+
+    Raises:
+        TypeError, OverflowError: they are not.
+    """
+    return array("Q", values).tolist()
 
 
 class Lines:
@@ -320,15 +357,15 @@ class Lines:
         self.place, self.file, self.notes, self.number, self.raw = place, file, notes, 0, b""
 
     def step(self) -> bool:
-        """Go to the next line; whether there is one. One that is torn is left out, and noted."""
-        self.raw = self.file.readline()
-        if self.raw and not self.raw.endswith(b"\n"):
-            self.notes.append(
-                f"line {self.number + 1} of {self.place} is torn and left out; start its run again to mend it"
-            )
-            return False
-        self.number += 1
-        return bool(self.raw)
+        """Go to the next line that is not blank; whether there is one. One that is torn is left out, and noted."""
+        for raw in self.file:
+            self.raw, self.number = raw, self.number + 1
+            if not raw.endswith(b"\n"):
+                self.notes.append(f"line {self.number} of {self.place} is torn and left out")
+                return False
+            if not raw.isspace():
+                return True
+        return False
 
     def line(self, numbers: dict[str, Any], source: Place) -> dict[str, Any]:
         """The sample of this line, which has those diagnostics.
@@ -441,23 +478,31 @@ class RunAnswers:
         return OWN if self.files.drawn and same else OTHERS
 
     def __iter__(self) -> Iterator[Answer]:
+        seen: set[Key] = set()
         try:
             for record in islice(self.files, self.limit):
-                line, numbers = record.line, record.diagnostics
-                number = line["id"].removesuffix(f"-{line['sample_index']}")
-                metadata = line.get("metadata") or {}
-                body = metadata.get("body")
-                if self.uses_parameters and not isinstance(body, dict):
-                    raise RecordError(f"sample {line['id']!r} of {self.files.path} lacks the `body` of its request")
-                asked = asked_by(body) if self.uses_parameters else Asked()
-                yield Answer(
-                    Prompt(line["prompt_index"], number, line["messages"][:-1], [], metadata, None, asked=asked),
-                    line["sample_index"],
-                    line["messages"][-1]["content"],
-                    line["finish_reason"],
-                    numbers["tokens"]["id"],
-                    numbers["prompt_ids_theta"],
-                    numbers["prompt_ids_t"],
-                )
+                answer = self._answer(record, f"sample {record.id!r} of {self.files.path}")
+                if answer.key in seen:
+                    raise RecordError(f"{self.files.path} has sample {record.id!r} twice; score each run by itself")
+                seen.add(answer.key)
+                yield answer
         except RecordError as error:
             raise DataError(str(error)) from error
+
+    def _answer(self, record: Record, where: str) -> Answer:
+        line, numbers = record.line, record.diagnostics
+        (prompt_index, sample_index), metadata = key_of(numbers), line.get("metadata") or {}
+        body = metadata.get("body")
+        if self.uses_parameters and not isinstance(body, dict):
+            raise RecordError(f"{where} lacks the `body` of its request")
+        asked, number = asked_by(body) if self.uses_parameters else Asked(), record.id.removesuffix(f"-{sample_index}")
+        try:
+            return Answer(
+                Prompt(prompt_index, number, line["messages"][:-1], [], metadata, None, asked=asked),
+                sample_index,
+                text_of(line["messages"][-1]["content"]),
+                line["finish_reason"],
+                *map(token_ids, (record.tokens["id"], numbers["prompt_ids_theta"], numbers["prompt_ids_t"])),
+            )
+        except FOREIGN:
+            raise RecordError(f"{where} is not what qstar.generate or qstar.score writes") from None

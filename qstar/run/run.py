@@ -15,6 +15,7 @@ from itertools import islice
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from qstar.backends import load_pair
@@ -183,11 +184,12 @@ class Run(ABC):
         say, output = self.console.print, self.output
         tell(self.console, self.summary, self.tables(), self.drawn)
         new = len(output.done) - before
-        say(f"\n{new} samples in {seconds:.1f} s, {len(output.done)} in all: {output.path}")
+        say(f"\n{new} samples in {seconds:.1f} s, {len(output.done)} in all: {escape(str(output.path))}")
         if output.diagnostics_file is not None:
-            say(f"diagnostics: {output.diagnostics_file}")
+            say(f"diagnostics: {escape(str(output.diagnostics_file))}")
         if output.errors:
-            say(f"[bold]{len(output.errors)} failed[/]; reasons in {output.errors_file}, tried again at the next start")
+            reasons = escape(str(output.errors_file))
+            say(f"[bold]{len(output.errors)} failed[/]; reasons in {reasons}, tried again at the next start")
 
 
 def say_resuming(console: Console, job: Job, done: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 
 from qstar.conversation import answered, as_text
@@ -77,7 +78,7 @@ class Score(Run):
         """The answer's tokens behind its prompts.
 
         Raises:
-            PromptError: there is no answer, or it has no room behind its prompt.
+            PromptError: there is no answer or no prompt, or the answer has no room behind it.
         """
         if answer.error is not None:
             raise PromptError(answer.error)
@@ -95,11 +96,11 @@ class Score(Run):
             elif reason == "eos":
                 reason = "length"
             request = self.request(answer.key, answer.prompt, answer.prompt.messages, 0, len(ids))
-        longest = max(len(request.ids_theta), len(request.ids_t))
-        if not ids or longest + len(ids) > pair.context:
+        shortest, longest = sorted((len(request.ids_theta), len(request.ids_t)))
+        if not ids or not shortest or longest + len(ids) > pair.context:
             raise PromptError(
-                f"the prompt has {longest} tokens, the answer {len(ids)}, and the smaller context of the pair is "
-                f"{pair.context}"
+                f"the prompt has {longest if shortest else 0} tokens, the answer {len(ids)}, and the smaller context "
+                f"of the pair is {pair.context}"
             )
         return Sample(request, list(ids), answer.text, reason)
 
@@ -124,9 +125,11 @@ class Score(Run):
             self.write_weights()
         super().report(seconds, before)
         if self.output.done:
+            for note in self.job.prompts.files.notes if isinstance(self.job.prompts, RunAnswers) else ():
+                self.console.print(f"note: {note}", markup=False, highlight=False)
             if outside := len(self.output.done) - len(self.log_weights["theta"]):
                 self.console.print(f"[bold]{outside} samples[/] have a token outside q*'s support, and so no weight")
-            self.console.print(f"weights: {self.weights_file}")
+            self.console.print(f"weights: {escape(str(self.weights_file))}")
 
     @property
     def weights_file(self) -> Path:
