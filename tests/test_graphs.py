@@ -73,9 +73,8 @@ def nothing_said():
     graphs.say.cache_clear()
 
 
-@pytest.fixture
-def played(monkeypatch):
-    """Steps are recorded, on this CPU and in windows of 32 columns: how often each was played."""
+def play(monkeypatch) -> list[int]:
+    """Have steps recorded, on this CPU and in windows of 32 columns: how often each was played."""
     counts = []
 
     def record(step, device, kept):
@@ -89,11 +88,11 @@ def played(monkeypatch):
         counts.append(0)
         mine = len(counts) - 1
 
-        def play():
+        def again():
             counts[mine] += 1
             recorder.play()
 
-        return play, numbers
+        return again, numbers
 
     plain = graphs.Graphs
     monkeypatch.setattr("qstar.decode.Graphs", lambda sides, draw: plain(sides, draw, record))
@@ -101,6 +100,11 @@ def played(monkeypatch):
     monkeypatch.setattr(Decoder, "records", True)
     monkeypatch.setattr(Decoder, "waits", False)
     return counts
+
+
+@pytest.fixture
+def played(monkeypatch):
+    return play(monkeypatch)
 
 
 def close(found, wanted) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import zoo
 from test_decode import CONFIGS, encode, random_model
+from test_graphs import play
 from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -21,6 +22,7 @@ from qstar.demo import THETA
 from qstar.drop_in import QStarLogitsProcessor, qstar_generate
 from qstar.forced import Scorer
 from qstar.generate import main
+from qstar.graphs import why_not
 from qstar.probe import check_model
 from qstar.rope import Ropes
 from qstar.sample import DecodeOptions, Sample
@@ -98,6 +100,15 @@ def check(name: str, model, pair: Pair, tokenizer, tolerance: float) -> None:
         got = torch.tensor(sample.fields["logp_theta"], dtype=torch.float64)
         torch.testing.assert_close(got, wanted, rtol=0, atol=tolerance)
     assert varied > 0.01  # the logits say something
+    with pytest.MonkeyPatch.context() as patched:  # as a GPU would play the steps
+        played = play(patched)
+        recorded = pair.generate(PROMPTS, samples_per_prompt=each, **options)
+    assert recorded.token_ids == out.token_ids
+    may_be = name not in FROM_THE_HOST and why_not(pair.decoder(DecodeOptions()).sides()) is None
+    assert bool(played) == may_be
+    for mine, theirs in zip(recorded.samples, out.samples, strict=True):
+        for field in ("logp_theta", "logp_t"):
+            torch.testing.assert_close(*(torch.tensor(x.fields[field]) for x in (mine, theirs)), rtol=0, atol=tolerance)
     assert pair.generate(PROMPTS, samples_per_prompt=each, speculate=3, **options).token_ids == out.token_ids
     again = [Sample(s.request, list(s.token_ids)) for s in out.samples]
     for sample in Scorer(pair.decoder(DecodeOptions(batch_size=4))).run(again):
