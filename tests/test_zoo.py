@@ -43,7 +43,8 @@ MANY_ENDS = list(range(0, zoo.VOCAB_SIZE, 16))  # so that rows leave, and others
 GENERATE_DIFFERS = {
     "moshi", "minimax with a linear layer first", "nemotron_h", "zamba2", "llama with LongRoPE", "phimoe with LongRoPE",
 }  # fmt: skip
-FROM_THE_HOST = {"falcon", "falcon with ALiBi", "gemma3", "gemma3n_text"}  # bring a tensor along in every pass, which no CUDA graph may
+# bring a tensor along in every pass, which no CUDA graph may
+FROM_THE_HOST = {"falcon", "falcon with ALiBi", "gemma3", "gemma3n_text"}
 
 
 def lists() -> list[tuple[str, int, list[str]]]:
