@@ -41,6 +41,7 @@ def some(rule: str, count: int = 300) -> tuple[Pair, list, list[Sample]]:
     return pair, *draw(pair, RULES[rule], 0, count)
 
 
+@pytest.mark.slow
 def test_all_experiments_and_again(tmp_path, capsys):
     assert main(["--quick", "--output", str(tmp_path)]) == 0
     said = capsys.readouterr().out
