@@ -101,15 +101,16 @@ def check(name: str, model, pair: Pair, tokenizer, tolerance: float) -> None:
         got = torch.tensor(sample.fields["logp_theta"], dtype=torch.float64)
         torch.testing.assert_close(got, wanted, rtol=0, atol=tolerance)
     assert varied > 0.01  # the logits say something
-    with pytest.MonkeyPatch.context() as patched:  # as a GPU would play the steps
-        played = play(patched)
-        recorded = pair.generate(PROMPTS, samples_per_prompt=each, **options)
-    assert recorded.token_ids == out.token_ids
-    may_be = name not in FROM_THE_HOST and why_not(pair.decoder(DecodeOptions()).sides()) is None
-    assert bool(played) == may_be
-    for mine, theirs in zip(recorded.samples, out.samples, strict=True):
-        for field in ("logp_theta", "logp_t"):
-            torch.testing.assert_close(*(torch.tensor(x.fields[field]) for x in (mine, theirs)), rtol=0, atol=tolerance)
+    if why_not(pair.decoder(DecodeOptions()).sides()) is None:  # as a GPU would play the steps
+        with pytest.MonkeyPatch.context() as patched:
+            played = play(patched)
+            recorded = pair.generate(PROMPTS, samples_per_prompt=each, **options)
+        assert bool(played) == (name not in FROM_THE_HOST)
+        assert recorded.token_ids == out.token_ids
+        for mine, theirs in zip(recorded.samples, out.samples, strict=True):
+            for field in ("logp_theta", "logp_t"):
+                found, wanted = (torch.tensor(x.fields[field]) for x in (mine, theirs))
+                torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance)
     assert pair.generate(PROMPTS, samples_per_prompt=each, speculate=3, **options).token_ids == out.token_ids
     again = [Sample(s.request, list(s.token_ids)) for s in out.samples]
     for sample in Scorer(pair.decoder(DecodeOptions(batch_size=4))).run(again):
