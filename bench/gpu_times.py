@@ -187,8 +187,8 @@ def loop(run: Look) -> Iterator[Item]:
             greedy = plain_loop(models, requests, cached=True, greedy=True).tolist()
             assert tokens(settings=Settings(temperature=0.0)) == greedy, "not the tokens of the plain loop"
             coming = [replace(x, max_new_tokens=5 + 11 * i % new_tokens) for i, x in enumerate(4 * requests)]
-            recorded, launched = (tokens(coming, batch_size=batch, cuda_graphs=x) for x in ("auto", "off"))
-            assert recorded == launched, "other tokens from steps that are recorded"
+            played, launched = (tokens(coming, batch_size=batch, cuda_graphs=x) for x in ("auto", "off"))
+            assert played == launched, "other tokens from steps that are recorded"
             assert not run.on_gpu or not say.cache_info().currsize, "no step was recorded"
         first = tokens()
         assert all(len(row) == new_tokens for row in first), "a row ended early"
@@ -196,13 +196,13 @@ def loop(run: Look) -> Iterator[Item]:
         assert all(again == first for _, again in taken), "other tokens the second time"
         seconds = min(seconds for seconds, _ in taken)
         unrecorded = partial(tokens, cuda_graphs="off")
-        launched = min(clock(unrecorded)[0] for _ in range(2))
+        by_launches = min(clock(unrecorded)[0] for _ in range(2))
         with split_times(models) as parts:  # which waits for the device, as no recording may
             unrecorded()
         forward = [statistics.median(s for columns, s in parts[name] if columns == 1) for name in ("theta", "t")]
         return {
             "tokens/s": batch * new_tokens / seconds,
-            "tokens/s, nothing recorded": batch * new_tokens / launched,
+            "tokens/s, nothing recorded": batch * new_tokens / by_launches,
             "a step": seconds / new_tokens,
             "forward passes": sum(forward),
             "q* step": statistics.median(s for _, s in parts["q* step"]),

@@ -73,7 +73,6 @@ def make_parser() -> Parser:
         default="theta",
         help="who drafts: theta, t, or the name or folder of a third model of that vocabulary",
     )
-
     group.add_argument(
         "--cuda-graphs",
         choices=["auto", "off"],

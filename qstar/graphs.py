@@ -130,7 +130,7 @@ class Graphs:
         kind = self.kinds.get(key) or self._kind(key, seen)
         if rows.state is not self.shown or self.known != (key, [side.slots.stop for side in sides]):
             kind.rows.state[:, count:] = 0
-            kind.rows.state[:, :count] = rows.state.clone()
+            kind.rows.state[:, :count] = rows.state
             rows.state = self.shown = kind.rows.state[:, :count]
             for side, window in zip(sides, kind.windows, strict=True):
                 side.see_in(window)

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from qstar.run.formats import SCHEMAS, diagnostics_writer
 from qstar.run.options import FORMATS, check_suffix
 from qstar.run.output import OutputError, copy_groups, explained, replacing, write_atomically, write_parquet
-from qstar.run.parts import KINDS, Parts
+from qstar.run.parts import KINDS, Parts, mended
 
 
 def merge(url: str, output: Path) -> tuple[int, list[Path]]:
@@ -39,7 +39,7 @@ def merge(url: str, output: Path) -> tuple[int, list[Path]]:
         if [last, *keys] != sorted({last, *keys}) or others not in ([], [keys]):
             raise OutputError(
                 f"{parts.path('samples', number)} does not belong to its diagnostics, or to the other parts; "
-                f"{parts.mended(number)}"
+                f"{mended(parts.path('samples', number))}"
             )
         last = (last, *keys)[-1]
     check_suffix(output, parts.format)

@@ -40,6 +40,11 @@ SUFFIXES = FORMATS | {"verl": ".jsonl"}
 KINDS = ("diagnostics", "errors", "samples")  # in the order in which a part's files are put there
 
 
+def mended(samples: object) -> str:
+    """What to do about a part that is damaged, by the place of its samples."""
+    return f"remove {samples} and start its run again to mend it"
+
+
 class Parts:
     """The folder of a run; a context manager that checks it, and holds its lock where it is a local one.
 
@@ -133,10 +138,6 @@ class Parts:
         part = re.compile(rf"part-(\d{{6,}}){re.escape(self.suffix(kind))}")
         return {int(found[1]) for found in map(part.fullmatch, names) if found}
 
-    def mended(self, part: int) -> str:
-        """What to do about a part that is damaged."""
-        return f"remove {self.path('samples', part)} and start its run again to mend it"
-
     def keys(self, kind: str, part: int) -> list[Key]:
         """The samples of a part's file.
 
@@ -150,7 +151,7 @@ class Parts:
                     return keys_of_table(file)
                 return [key_of_line(line) for line in file if line.index(b"\n")]
         except (OutputError, OSError, *FOREIGN):
-            raise OutputError(f"{path} is not there, or not whole; {self.mended(part)}") from None
+            raise OutputError(f"{path} is not there, or not whole; {mended(self.path('samples', part))}") from None
 
     def is_complete(self, manifest: dict[str, Any]) -> bool:
         """Whether the run came to its end, and all of its parts are there."""

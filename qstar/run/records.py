@@ -31,7 +31,7 @@ from qstar.rule import FORCED
 from qstar.run.formats import FOREIGN, NULL, OF_DRAFTS, Key, key_of, sample_of
 from qstar.run.options import option
 from qstar.run.output import ANSWERS, OutputError, key_of_line, keys_of_table
-from qstar.run.parts import Parts
+from qstar.run.parts import Parts, mended
 from qstar_kernels.types import FIELDS, SETTINGS
 
 SUFFIXES = (".diagnostics.jsonl", ".diagnostics.parquet", ".journal.jsonl", ".jsonl", ".parquet")
@@ -221,7 +221,7 @@ class RunFiles:
         self.read = count = 0
         last: Key = (-1, 0)  # of the parts
         for place, of_diagnostics in self.files:
-            mend = f"; {f'remove {place} and ' if self._in_parts else ''}start its run again to mend it"
+            mend = f"; {mended(place) if self._in_parts else 'start its run again to mend it'}"
             said = len(self.notes)
             with place.open() as file:
                 samples = Rows(place, file) if place.path.endswith(".parquet") else Lines(place, file, self.notes)
@@ -233,9 +233,9 @@ class RunFiles:
                     if wanted(count):
                         with refusing(source, number):
                             numbers, arrays = read()
-                        if self._in_parts and key_of(numbers) <= last:
+                        before, last = last, key_of(numbers)
+                        if self._in_parts and last <= before:
                             raise RecordError(f"{source} has sample {numbers['id']!r}, which is not of this part{mend}")
-                        last = key_of(numbers)
                         yield Record(samples.line(numbers, source), numbers, arrays)
                     count += 1
                 else:
