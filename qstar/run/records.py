@@ -332,10 +332,13 @@ def checked(line: dict[str, Any], arrays: dict[str, np.ndarray]) -> Numbers:
     """
     key_of(line)
     tokens = len(token_ids(line["tokens"]["id"]))
-    for name, values in arrays.items():
-        beyond = values[~np.isfinite(values)]
-        if len(values) != tokens or (len(beyond) and (beyond != NULL[name]).any()):
-            raise ValueError(name)
+    if any(len(values) != tokens for values in arrays.values()):
+        raise ValueError("arrays of different lengths")
+    if not np.isfinite(np.concatenate([*arrays.values()])).all():
+        for name, values in arrays.items():
+            beyond = values[~np.isfinite(values)]
+            if len(beyond) and (beyond != NULL[name]).any():
+                raise ValueError(name)
     if not tokens:
         raise RecordError(f"sample {line['id']!r} has no tokens")
     return line | {"id": line["id"] + ""}, arrays
